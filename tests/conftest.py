@@ -1,0 +1,33 @@
+"""Strictness for every test: no silent dtype or rank promotion, several CPU devices, plain tests before slow ones."""
+
+import importlib.util
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip_slow = pytest.mark.skip(reason="slow: ask for it with --slow")
+    skip_parity = pytest.mark.skip(reason="needs torch and TRL: pip install -e '.[parity]'")
+    has_parity = all(importlib.util.find_spec(name) for name in ("torch", "trl"))
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(skip_slow)
+        if "parity" in item.keywords and not has_parity:
+            item.add_marker(skip_parity)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Make jax refuse implicit dtype and rank promotion, so that none creeps into our own functions."""
+    if "loose" in request.keywords:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
