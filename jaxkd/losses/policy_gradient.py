@@ -171,7 +171,8 @@ def kl_k3(log_prob: jax.Array, reference_log_prob: jax.Array) -> jax.Array:
 
     In the loss its expected gradient is not that of KL(π‖π_ref): while the samples are the current policy's, that is
     at the start of every rollout, it is that of KL(π_ref‖π). In the reward it gives, through the score function, that
-    of KL(π‖π_ref) − KL(π_ref‖π). Both hold where π can reach all that π_ref does.
+    of KL(π‖π_ref) − KL(π_ref‖π); both at once, as when the loss is multiplied by the importance ratio, give that of
+    KL(π‖π_ref). All this holds where π can reach all that π_ref does.
 
     Schulman, "Approximating KL divergence" (2020), k3, and arXiv 2402.03300, equation 4: unbiased and never
     negative; it overflows where π has lost what π_ref has.

@@ -1,0 +1,482 @@
+"""Alignment as pure steps: policy gradient, online preference and offline preference, for any policy.
+
+A step is `step(state, inputs) -> (state, info)`. `align` scans one algorithm's steps from a start to an aligned model;
+a host loop may call the same step, jitted. What shapes the computation (`AlignmentSettings`) is static; what varies
+over a grid (`Coefficients`) is traced, so one executable serves a whole sweep.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxkd.losses import policy_gradient, preference
+from jaxkd.policy import Draws, Params, Policy
+from jaxkd.rewards import Reward, bradley_terry
+
+Step = Callable[["State", "Inputs"], tuple["State", "Info"]]
+
+
+class Coefficients(NamedTuple):
+    """What may be traced and vary from run to run.
+
+    Attributes:
+      learning_rate: peak learning rate of Adam; it falls to 0 along a half cosine.
+      kl_coef: β, reward units a nat.
+      label_temperature: T of the Bradley–Terry labels, in units of reward.
+      flip_rate: share of preference labels flipped.
+      clip_range: PPO's and GRPO's ε.
+      label_smoothing: cDPO's; for robust DPO the assumed flip rate.
+      simpo_margin: SimPO's γ, compared with the difference of log-probabilities scaled by β.
+      odds_ratio_weight: ORPO's λ.
+      desirable_threshold: KTO calls a draw desirable when its reward exceeds this.
+    """
+
+    learning_rate: jax.Array | float = 0.02
+    kl_coef: jax.Array | float = 1.0
+    label_temperature: jax.Array | float = 1.0
+    flip_rate: jax.Array | float = 0.0
+    clip_range: jax.Array | float = 0.2
+    label_smoothing: jax.Array | float = 0.1
+    simpo_margin: jax.Array | float = 0.5
+    odds_ratio_weight: jax.Array | float = 0.1
+    desirable_threshold: jax.Array | float = 0.5
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """What shapes an alignment (static).
+
+    Attributes:
+      algorithm: a name of `ALGORITHMS`.
+      num_updates: optimiser updates in all.
+      batch_size: draws in a step; preference algorithms see batch_size / 2 pairs.
+      epochs: updates on each rollout, for `ppo` and `grpo`.
+      group_size: draws in a group of `grpo`.
+      dataset_batches: batches in the fixed set of an offline algorithm; they are gone through in turn, again and again.
+
+    Raises:
+      ValueError: on an unknown algorithm or a number out of range.
+    """
+
+    algorithm: str = "ppo"
+    num_updates: int = 400
+    batch_size: int = 256
+    epochs: int = 4
+    group_size: int = 16
+    dataset_batches: int = 16
+
+    def __post_init__(self):
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}")
+        for name in ("num_updates", "epochs", "dataset_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 4 or self.batch_size % 2:
+            raise ValueError(f"batch_size must be even and at least 4, got {self.batch_size}")
+        if self.group_size < 2 or (self.algorithm == "grpo" and self.batch_size % self.group_size):
+            raise ValueError(f"group_size must be at least 2 and divide batch_size, got {self.group_size}")
+        if self.num_updates % self.updates_per_step:
+            raise ValueError(
+                f"num_updates must be a multiple of epochs = {self.epochs} for {self.algorithm}, got {self.num_updates}"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates in one step."""
+        return self.epochs if self.algorithm in ("ppo", "grpo") else 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all: rollouts of an on-policy algorithm, batches of an offline one."""
+        return self.num_updates // self.updates_per_step
+
+
+class State(NamedTuple):
+    """Training state: the policy's parameters and the optimiser's."""
+
+    params: Params
+    optimizer_state: optax.OptState
+
+
+class PreferenceData(NamedTuple):
+    """Draws with their rewards; the first half of a batch is paired with the second half.
+
+    Attributes:
+      x: draws, batch of them in the policy's own layout.
+      rewards: [batch].
+      first_preferred: bool[batch / 2], whether the first of each pair is the preferred one.
+      reference_log_prob: [batch, steps] (nats), computed once.
+    """
+
+    x: Draws
+    rewards: jax.Array
+    first_preferred: jax.Array
+    reference_log_prob: jax.Array
+
+
+class Inputs(NamedTuple):
+    """What a step is given: its key, the reference, the coefficients and, for an offline step, a batch of data."""
+
+    key: jax.Array
+    reference: Params
+    coefficients: Coefficients
+    data: PreferenceData | None = None
+
+
+class Info(NamedTuple):
+    """What a step reports, all scalars: means over its draws, and how many of them lay on a target."""
+
+    loss: jax.Array
+    reward: jax.Array
+    kl: jax.Array
+    clip_fraction: jax.Array
+    target_hits: jax.Array
+
+
+class Record(NamedTuple):
+    """What is kept of a whole alignment.
+
+    Attributes:
+      first_hit_step: index of the first step that saw a draw on a target; NaN if none did.
+      target_hits: draws on a target seen in all.
+      clip_fraction: mean share of clipped ratios (0 where nothing clips).
+      failed: whether a loss or a final parameter is not finite.
+    """
+
+    first_hit_step: jax.Array
+    target_hits: jax.Array
+    clip_fraction: jax.Array
+    failed: jax.Array
+
+
+def make_optimizer(num_updates: int) -> optax.GradientTransformation:
+    """Adam on a unit half-cosine schedule; `_update` multiplies by the traced learning rate."""
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, num_updates)),
+    )
+
+
+def _update(state: State, gradient: Params, optimizer, learning_rate) -> State:
+    direction, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    return State(params, optimizer_state)
+
+
+# --- policy gradient -------------------------------------------------------------------------------------------------
+
+
+def _advantages(kind: str, settings, rewards, log_prob, reference_log_prob, kl_coef) -> jax.Array:
+    """Advantages with the KL penalty where it belongs: in the reward (k1), or for GRPO in the loss (`_surrogate`)."""
+    if kind == "grpo":
+        grouped = rewards.reshape(-1, settings.group_size)
+        return policy_gradient.grpo_advantages(grouped, epsilon=1e-4).reshape(-1)
+    penalised = rewards - kl_coef * policy_gradient.kl_k1(log_prob, reference_log_prob)
+    return policy_gradient.leave_one_out_advantages(penalised)
+
+
+def _surrogate(kind, log_prob, behaviour_log_prob, reference_log_prob, advantages, coefficients) -> jax.Array:
+    if kind == "reinforce":
+        return policy_gradient.reinforce(log_prob, advantages)
+    clipped = policy_gradient.ppo_clip(log_prob, behaviour_log_prob, advantages, coefficients.clip_range)
+    if kind == "ppo":
+        return clipped
+    return clipped + coefficients.kl_coef * policy_gradient.kl_k3(log_prob, reference_log_prob)
+
+
+def policy_gradient_step(
+    kind: str, policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target
+) -> Step:
+    """One rollout of the current policy and one or more updates on it.
+
+    `reinforce`: one update, leave-one-out baseline, KL in the reward with stopped gradient (k1); its optimum is the
+    Gibbs policy. `ppo`: `epochs` updates with clipped ratios on the same advantages (arXiv 1707.06347, eq. 7); its
+    first update is REINFORCE's. `grpo`: advantages standardised within groups, k3 in the loss (arXiv 2402.03300,
+    eq. 3 and 4).
+    """
+    epochs = 1 if kind == "reinforce" else settings.epochs
+
+    def step(state: State, inputs: Inputs) -> tuple[State, Info]:
+        coefficients = inputs.coefficients
+        x = policy.sample(state.params, inputs.key, settings.batch_size, 1.0)
+        rewards = reward(x)
+        reference_log_prob = policy.sequence_log_prob(inputs.reference, x)
+
+        def first_loss(params):
+            log_prob = policy.sequence_log_prob(params, x)
+            behaviour = lax.stop_gradient(log_prob)
+            advantages = _advantages(kind, settings, rewards, behaviour, reference_log_prob, coefficients.kl_coef)
+            loss = _surrogate(kind, log_prob, behaviour, reference_log_prob, advantages, coefficients)
+            return loss.mean(), (behaviour, advantages)
+
+        def later_loss(params, behaviour, advantages):
+            log_prob = policy.sequence_log_prob(params, x)
+            clipped = policy_gradient.clipped(log_prob, behaviour, advantages, coefficients.clip_range)
+            loss = _surrogate(kind, log_prob, behaviour, reference_log_prob, advantages, coefficients)
+            return loss.mean(), clipped.astype(jnp.float32).mean()
+
+        (loss, (behaviour, advantages)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
+        state = _update(state, gradient, optimizer, coefficients.learning_rate)
+
+        def epoch(state, _):
+            (_, clipped), gradient = jax.value_and_grad(later_loss, has_aux=True)(state.params, behaviour, advantages)
+            return _update(state, gradient, optimizer, coefficients.learning_rate), clipped
+
+        clip_fraction = jnp.float32(0.0)
+        if epochs > 1:
+            state, clipped = lax.scan(epoch, state, length=epochs - 1)
+            clip_fraction = clipped.sum() / epochs
+        kl = (behaviour - reference_log_prob).mean()
+        return state, Info(loss, rewards.mean(), kl, clip_fraction, on_target(x).sum())
+
+    return step
+
+
+# --- preferences -----------------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """One side of each pair, [pairs] each: sums and per-step means of log-probabilities and log-ratios (nats)."""
+
+    log_ratio: jax.Array
+    mean_log_prob: jax.Array
+    mean_log_ratio: jax.Array
+
+
+PREFERENCE_LOSSES: dict[str, Callable[[Scores, Scores, Coefficients], jax.Array]] = {
+    "dpo": lambda chosen, rejected, c: preference.dpo(chosen.log_ratio, rejected.log_ratio, c.kl_coef),
+    "cdpo": lambda chosen, rejected, c: preference.cdpo(
+        chosen.log_ratio, rejected.log_ratio, c.kl_coef, c.label_smoothing
+    ),
+    "robust_dpo": lambda chosen, rejected, c: preference.robust_dpo(
+        chosen.log_ratio, rejected.log_ratio, c.kl_coef, c.label_smoothing
+    ),
+    "ipo": lambda chosen, rejected, c: preference.ipo(chosen.mean_log_ratio, rejected.mean_log_ratio, c.kl_coef),
+    "simpo": lambda chosen, rejected, c: preference.simpo(
+        chosen.mean_log_prob, rejected.mean_log_prob, c.kl_coef, c.simpo_margin
+    ),
+    "orpo": lambda chosen, rejected, c: preference.orpo(
+        chosen.mean_log_prob, rejected.mean_log_prob, c.odds_ratio_weight
+    ),
+}
+
+
+def _scores(policy: Policy, params, data: PreferenceData) -> tuple[Scores, Scores, jax.Array]:
+    """Scores of the chosen and the rejected side of each pair, and the log-ratios of all draws, [batch]."""
+    log_prob = policy.log_prob(params, data.x).sum(axis=-1)
+    log_ratio = log_prob - data.reference_log_prob.sum(axis=-1)
+    num_steps = policy.num_steps(data.x)
+    halves = [array.reshape(2, -1) for array in (log_ratio, log_prob / num_steps, log_ratio / num_steps)]
+    # Swapping log-probabilities rather than draws leaves the draws opaque and moves a few numbers a pair.
+    chosen = Scores(*(jnp.where(data.first_preferred, half[0], half[1]) for half in halves))
+    rejected = Scores(*(jnp.where(data.first_preferred, half[1], half[0]) for half in halves))
+    return chosen, rejected, log_ratio
+
+
+def _preference_update(policy, optimizer, loss_name, state, data, coefficients):
+    def loss(params):
+        chosen, rejected, log_ratio = _scores(policy, params, data)
+        return PREFERENCE_LOSSES[loss_name](chosen, rejected, coefficients).mean(), log_ratio
+
+    (value, log_ratio), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return _update(state, gradient, optimizer, coefficients.learning_rate), value, log_ratio.mean()
+
+
+def label_pairs(policy: Policy, key, x: Draws, rewards, reference: Params, coefficients: Coefficients):
+    """Pair the first half of a batch with the second, label the pairs and score them under the reference."""
+    first, second = rewards.reshape(2, -1)
+    preferred = bradley_terry(key, first, second, coefficients.label_temperature, coefficients.flip_rate)
+    return PreferenceData(x, rewards, preferred, policy.log_prob(reference, x))
+
+
+def online_preference_step(
+    loss_name: str, policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target
+) -> Step:
+    """Pairs drawn from the current policy, labelled by Bradley–Terry, one update of a preference loss."""
+
+    def step(state: State, inputs: Inputs) -> tuple[State, Info]:
+        draw_key, label_key = jax.random.split(inputs.key)
+        x = policy.sample(state.params, draw_key, settings.batch_size, 1.0)
+        rewards = reward(x)
+        data = label_pairs(policy, label_key, x, rewards, inputs.reference, inputs.coefficients)
+        state, loss, kl = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
+        return state, Info(loss, rewards.mean(), kl, jnp.float32(0.0), on_target(x).sum())
+
+    return step
+
+
+def offline_preference_step(loss_name: str, policy: Policy, optimizer, settings, reward: Reward, on_target) -> Step:
+    """One update of a preference loss on a given batch of pairs."""
+
+    def step(state: State, inputs: Inputs) -> tuple[State, Info]:
+        data = inputs.data
+        state, loss, log_ratio = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
+        return state, Info(loss, data.rewards.mean(), log_ratio, jnp.float32(0.0), on_target(data.x).sum())
+
+    return step
+
+
+def kto_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target) -> Step:
+    """KTO on a given batch, unpaired; desirable means a reward above the threshold (arXiv 2402.01306, eq. 8).
+
+    The reference point z₀ is the mean log-ratio of fresh draws of the current policy, floored at 0.
+    """
+
+    def step(state: State, inputs: Inputs) -> tuple[State, Info]:
+        data, coefficients = inputs.data, inputs.coefficients
+        fresh = policy.sample(state.params, inputs.key, settings.batch_size, 1.0)
+        log_ratio = policy.sequence_log_prob(state.params, fresh) - policy.sequence_log_prob(inputs.reference, fresh)
+        reference_point = preference.kto_reference_point(log_ratio)
+
+        def loss(params):
+            log_ratio = (policy.log_prob(params, data.x) - data.reference_log_prob).sum(axis=-1)
+            desirable = data.rewards > coefficients.desirable_threshold
+            return preference.kto(log_ratio, desirable, reference_point, coefficients.kl_coef).mean()
+
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        state = _update(state, gradient, optimizer, coefficients.learning_rate)
+        hits = on_target(data.x).sum()
+        return state, Info(value, data.rewards.mean(), log_ratio.mean(), jnp.float32(0.0), hits)
+
+    return step
+
+
+# --- algorithms by name ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm's name stands for.
+
+    Attributes:
+      kind: "policy_gradient", "online_preference", "offline_preference" or "kto".
+      variant: the policy-gradient variant or the preference loss.
+      data: whose draws an offline algorithm learns from: "reference" (the arm's own) or "truth" (the same for all).
+      has_gibbs_optimum: whether the Gibbs policy at β (times the label temperature, for preferences) is its optimum.
+    """
+
+    kind: str
+    variant: str
+    data: str | None = None
+    has_gibbs_optimum: bool = False
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "reinforce": Algorithm("policy_gradient", "reinforce", has_gibbs_optimum=True),
+    "ppo": Algorithm("policy_gradient", "ppo", has_gibbs_optimum=True),
+    "grpo": Algorithm("policy_gradient", "grpo"),
+    "online_dpo": Algorithm("online_preference", "dpo", has_gibbs_optimum=True),
+    "offline_dpo_ref": Algorithm("offline_preference", "dpo", "reference", has_gibbs_optimum=True),
+    "offline_dpo_data": Algorithm("offline_preference", "dpo", "truth", has_gibbs_optimum=True),
+    "cdpo": Algorithm("offline_preference", "cdpo", "truth"),
+    "robust_dpo": Algorithm("offline_preference", "robust_dpo", "truth"),
+    "ipo": Algorithm("offline_preference", "ipo", "truth"),
+    "simpo": Algorithm("offline_preference", "simpo", "truth"),
+    "kto": Algorithm("kto", "kto", "truth"),
+    "orpo": Algorithm("offline_preference", "orpo", "truth"),
+}
+"""Every algorithm under its own name; the offline relatives of DPO learn from the fixed set of the truth's pairs."""
+
+
+def make_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target) -> Step:
+    """The step of the settings' algorithm.
+
+    Raises:
+      ValueError: for ORPO on a policy of densities, where odds do not exist.
+    """
+    algorithm = ALGORITHMS[settings.algorithm]
+    if algorithm.variant == "orpo" and policy.is_density:
+        raise ValueError("orpo needs probabilities below 1: it is undefined on densities such as a Gaussian mixture's")
+    if algorithm.kind == "kto":
+        return kto_step(policy, optimizer, settings, reward, on_target)
+    make = {
+        "policy_gradient": policy_gradient_step,
+        "online_preference": online_preference_step,
+        "offline_preference": offline_preference_step,
+    }[algorithm.kind]
+    return make(algorithm.variant, policy, optimizer, settings, reward, on_target)
+
+
+def preference_dataset(
+    policy: Policy, key, source: Params, reference: Params, reward: Reward, coefficients, settings: AlignmentSettings
+) -> PreferenceData:
+    """A fixed set of pairs drawn from a source, its leading axis the batches."""
+
+    def batch(key):
+        draw_key, label_key = jax.random.split(key)
+        x = policy.sample(source, draw_key, settings.batch_size, 1.0)
+        return label_pairs(policy, label_key, x, reward(x), reference, coefficients)
+
+    return jax.vmap(batch)(jax.random.split(key, settings.dataset_batches))
+
+
+def align(
+    policy: Policy,
+    key: jax.Array,
+    start: Params,
+    reference: Params,
+    reward: Reward,
+    coefficients: Coefficients,
+    settings: AlignmentSettings,
+    *,
+    truth: Params | None = None,
+    on_target: Callable[[Draws], jax.Array] = lambda x: jnp.zeros((), bool),
+) -> tuple[Params, Record]:
+    """Align a policy from a start, held to a reference; one pure function, to be jitted and vmapped.
+
+    Args:
+      policy: the family of models.
+      key: random key; equal keys give paired runs.
+      start: parameters at which the policy starts.
+      reference: parameters of π_ref; they are never updated and may be of another shape than `start`.
+      reward: `(x) -> float[batch]`.
+      coefficients: traced; see `Coefficients`.
+      settings: static; see `AlignmentSettings`.
+      truth: parameters of p*, for the algorithms that learn from its draws.
+      on_target: `(x) -> bool[batch]`, which draws count as target hits; only recorded.
+
+    Returns:
+      The aligned parameters, and what was recorded on the way.
+
+    Raises:
+      ValueError: when the algorithm learns from the truth's draws and no truth is given.
+    """
+    algorithm = ALGORITHMS[settings.algorithm]
+    if algorithm.data == "truth" and truth is None:
+        raise ValueError(f"{settings.algorithm} learns from draws of the truth: give `truth`")
+    optimizer = make_optimizer(settings.num_updates)
+    step = make_step(policy, optimizer, settings, reward, on_target)
+    step_key, data_key = jax.random.split(key)
+    data = None
+    if algorithm.data:
+        source = truth if algorithm.data == "truth" else reference
+        data = preference_dataset(policy, data_key, source, reference, reward, coefficients, settings)
+
+    def body(state, index_and_key):
+        index, key = index_and_key
+        batch = jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, index % settings.dataset_batches, keepdims=False), data
+        )
+        return step(state, Inputs(key, reference, coefficients, batch))
+
+    steps = (jnp.arange(settings.num_steps), jax.random.split(step_key, settings.num_steps))
+    state, infos = lax.scan(body, State(start, optimizer.init(start)), steps)
+    return state.params, _record(state.params, infos)
+
+
+def _record(params: Params, infos: Info) -> Record:
+    hit = infos.target_hits > 0
+    first = jnp.where(hit.any(), jnp.argmax(hit).astype(jnp.float32), math.nan)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+    return Record(
+        first_hit_step=first,
+        target_hits=infos.target_hits.sum().astype(jnp.float32),
+        clip_fraction=infos.clip_fraction.mean(),
+        failed=~(finite & jnp.isfinite(infos.loss).all()),
+    )

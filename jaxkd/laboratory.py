@@ -1,0 +1,312 @@
+"""The mixture laboratory: one seed, from the truth to every arm, as pure functions to be jitted and vmapped.
+
+`prepare` makes what all algorithms share (base, students, their Gibbs optima); `run_arms` runs one algorithm's
+pipelines and measures every model on the way. A seed's keys come from the seed alone and are named by purpose, so all
+arms, algorithms, temperatures and coefficients of a seed share the base, the data and the random numbers.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd import align, distill, metrics, mixture, pipelines, rewards, theory
+from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.mixture import INACTIVE_LOGIT, Mixture
+from jaxkd.truth import Truth, on_target
+
+REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
+"""Rewards by name; the last two are wrappers of the target density at its mean over the target's own draws."""
+
+_PURPOSES = ("data", "base", "bench", "measure", *pipelines.STAGES)
+
+
+@dataclass(frozen=True)
+class LaboratorySettings:
+    """What shapes a laboratory (static).
+
+    Attributes:
+      alignment: the alignment algorithm and its sizes.
+      arms: which of `pipelines.ARMS` to run.
+      reward: a name of `REWARDS`.
+      base_components: K of the base.
+      student_components: padded K of the students.
+      num_samples: points that the base is fitted to, and samples of each distillation.
+      starts: EM starts of every fit, of which the best by likelihood is kept.
+      iterations: EM iterations of every start.
+      covariance_floor: added to the diagonal of every fitted covariance.
+      num_draws: Monte Carlo draws for the metrics where the grid does not hold.
+      grid_points: points along each side of the grid.
+      match_component_evaluations: give an alignment that starts at fewer components proportionally more updates, so
+        that every arm's alignment evaluates the same number of components.
+
+    Raises:
+      ValueError: on unknown names or numbers out of range.
+    """
+
+    alignment: AlignmentSettings = AlignmentSettings()
+    arms: tuple[str, ...] = pipelines.ARMS
+    reward: str = "density"
+    base_components: int = 8
+    student_components: int = 4
+    num_samples: int = 2048
+    starts: int = 10
+    iterations: int = 60
+    covariance_floor: float = 1e-4
+    num_draws: int = 2048
+    grid_points: int = 121
+    match_component_evaluations: bool = False
+
+    def __post_init__(self):
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {self.reward!r}")
+        if not self.arms:
+            raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.ARMS)}")
+        pipelines.needed(self.arms)
+        minima = {"base_components": 1, "student_components": 1, "num_samples": 16, "starts": 1, "iterations": 1}
+        for name, minimum in {**minima, "num_draws": 16, "grid_points": 16}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if not (math.isfinite(self.covariance_floor) and self.covariance_floor > 0):
+            raise ValueError(f"covariance_floor must be positive and finite, got {self.covariance_floor}")
+
+
+class Points(NamedTuple):
+    """The axes inside a seed: `temperature: [temperatures]` and `kl_coef: [coefficients]` (reward units a nat)."""
+
+    temperature: jax.Array
+    kl_coef: jax.Array
+
+
+class Optimum(NamedTuple):
+    """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient."""
+
+    gibbs: theory.Gibbs
+    half_mass_coefficient: jax.Array
+
+
+class Prepared(NamedTuple):
+    """What all algorithms of a seed share.
+
+    Attributes:
+      truth: p* and its targets.
+      models: "base" and "student", with their leading axes.
+      log_likelihood: mean log-likelihood of the base on its data (nats a point).
+      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      optima: by reference ("base", "student").
+    """
+
+    truth: Truth
+    models: dict[str, Mixture]
+    log_likelihood: jax.Array
+    base_failed: jax.Array
+    optima: dict[str, Optimum]
+
+
+class Measured(NamedTuple):
+    """One model, measured.
+
+    Attributes:
+      model: its parameters.
+      metrics: its quantities; `objective` is at the KL coefficient of the run, or at 0 for models that have none.
+      from_grid: whether they came from quadrature (else Monte Carlo).
+      record: what its own alignment recorded; None for models that no alignment made last.
+    """
+
+    model: Mixture
+    metrics: metrics.Metrics
+    from_grid: jax.Array
+    record: align.Record | None
+
+
+def key_for(seed_key: jax.Array, purpose: str) -> jax.Array:
+    """A seed's key for one purpose; every alignment shares one, and so does every distillation: runs are paired."""
+    return jax.random.fold_in(seed_key, _PURPOSES.index(purpose))
+
+
+def make_reward(name: str, truth: Truth) -> rewards.Reward:
+    """A reward by name. Bump and disc take the target density's scale: its peak, and half of it, as their heights."""
+    variance = jnp.exp(2 * truth.modes.log_scales).mean()
+    peak = (2 * math.pi * variance) ** (-truth.modes.dim / 2) / truth.is_target.sum()
+    density = rewards.target_density(truth.target)
+    if name == "density":
+        return density
+    if name == "bump":
+        target_means = jnp.where(truth.is_target[None, :], truth.modes.means, jnp.inf)
+        return rewards.bump(target_means, height=peak, width=2 * jnp.sqrt(variance))
+    if name == "disc":
+        return rewards.disc(truth.target, height=peak / 2)
+    if name == "log_density":
+        return rewards.log_density(truth.target)
+    # The density of a Gaussian averages half its peak in the plane over its own draws, 2^(−dim/2) in general.
+    level = peak * 2 ** (-truth.modes.dim / 2)
+    return {"reflected": rewards.reflected, "clipped": rewards.clipped}[name](density, level)
+
+
+def _fit(settings: LaboratorySettings, num_components: int, capacity):
+    return lambda key, x: mixture.fit(
+        key,
+        x,
+        num_components,
+        capacity,
+        starts=settings.starts,
+        iterations=settings.iterations,
+        covariance_floor=settings.covariance_floor,
+    )
+
+
+def _distil(settings, capacity, seed_key, teacher, temperature) -> Mixture:
+    fit = _fit(settings, settings.student_components, capacity)
+    return distill.sequence_level(
+        mixture.policy,
+        key_for(seed_key, "student"),
+        teacher,
+        temperature,
+        settings.num_samples,
+        lambda key, x: fit(key, x).mixture,
+    )
+
+
+def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) -> Optimum:
+    if bench.grid is None:
+        x = mixture.sample(reference, key, 4 * bench.truth_draws.shape[-1])
+        log_reference, values, inside = jnp.zeros_like(x[0]), reward(x), on_target(bench.truth, x).astype(x.dtype)
+    else:
+        log_reference, values = mixture.log_density(reference, bench.grid.x), bench.grid_field.reward
+        inside = jnp.where(bench.truth.is_target[:, None], bench.grid.inside, 0.0).sum(axis=0)
+    gibbs = jax.vmap(lambda kl_coef: theory.gibbs(log_reference, values, inside, kl_coef))(kl_coefs)
+    return Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
+
+
+def _bench(seed_key, truth, base, grid, settings):
+    reward = make_reward(settings.reward, truth)
+    return metrics.make_bench(key_for(seed_key, "bench"), truth, base, reward, grid, settings.num_draws), reward
+
+
+def prepare(
+    seed_key: jax.Array, truth: Truth, capacity, points: Points, grid: metrics.Grid | None, settings: LaboratorySettings
+) -> tuple[Prepared, dict[str, Measured]]:
+    """Fit the base to samples of p*, distil the students, measure both and find what each allows as a reference.
+
+    Args:
+      seed_key: the seed's key.
+      truth: p*; its target weight may be traced.
+      capacity: components that students may use; may be traced.
+      points: temperatures and KL coefficients.
+      grid: quadrature grid, or None for Monte Carlo alone.
+      settings: static.
+    """
+    x = mixture.sample(truth.modes, key_for(seed_key, "data"), settings.num_samples)
+    fitted = _fit(settings, settings.base_components, None)(key_for(seed_key, "base"), x)
+    base = fitted.mixture
+    students = jax.vmap(lambda temperature: _distil(settings, capacity, seed_key, base, temperature))(
+        points.temperature
+    )
+    bench, reward = _bench(seed_key, truth, base, grid, settings)
+    measure_key = key_for(seed_key, "measure")
+
+    def measured(model):
+        return Measured(model, *metrics.evaluate(bench, measure_key, model, base, reward, 0.0), None)
+
+    def optimum(reference):
+        return _optimum(bench, reference, reward, measure_key, points.kl_coef)
+
+    results = {"base": measured(base), "student": jax.vmap(measured)(students)}
+    prepared = Prepared(
+        truth=truth,
+        models={"base": base, "student": students},
+        log_likelihood=fitted.log_likelihood,
+        base_failed=results["base"].metrics.coverage < 1,
+        optima={"base": optimum(base), "student": jax.vmap(optimum)(students)},
+    )
+    return prepared, results
+
+
+def updates_for(settings: LaboratorySettings, num_components: int) -> int:
+    """Updates of an alignment that starts at a number of components, matched on component evaluations if asked."""
+    updates = settings.alignment.num_updates
+    if not settings.match_component_evaluations:
+        return updates
+    step = settings.alignment.updates_per_step
+    return max(1, round(updates * settings.base_components / num_components / step)) * step
+
+
+def run_arms(
+    seed_key: jax.Array,
+    prepared: Prepared,
+    capacity,
+    points: Points,
+    coefficients: Coefficients,
+    grid: metrics.Grid | None,
+    settings: LaboratorySettings,
+) -> dict[str, Measured]:
+    """Run one algorithm's pipelines on a prepared seed and measure every model they make.
+
+    Args:
+      seed_key: the seed's key.
+      prepared: from `prepare`, on the same seed, points and grid.
+      capacity: components that students may use; may be traced.
+      points: temperatures and KL coefficients.
+      coefficients: traced; its `kl_coef` is replaced by the points'.
+      grid: quadrature grid, or None for Monte Carlo alone.
+      settings: static.
+
+    Returns:
+      By model: "aligned_base" and the arms, with leading axes as `pipelines.axes_of` says.
+    """
+    truth, base = prepared.truth, prepared.models["base"]
+    bench, reward = _bench(seed_key, truth, base, grid, settings)
+
+    def execute(name, stage, parents, point):
+        if isinstance(stage, pipelines.Sharpen):
+            return mixture.sharpen(parents[0], point["temperature"]), None
+        if isinstance(stage, pipelines.Distil):
+            temperature = point["temperature"] if stage.temperature == "temperature" else stage.temperature
+            return _distil(settings, capacity, seed_key, parents[0], temperature), None
+        start, reference = parents
+        return align.align(
+            mixture.policy,
+            key_for(seed_key, "kd_align"),
+            start,
+            reference,
+            reward,
+            coefficients._replace(kl_coef=point["kl_coef"]),
+            replace(settings.alignment, num_updates=updates_for(settings, start.num_components)),
+            truth=truth.modes,
+            on_target=lambda x: on_target(truth, x),
+        )
+
+    stages = pipelines.needed(settings.arms)
+    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute)
+    return {
+        name: _measured_over_axes(bench, seed_key, name, models, records[name], reward, points)
+        for name in records
+    }
+
+
+def _measured_over_axes(bench, seed_key, name, models, record, reward, points) -> Measured:
+    reference = pipelines.reference_of(name)
+    axes = pipelines.axes_of(name)
+    reference_axes = pipelines.axes_of(reference)
+
+    def evaluate(model, reference_model, values):
+        kl_coef = dict(zip(axes, values, strict=True)).get("kl_coef", 0.0)
+        return metrics.evaluate(bench, key_for(seed_key, "measure"), model, reference_model, reward, kl_coef)
+
+    for axis in reversed(axes):
+        in_axes = (0, 0 if axis in reference_axes else None, tuple(0 if axis == other else None for other in axes))
+        evaluate = jax.vmap(evaluate, in_axes=in_axes)
+    values = tuple(points._asdict()[axis] for axis in axes)
+    return Measured(models[name], *evaluate(models[name], models[reference], values), record)
+
+
+def pad_components(model: Mixture, num_components: int) -> Mixture:
+    """Pad a mixture with inactive components on its last axis, so that models of several sizes fit one array."""
+    missing = num_components - model.num_components
+
+    def pad(leaf, value):
+        return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, missing)], constant_values=value)
+
+    return Mixture(pad(model.logits, INACTIVE_LOGIT), *(pad(leaf, 0.0) for leaf in model[1:]))

@@ -1,0 +1,110 @@
+"""What is known without training: the Gibbs optimum of any reference, reward and coefficient, and where it tips.
+
+The maximiser of E[R] − β·KL(π ‖ π_ref) is π*(x) ∝ π_ref(x)·exp(R(x)/β), with J* = β·log E over π_ref of exp(R/β)
+(arXiv 2305.18290, eq. 4; Donsker and Varadhan 1975). Here it is known to the accuracy of a quadrature, and for every
+policy π: J* − J(π) = β·KL(π ‖ π*), so a shortfall in the objective is a distance to the optimum.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Gibbs(NamedTuple):
+    """The Gibbs policy of a reference, a reward and a coefficient.
+
+    Attributes:
+      reward: E over π* of R.
+      target_mass: probability of the targets' discs under π*.
+      kl: KL(π* ‖ π_ref) (nats).
+      objective: J* = β·log E over π_ref of exp(R/β).
+      target_log_odds: log(target mass / (1 − target mass)), which stays informative where the mass rounds to 0 or 1.
+    """
+
+    reward: jax.Array
+    target_mass: jax.Array
+    kl: jax.Array
+    objective: jax.Array
+    target_log_odds: jax.Array
+
+
+def _log_mean_exp(exponent, log_weight):
+    return jax.nn.logsumexp(exponent + log_weight) - jax.nn.logsumexp(log_weight)
+
+
+def gibbs(log_reference: jax.Array, reward: jax.Array, inside: jax.Array, kl_coef) -> Gibbs:
+    """The Gibbs policy by quadrature.
+
+    Args:
+      log_reference: log of the reference's weight at each point, [points]: its log-density on an even grid, or zeros
+        at draws of it; need not be normalised.
+      reward: R at each point, [points].
+      inside: how much each point lies on a target, [points], in [0, 1].
+      kl_coef: β > 0; may be traced.
+    """
+    tilt = reward / kl_coef
+    weight = jax.nn.softmax(log_reference + tilt)
+    objective = kl_coef * _log_mean_exp(tilt, log_reference)
+    mean_reward = (weight * reward).sum()
+    log_on = jax.nn.logsumexp(log_reference + tilt, b=inside)
+    log_off = jax.nn.logsumexp(log_reference + tilt, b=1.0 - inside)
+    return Gibbs(
+        reward=mean_reward,
+        target_mass=(weight * inside).sum(),
+        kl=(mean_reward - objective) / kl_coef,
+        objective=objective,
+        target_log_odds=log_on - log_off,
+    )
+
+
+def half_mass_coefficient(
+    log_reference: jax.Array, reward: jax.Array, inside: jax.Array, *, lowest=1e-3, highest=1e3, iterations: int = 50
+) -> jax.Array:
+    """β_c, the coefficient at which the Gibbs policy puts half its mass on the target, by bisection of its log-odds.
+
+    Solves E[exp(R/β) | target] / E[exp(R/β) | not target] = (1 − m)/m under the reference, m its target mass. Below
+    β_c the optimum is on the target. It is infinite where the reference itself has half its mass there, and 0 where no
+    coefficient above `lowest` suffices.
+
+    Args:
+      log_reference: as for `gibbs`, [points].
+      reward: [points].
+      inside: [points].
+      lowest: end of the search.
+      highest: end of the search.
+      iterations: halvings of the interval of log β.
+    """
+
+    def log_odds(log_coefficient):
+        joint = log_reference + reward / jnp.exp(log_coefficient)
+        return jax.nn.logsumexp(joint, b=inside) - jax.nn.logsumexp(joint, b=1.0 - inside)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        on_target = log_odds(middle) > 0
+        return jnp.where(on_target, middle, low), jnp.where(on_target, high, middle)
+
+    ends = (jnp.log(jnp.float32(lowest)), jnp.log(jnp.float32(highest)))
+    low, high = lax.fori_loop(0, iterations, halve, ends)
+    root = jnp.exp(0.5 * (low + high))
+    never = log_odds(ends[0]) < 0
+    always = log_odds(ends[1]) > 0
+    return jnp.where(always, jnp.inf, jnp.where(never, 0.0, root))
+
+
+def two_valued_coefficient(height, target_mass):
+    """β_c where the reward is `height` on the target and 0 elsewhere: height / log((1 − m)/m), for m < 1/2."""
+    return height / jnp.log((1 - target_mass) / target_mass)
+
+
+def target_density_ratio(peak, kl_coef):
+    """E[exp(R/β) | target] where the reward is the target's density: (eᵃ − 1)/a with a = peak/β.
+
+    Under a reference shaped like the target, the density of a two-dimensional Gaussian at its own draws is uniform on
+    (0, peak).
+    """
+    scaled = peak / kl_coef
+    return jnp.expm1(scaled) / scaled
