@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxkd import align, distill, metrics, mixture, pipelines, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
@@ -34,7 +35,8 @@ class LaboratorySettings:
       base_components: K of the base.
       student_components: padded K of the students.
       num_samples: points that the base is fitted to, and samples of each distillation.
-      starts: EM starts of every fit, of which the best by likelihood is kept.
+      starts: EM starts of the base, of which the best by likelihood is kept.
+      distillation_starts: the same for every distillation.
       iterations: EM iterations of every start.
       covariance_floor: added to the diagonal of every fitted covariance.
       num_draws: Monte Carlo draws for the metrics where the grid does not hold.
@@ -53,6 +55,7 @@ class LaboratorySettings:
     student_components: int = 4
     num_samples: int = 2048
     starts: int = 10
+    distillation_starts: int = 4
     iterations: int = 60
     covariance_floor: float = 1e-4
     num_draws: int = 2048
@@ -65,7 +68,7 @@ class LaboratorySettings:
         if not self.arms:
             raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.ARMS)}")
         pipelines.needed(self.arms)
-        minima = {"base_components": 1, "student_components": 1, "num_samples": 16, "starts": 1, "iterations": 1}
+        minima = {"base_components": 1, "student_components": 1, "num_samples": 16, "starts": 1, "iterations": 1, "distillation_starts": 1}
         for name, minimum in {**minima, "num_draws": 16, "grid_points": 16}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
@@ -145,20 +148,20 @@ def make_reward(name: str, truth: Truth) -> rewards.Reward:
     return {"reflected": rewards.reflected, "clipped": rewards.clipped}[name](density, level)
 
 
-def _fit(settings: LaboratorySettings, num_components: int, capacity):
+def _fit(settings: LaboratorySettings, num_components: int, capacity, starts: int):
     return lambda key, x: mixture.fit(
         key,
         x,
         num_components,
         capacity,
-        starts=settings.starts,
+        starts=starts,
         iterations=settings.iterations,
         covariance_floor=settings.covariance_floor,
     )
 
 
 def _distil(settings, capacity, seed_key, teacher, temperature) -> Mixture:
-    fit = _fit(settings, settings.student_components, capacity)
+    fit = _fit(settings, settings.student_components, capacity, settings.distillation_starts)
     return distill.sequence_level(
         mixture.policy,
         key_for(seed_key, "student"),
@@ -199,27 +202,24 @@ def prepare(
       settings: static.
     """
     x = mixture.sample(truth.modes, key_for(seed_key, "data"), settings.num_samples)
-    fitted = _fit(settings, settings.base_components, None)(key_for(seed_key, "base"), x)
+    fitted = _fit(settings, settings.base_components, None, settings.starts)(key_for(seed_key, "base"), x)
     base = fitted.mixture
     students = jax.vmap(lambda temperature: _distil(settings, capacity, seed_key, base, temperature))(
         points.temperature
     )
     bench, reward = _bench(seed_key, truth, base, grid, settings)
     measure_key = key_for(seed_key, "measure")
-
-    def measured(model):
-        return Measured(model, *metrics.evaluate(bench, measure_key, model, base, reward, 0.0), None)
-
-    def optimum(reference):
-        return _optimum(bench, reference, reward, measure_key, points.kl_coef)
-
-    results = {"base": measured(base), "student": jax.vmap(measured)(students)}
+    models = {"base": base, "student": students}
+    results = _measure_all(bench, measure_key, models, {}, reward, points)
+    references = _stack([base, students], ["base", "student"])
+    optima = jax.vmap(lambda reference: _optimum(bench, reference, reward, measure_key, points.kl_coef))(references)
+    of_base, of_students = pipelines.split(optima, [1, points.temperature.size], [(), points.temperature.shape])
     prepared = Prepared(
         truth=truth,
-        models={"base": base, "student": students},
+        models=models,
         log_likelihood=fitted.log_likelihood,
         base_failed=results["base"].metrics.coverage < 1,
-        optima={"base": optimum(base), "student": jax.vmap(optimum)(students)},
+        optima={"base": of_base, "student": of_students},
     )
     return prepared, results
 
@@ -259,47 +259,72 @@ def run_arms(
     truth, base = prepared.truth, prepared.models["base"]
     bench, reward = _bench(seed_key, truth, base, grid, settings)
 
-    def execute(name, stage, parents, point):
-        if isinstance(stage, pipelines.Sharpen):
-            return mixture.sharpen(parents[0], point["temperature"]), None
-        if isinstance(stage, pipelines.Distil):
-            temperature = point["temperature"] if stage.temperature == "temperature" else stage.temperature
-            return _distil(settings, capacity, seed_key, parents[0], temperature), None
-        start, reference = parents
+    def execute(kind, num_updates, *inputs):
+        *parents, value = inputs
+        if kind is pipelines.Sharpen:
+            return mixture.sharpen(parents[0], value), None
+        if kind is pipelines.Distil:
+            return _distil(settings, capacity, seed_key, parents[0], value), None
         return align.align(
             mixture.policy,
             key_for(seed_key, "kd_align"),
-            start,
-            reference,
+            *parents,
             reward,
-            coefficients._replace(kl_coef=point["kl_coef"]),
-            replace(settings.alignment, num_updates=updates_for(settings, start.num_components)),
+            coefficients._replace(kl_coef=value),
+            replace(settings.alignment, num_updates=num_updates),
             truth=truth.modes,
             on_target=lambda x: on_target(truth, x),
         )
 
+    def num_updates_of(name, stage):
+        if not isinstance(stage, pipelines.Align):
+            return None
+        return updates_for(settings, prepared.models[stage.start].num_components)
+
     stages = pipelines.needed(settings.arms)
-    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute)
+    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute, _unify, num_updates_of)
+    made = {name: models[name] for name in ("base", "student", *records)}
+    measured = _measure_all(bench, key_for(seed_key, "measure"), made, records, reward, points)
+    return {name: measured[name] for name in records}
+
+
+def _unify(models: list[Mixture]) -> list[Mixture]:
+    widest = max(model.num_components for model in models)
+    return [pad_components(model, widest) for model in models]
+
+
+def _stack(models: list[Mixture], names: list[str]) -> Mixture:
+    """Models of several sizes, each with the leading axes of its name, as one flat stack."""
+    flat = [pipelines.flatten(model, pipelines.axes_of(name)) for model, name in zip(models, names, strict=True)]
+    return pipelines.concatenate(_unify(flat))
+
+
+def _measure_all(bench, key, models, records, reward, points) -> dict[str, Measured]:
+    """Measure all models in one pass; a model's reference is what its alignment was held to."""
+    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
+    shapes = [tuple(lengths[axis] for axis in pipelines.axes_of(name)) for name in models]
+    references, coefficients = [], []
+    for name in models:
+        axes, reference = pipelines.axes_of(name), pipelines.reference_of(name)
+        references.append(pipelines.at_all_points(models[reference], pipelines.axes_of(reference), axes, lengths))
+        count = math.prod(lengths[axis] for axis in axes)
+        has_coefficient = "kl_coef" in axes
+        coefficients.append(
+            pipelines.values_at_points("kl_coef", axes, points._asdict()) if has_coefficient else jnp.zeros(count)
+        )
+
+    def evaluate(inputs):
+        model, reference, kl_coef = inputs
+        return metrics.evaluate(bench, key, model, reference, reward, kl_coef)
+
+    stacked = _stack(list(models.values()), list(models))
+    inputs = (stacked, pipelines.concatenate(_unify(references)), jnp.concatenate(coefficients))
+    # One model's grid fits the cache, all of them together do not.
+    results = lax.map(evaluate, inputs)
+    pieces = pipelines.split(results, [math.prod(shape) for shape in shapes], shapes)
     return {
-        name: _measured_over_axes(bench, seed_key, name, models, records[name], reward, points)
-        for name in records
+        name: Measured(models[name], *piece, records.get(name)) for name, piece in zip(models, pieces, strict=True)
     }
-
-
-def _measured_over_axes(bench, seed_key, name, models, record, reward, points) -> Measured:
-    reference = pipelines.reference_of(name)
-    axes = pipelines.axes_of(name)
-    reference_axes = pipelines.axes_of(reference)
-
-    def evaluate(model, reference_model, values):
-        kl_coef = dict(zip(axes, values, strict=True)).get("kl_coef", 0.0)
-        return metrics.evaluate(bench, key_for(seed_key, "measure"), model, reference_model, reward, kl_coef)
-
-    for axis in reversed(axes):
-        in_axes = (0, 0 if axis in reference_axes else None, tuple(0 if axis == other else None for other in axes))
-        evaluate = jax.vmap(evaluate, in_axes=in_axes)
-    values = tuple(points._asdict()[axis] for axis in axes)
-    return Measured(models[name], *evaluate(models[name], models[reference], values), record)
 
 
 def pad_components(model: Mixture, num_components: int) -> Mixture:

@@ -410,10 +410,8 @@ def em(initial: Mixture, x: jax.Array, iterations: int, covariance_floor=1e-6) -
     n = x.shape[-1]
 
     def iteration(mixture, _):
-        joint = component_log_densities(mixture, x)
-        log_likelihood = jax.nn.logsumexp(joint, axis=0)
-        responsibilities = jnp.exp(joint - log_likelihood[None, :]) / n
-        moments = _weighted_moments(mixture, x, responsibilities)
+        log_likelihood, (_, _, unnormalised, total) = _log_density_forward(mixture, x)
+        moments = _weighted_moments(mixture, x, unnormalised / (n * total)[None, :])
         return _from_moments(mixture, moments, covariance_floor), log_likelihood.mean()
 
     mixture, log_likelihoods = lax.scan(iteration, initial, length=iterations)
@@ -426,27 +424,29 @@ def kmeans_plus_plus(key: jax.Array, x: jax.Array, num_components: int) -> jax.A
 
     Seed k depends on the seeds before it alone, so a smaller mixture's seeds are the first of a larger one's.
     """
-    keys = _component_keys(key, num_components)
+    keys = _keys_in_turn(key, num_components)
 
-    def pick(key, log_chance):
+    def pick(key, chance):
+        # An exponential race picks index i with probability chance_i / Σ chance, at one logarithm a point.
         with jax.threefry_partitionable(False):
-            noise = jax.random.gumbel(key, log_chance.shape)
-        chosen = (jnp.arange(x.shape[-1]) == jnp.argmax(log_chance + noise)).astype(x.dtype)
-        seed = (x * chosen[None, :]).sum(axis=1)
+            bits = jax.random.bits(key, chance.shape)
+        arrival = -jnp.log(_uniform(bits) + 2.0**-24) / chance
+        chosen = (arrival == arrival.min()).astype(x.dtype)
+        seed = (x * (chosen / chosen.sum())[None, :]).sum(axis=1)
         return seed, ((x - seed[:, None]) ** 2).sum(axis=0)
 
     def following(nearest, key):
-        seed, distance = pick(key, jnp.log(jnp.maximum(nearest, 1e-30)))
+        seed, distance = pick(key, jnp.maximum(nearest, 1e-30))
         return jnp.minimum(nearest, distance), seed
 
-    first, distance = pick(keys[0], jnp.zeros_like(x[0]))
+    first, distance = pick(keys[0], jnp.ones_like(x[0]))
     _, rest = lax.scan(following, distance, keys[1:])
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
-def _component_keys(key: jax.Array, num_components: int) -> jax.Array:
-    """One key a component; the first keys do not depend on how many follow."""
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_components))
+def _keys_in_turn(key: jax.Array, count: int) -> jax.Array:
+    """Keys of which the first do not depend on how many follow."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
 def seeded_start(
@@ -503,7 +503,8 @@ def fit(
         start = seeded_start(key, x, num_components, capacity, diagonal, covariance_floor)
         return em(start, x, iterations, covariance_floor)
 
-    fits = jax.vmap(one)(_component_keys(key, starts))
+    # One start after another: the arrays of a single start already fill a core's cache.
+    fits = lax.map(one, _keys_in_turn(key, starts))
     comparable = jnp.where(jnp.isfinite(fits.log_likelihood), fits.log_likelihood, -jnp.inf)
     best = jnp.argmax(comparable)
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, best, keepdims=False), fits)

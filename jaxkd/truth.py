@@ -22,16 +22,13 @@ class Truth(NamedTuple):
 
     Attributes:
       modes: p* as a mixture, one component a mode; the targets' logits carry `target_weight`.
+      target: p_target, the targets alone with equal weights, one component a target.
       is_target: bool[modes].
     """
 
     modes: Mixture
+    target: Mixture
     is_target: jax.Array
-
-    @property
-    def target(self) -> Mixture:
-        """p_target: the targets alone, with equal weights."""
-        return self.modes._replace(logits=jnp.where(self.is_target, 0.0, INACTIVE_LOGIT))
 
 
 def make_truth(
@@ -71,7 +68,8 @@ def make_truth(
     modes = mixture.make(np.ones(len(means)), means, np.full(means.shape + means.shape[1:], 0.0) + variance * np.eye(
         means.shape[1]
     ))
-    truth = Truth(modes, jnp.asarray(is_target))
+    target = Mixture(*(leaf[..., np.flatnonzero(is_target)] for leaf in modes))
+    truth = Truth(modes, target, jnp.asarray(is_target))
     check_target_weight(target_weight)
     return with_target_weight(truth, jnp.float32(target_weight))
 
@@ -98,7 +96,7 @@ def discs(truth: Truth, x: jax.Array) -> jax.Array:
 
 def on_target(truth: Truth, x: jax.Array) -> jax.Array:
     """Whether each of `x: [dim, n]` lies in the disc of a target, bool[n]."""
-    return (discs(truth, x) & truth.is_target[:, None]).any(axis=0)
+    return (mixture.mahalanobis(truth.target, x) < TARGET_RADIUS).any(axis=0)
 
 
 def _layout_means(layout, num_modes, variance, seed) -> np.ndarray:

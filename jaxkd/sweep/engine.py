@@ -36,7 +36,12 @@ class Compiled(NamedTuple):
 
 
 def compile_runs(
-    function: Callable, arguments: Any, *, batch_size: int, on_batch: Callable[[], None] | None = None
+    function: Callable,
+    arguments: tuple,
+    shared: tuple = (),
+    *,
+    batch_size: int,
+    on_batch: Callable[[], None] | None = None,
 ) -> Compiled:
     """Compile `function` over the leading run axis of its arguments into one device call.
 
@@ -45,8 +50,10 @@ def compile_runs(
     others in its batch.
 
     Args:
-      function: a pure function of one run's arguments, `(*arguments) -> pytree of arrays`.
-      arguments: tuple of pytrees whose leaves all lead with the run axis.
+      function: a pure function of one run's arguments, `(*arguments, *shared) -> pytree of arrays`.
+      arguments: pytrees whose leaves all lead with the run axis.
+      shared: pytrees that all runs share. What a function closes over instead becomes a constant of the program, and
+        XLA then spends its compile time on folding it.
       batch_size: runs that a device computes at a time.
       on_batch: called on the host whenever a device has finished a batch, for progress; costs no synchronisation.
 
@@ -67,24 +74,28 @@ def compile_runs(
         taken = leaf[filled]
         return taken.reshape(num_batches, batch_size * len(devices), *leaf.shape[1:])
 
-    def one_batch(batch):
-        results = jax.vmap(function)(*batch)
+    def one_batch(batch, shared):
+        results = jax.vmap(lambda *own: function(*own, *shared))(*batch)
         if on_batch is not None:
             # The argument makes the callback wait for the batch.
             jax.debug.callback(lambda _: on_batch(), jax.tree.leaves(results)[0].ravel()[0])
         return results
 
-    def all_batches(batches):
-        return lax.map(one_batch, batches)
+    def all_batches(batches, shared):
+        return lax.map(lambda batch: one_batch(batch, shared), batches)
 
-    sharded = jax.shard_map(all_batches, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    place = lambda tree: jax.device_put(jax.tree.map(spread, tree), NamedSharding(mesh, spec))  # noqa: E731
+    replicated = PartitionSpec()
+    sharded = jax.shard_map(all_batches, mesh=mesh, in_specs=(spec, replicated), out_specs=spec, check_vma=False)
+
+    def place(arguments):
+        spread_out = jax.device_put(jax.tree.map(spread, arguments), NamedSharding(mesh, spec))
+        return spread_out, jax.device_put(shared, NamedSharding(mesh, replicated))
     begin = time.perf_counter()
-    compiled = jax.jit(sharded).lower(place(arguments)).compile()
+    compiled = jax.jit(sharded).lower(*place(arguments)).compile()
     seconds = time.perf_counter() - begin
 
     def call(arguments):
-        results = jax.device_get(compiled(place(arguments)))
+        results = jax.device_get(compiled(*place(arguments)))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_runs], results)
 
     return Compiled(call, seconds, num_batches)
