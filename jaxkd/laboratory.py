@@ -68,7 +68,14 @@ class LaboratorySettings:
         if not self.arms:
             raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.ARMS)}")
         pipelines.needed(self.arms)
-        minima = {"base_components": 1, "student_components": 1, "num_samples": 16, "starts": 1, "iterations": 1, "distillation_starts": 1}
+        minima = {
+            "base_components": 1,
+            "student_components": 1,
+            "num_samples": 16,
+            "starts": 1,
+            "iterations": 1,
+            "distillation_starts": 1,
+        }
         for name, minimum in {**minima, "num_draws": 16, "grid_points": 16}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
@@ -322,9 +329,7 @@ def _measure_all(bench, key, models, records, reward, points) -> dict[str, Measu
     # One model's grid fits the cache, all of them together do not.
     results = lax.map(evaluate, inputs)
     pieces = pipelines.split(results, [math.prod(shape) for shape in shapes], shapes)
-    return {
-        name: Measured(models[name], *piece, records.get(name)) for name, piece in zip(models, pieces, strict=True)
-    }
+    return {name: Measured(models[name], *piece, records.get(name)) for name, piece in zip(models, pieces, strict=True)}
 
 
 def pad_components(model: Mixture, num_components: int) -> Mixture:

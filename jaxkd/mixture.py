@@ -322,9 +322,7 @@ def mahalanobis(mixture: Mixture, x: jax.Array) -> jax.Array:
     """Mahalanobis distances of `x: [dim, n]` to every component, as [K, n]."""
     inverse = _inverse_factor(mixture)
     residual = [x[d][None, :] - mixture.means[d][:, None] for d in range(mixture.dim)]
-    whitened = [
-        sum(inverse[d][e][:, None] * residual[e] for e in range(d + 1)) for d in range(mixture.dim)
-    ]
+    whitened = [sum(inverse[d][e][:, None] * residual[e] for e in range(d + 1)) for d in range(mixture.dim)]
     return jnp.sqrt(sum(z * z for z in whitened))
 
 

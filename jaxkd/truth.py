@@ -65,9 +65,9 @@ def make_truth(
     is_target = np.isin(np.arange(len(means)), indices)
     if is_target.all():
         raise ValueError("at least one mode must not be a target")
-    modes = mixture.make(np.ones(len(means)), means, np.full(means.shape + means.shape[1:], 0.0) + variance * np.eye(
-        means.shape[1]
-    ))
+    modes = mixture.make(
+        np.ones(len(means)), means, np.full(means.shape + means.shape[1:], 0.0) + variance * np.eye(means.shape[1])
+    )
     target = Mixture(*(leaf[..., np.flatnonzero(is_target)] for leaf in modes))
     truth = Truth(modes, target, jnp.asarray(is_target))
     check_target_weight(target_weight)

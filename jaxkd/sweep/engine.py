@@ -90,6 +90,7 @@ def compile_runs(
     def place(arguments):
         spread_out = jax.device_put(jax.tree.map(spread, arguments), NamedSharding(mesh, spec))
         return spread_out, jax.device_put(shared, NamedSharding(mesh, replicated))
+
     begin = time.perf_counter()
     compiled = jax.jit(sharded).lower(*place(arguments)).compile()
     seconds = time.perf_counter() - begin
