@@ -359,12 +359,14 @@ class Algorithm:
       variant: the policy-gradient variant or the preference loss.
       data: whose draws an offline algorithm learns from: "reference" (the arm's own) or "truth" (the same for all).
       has_gibbs_optimum: whether the Gibbs policy at β (times the label temperature, for preferences) is its optimum.
+      learning_rate: the one that `experiments/tune_learning_rate.py` found best, on seeds kept apart.
     """
 
     kind: str
     variant: str
     data: str | None = None
     has_gibbs_optimum: bool = False
+    learning_rate: float = 0.03
 
 
 ALGORITHMS: dict[str, Algorithm] = {

@@ -367,6 +367,16 @@ def test_unbounded_boundary_has_infinite_limits():
     assert curve.critical_interval.high == INF
 
 
+def test_flat_curve_is_unbounded_on_the_side_away_from_its_level():
+    # Recovery is high and hardly rises: resamples that fall count as a boundary below all runs, never above them.
+    x, recovered = np.linspace(-4, 0, 30), np.ones(30, bool)
+    recovered[[3, 12, 22]] = False
+    curve = statistics.recovery_curve(x, recovered, np.arange(30), num_resamples=400)
+    assert np.mean(curve.resamples[:, 1] < 0) > 0.1
+    assert curve.critical_interval.low == -INF
+    assert curve.critical < curve.critical_interval.high < 0
+
+
 def test_band_holds_the_curve_in_the_shape_asked_for():
     x, recovered, cluster = logistic_runs(np.random.default_rng(0), 30, 4)
     curve = statistics.recovery_curve(x, recovered, cluster)
@@ -390,10 +400,10 @@ def test_copies_within_clusters_do_not_narrow_the_interval():
     width = {}
     for name, copies, labels in (
         ("once", 1, cluster),
-        ("clustered", 9, np.tile(cluster, 9)),
+        ("clustered", 9, np.repeat(cluster, 9)),
         ("as if independent", 9, np.arange(900)),
     ):
-        curve = statistics.recovery_curve(np.tile(x, copies), np.tile(recovered, copies), labels)
+        curve = statistics.recovery_curve(np.repeat(x, copies), np.repeat(recovered, copies), labels)
         width[name] = np.ptp(curve.slope_interval)
     assert width["clustered"] == pytest.approx(width["once"], rel=0.25)
     assert width["as if independent"] == pytest.approx(width["clustered"] / 3, rel=0.25)

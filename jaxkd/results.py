@@ -1,0 +1,292 @@
+"""From the laboratory's arrays to labelled results, and from those to the table that a reader wants."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from jaxkd import mixture, pipelines, statistics
+from jaxkd.align import ALGORITHMS
+from jaxkd.laboratory import Measured, Prepared, pad_components
+from jaxkd.metrics import RECOVERED_MASS
+
+DIMS = ("algorithm", "temperature", "kl_coef", "seed", "stage")
+
+UNITS = {
+    "reward": ("mean reward E[R]", "reward"),
+    "objective": ("objective E[R] − β·KL(policy ‖ reference)", "reward"),
+    "precision": ("precision E over the policy of log p*", "nat"),
+    "recall": ("recall E over p* of log policy", "nat"),
+    "target_precision": ("target precision E over the policy of log p_target", "nat"),
+    "target_recall": ("target recall E over p_target of log policy", "nat"),
+    "target_mass": ("target mass within Mahalanobis distance 3", "1"),
+    "target_balance": ("smallest over largest target mass", "1"),
+    "coverage": ("share of the modes of p* that are covered", "1"),
+    "bounded_recall": ("probability over p* that log policy ≥ log p* − log 10", "1"),
+    "kl_to_base": ("KL(policy ‖ base)", "nat"),
+    "kl_to_reference": ("KL(policy ‖ reference)", "nat"),
+    "target_variance": ("variance on the targets over that of the target's modes", "1"),
+    "from_grid": ("measured by quadrature (else by Monte Carlo)", "1"),
+    "failed": ("ended in numbers that are not finite", "1"),
+    "first_hit_step": ("first step that saw a draw on a target (NaN: none did)", "step"),
+    "target_hits": ("draws on a target seen while aligning", "draw"),
+    "clip_fraction": ("share of clipped ratios", "1"),
+    "gibbs_reward": ("mean reward of the reference's Gibbs policy", "reward"),
+    "gibbs_target_mass": ("target mass of the reference's Gibbs policy", "1"),
+    "gibbs_objective": ("objective J* of the reference's Gibbs policy", "reward"),
+    "gibbs_kl": ("KL(Gibbs policy ‖ reference)", "nat"),
+    "gibbs_target_log_odds": ("log-odds of the target under the reference's Gibbs policy", "nat"),
+    "half_mass_coefficient": ("β_c of the reference", "reward/nat"),
+    "distance_to_gibbs": ("KL(policy ‖ Gibbs policy of its reference)", "nat"),
+    "base_failed": ("the base misses a mode of p*", "1"),
+    "base_log_likelihood": ("mean log-likelihood of the base on its data", "nat/draw"),
+    "component_weight": ("mixture weights", "1"),
+    "component_mean": ("component means", "1"),
+    "component_covariance": ("component covariances", "1"),
+}
+"""Long name and unit of every variable."""
+
+
+def _lead(array, own_axes, lengths) -> np.ndarray:
+    """[seed, *own axes, …] → [temperature, kl_coef, seed, …], repeated over the axes that it does not depend on."""
+    array = np.asarray(array)
+    tail = array.shape[1 + len(own_axes) :]
+    kept = [lengths[axis] if axis in own_axes else 1 for axis in pipelines.AXES]
+    full = [lengths[axis] for axis in pipelines.AXES]
+    spread = np.broadcast_to(array.reshape(array.shape[0], *kept, *tail), (array.shape[0], *full, *tail))
+    return np.moveaxis(spread, 0, len(full))
+
+
+def to_dataset(
+    prepared: Prepared,
+    shared: dict[str, Measured],
+    by_algorithm: dict[str, dict[str, Measured]],
+    temperatures,
+    kl_coefs,
+    seeds,
+    num_components: int,
+) -> xr.Dataset:
+    """Label everything: dimensions algorithm, temperature, kl_coef, seed and stage; base and student are repeated.
+
+    Args:
+      prepared: from `laboratory.prepare`, seeds leading.
+      shared: its measured models, "base" and "student".
+      by_algorithm: from `laboratory.run_arms`, by algorithm.
+      temperatures: τ of the distillations, [temperatures].
+      kl_coefs: β, [coefficients].
+      seeds: [seeds].
+      num_components: K to which stored mixtures are padded.
+    """
+    lengths = {"temperature": len(temperatures), "kl_coef": len(kl_coefs)}
+    stages = ["base", "student", *next(iter(by_algorithm.values()))]
+    columns: dict[str, list] = {}
+    for algorithm, arms in by_algorithm.items():
+        per_stage = [_stage_columns(name, {**shared, **arms}[name], lengths, num_components) for name in stages]
+        for name in per_stage[0]:
+            columns.setdefault(name, []).append(np.stack([column[name] for column in per_stage], axis=3))
+        columns.setdefault("_gibbs_applies", []).append(ALGORITHMS[algorithm].has_gibbs_optimum)
+    applies = np.asarray(columns.pop("_gibbs_applies"))
+    extra_dims = {
+        "component_weight": ("component",),
+        "component_mean": ("coordinate", "component"),
+        "component_covariance": ("coordinate", "other_coordinate", "component"),
+    }
+    data = {name: ((*DIMS, *extra_dims.get(name, ())), np.stack(parts)) for name, parts in columns.items()}
+    dataset = xr.Dataset(
+        data,
+        coords={
+            "algorithm": _strings(list(by_algorithm)),
+            "temperature": np.asarray(temperatures, np.float64),
+            "kl_coef": np.asarray(kl_coefs, np.float64),
+            "seed": np.asarray(seeds),
+            "stage": _strings(stages),
+        },
+    )
+    dataset = dataset.assign(_optima(prepared, stages, lengths))
+    dataset["base_failed"] = ("seed", np.asarray(prepared.base_failed))
+    dataset["base_log_likelihood"] = ("seed", np.asarray(prepared.log_likelihood))
+    # Models without a coefficient of their own are valued at every coefficient of the axis.
+    dataset["objective"] = (dataset.reward - dataset.kl_coef * dataset.kl_to_reference).astype(np.float32)
+    aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in stages]
+    shortfall = (dataset.gibbs_objective - dataset.objective) / dataset.kl_coef
+    meaningful = xr.DataArray(applies, dims="algorithm") & xr.DataArray(aligned, dims="stage")
+    dataset["distance_to_gibbs"] = shortfall.where(meaningful).transpose(*DIMS).astype(np.float32)
+    for name, (long_name, unit) in UNITS.items():
+        dataset[name].attrs = {"long_name": long_name, "units": unit}
+    dataset.temperature.attrs = {"long_name": "distillation temperature τ", "units": "1"}
+    dataset.kl_coef.attrs = {"long_name": "KL coefficient β", "units": "reward/nat"}
+    return dataset
+
+
+def _strings(values: list[str]) -> np.ndarray:
+    return np.asarray(values, dtype=np.dtypes.StringDType())
+
+
+def _stage_columns(name: str, measured: Measured, lengths, num_components) -> dict[str, np.ndarray]:
+    axes = pipelines.axes_of(name)
+    values = {key: np.asarray(value) for key, value in measured.metrics._asdict().items()}
+    finite = np.all([np.isfinite(values[key]) for key in ("reward", "target_mass", "kl_to_base")], axis=0)
+    values["from_grid"] = measured.from_grid
+    record = measured.record
+    values["failed"] = ~finite if record is None else ~finite | np.asarray(record.failed)
+    for key in ("first_hit_step", "target_hits", "clip_fraction"):
+        values[key] = np.full(finite.shape, math.nan, np.float32) if record is None else getattr(record, key)
+    # Vectorised by hand: every leaf leads with seeds and axes, which the mixture's functions do not know of.
+    model = pad_components(mixture.Mixture(*map(np.asarray, measured.model)), num_components)
+    flat = pipelines.flatten(model, ("seed", *axes))
+    leading = finite.shape
+    values["component_weight"] = _reshaped(_vmapped(mixture.weights, flat), leading)
+    values["component_mean"] = np.asarray(model.means)
+    values["component_covariance"] = _reshaped(_vmapped(mixture.covariances, flat), leading)
+    return {key: _lead(value, axes, lengths) for key, value in values.items()}
+
+
+def _vmapped(function, flat):
+    import jax
+
+    return jax.jit(jax.vmap(function))(flat)
+
+
+def _reshaped(array, leading) -> np.ndarray:
+    array = np.asarray(array)
+    return array.reshape(*leading, *array.shape[1:])
+
+
+def _optima(prepared: Prepared, stages, lengths) -> dict[str, tuple]:
+    columns: dict[str, list] = {}
+    for name in stages:
+        # The optimum of an arm is that of the model which its policy was held to.
+        reference = pipelines.reference_of(name)
+        own_axes = pipelines.axes_of(reference)
+        optimum = prepared.optima[reference]
+        for field, value in optimum.gibbs._asdict().items():
+            columns.setdefault(f"gibbs_{field}", []).append(_lead(value, (*own_axes, "kl_coef"), lengths))
+        columns.setdefault("half_mass_coefficient", []).append(
+            _lead(optimum.half_mass_coefficient, own_axes, lengths)
+        )
+    return {name: (DIMS[1:], np.stack(parts, axis=3)) for name, parts in columns.items()}
+
+
+TABLE_QUANTITIES = ("reward", "target_mass", "target_precision", "kl_to_base", "precision", "recall", "coverage")
+
+
+def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 1999) -> list[dict]:
+    """One row an arm, algorithm, coefficient and temperature: rates, medians and paired comparisons with a baseline.
+
+    Recovery has a Wilson interval and an exact McNemar test, marked at a false-discovery rate of 0.05 over all rows;
+    reward differences have a paired bootstrap interval. A pair of which either run failed leaves both.
+    """
+    rows = []
+    for algorithm in dataset.algorithm.values:
+        for temperature in dataset.temperature.values:
+            for kl_coef in dataset.kl_coef.values:
+                cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef)
+                # Loaded once a cell: the comparisons below read it many times.
+                cell = cell[[*TABLE_QUANTITIES, "failed", "target_variance", "distance_to_gibbs", "from_grid"]].load()
+                for stage in dataset.stage.values:
+                    key = {
+                        "algorithm": str(algorithm),
+                        "temperature": float(temperature),
+                        "kl_coef": float(kl_coef),
+                        "arm": str(stage),
+                    }
+                    rows.append(key | _row(cell, str(stage), baseline, num_resamples))
+    compared = [math.nan if row["mcnemar_p"] is None else row["mcnemar_p"] for row in rows]
+    for row, marked in zip(rows, statistics.false_discovery(compared), strict=True):
+        row["significant"] = bool(marked)
+    return rows
+
+
+def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dict:
+    arm = cell.sel(stage=stage)
+    failed = arm.failed.values.astype(bool)
+    recovered = arm.target_mass.values > RECOVERED_MASS
+    rate = statistics.recovery_rate(recovered, failed)
+    row = {
+        "seeds": int(rate.total),
+        "failed": int(failed.sum()),
+        "recovery": rate.rate,
+        "recovery_low": rate.low,
+        "recovery_high": rate.high,
+    }
+    for name in TABLE_QUANTITIES:
+        summary = statistics.summarise(arm[name].values, failed)
+        row |= {
+            f"{name}_median": summary.median,
+            f"{name}_lower_quartile": summary.lower_quartile,
+            f"{name}_upper_quartile": summary.upper_quartile,
+            f"{name}_mean": summary.mean,
+            f"{name}_sd": summary.sd,
+        }
+    row["reward_max"] = float(np.nanmax(arm.reward.values)) if not failed.all() else math.nan
+    row["reward_mean_failures_as_0"] = float(np.mean(statistics.failure_bound(arm.reward.values, failed)))
+    row["target_variance_median"] = _nanmedian(arm.target_variance.values)
+    row["distance_to_gibbs_median"] = _nanmedian(arm.distance_to_gibbs.values)
+    row["from_grid"] = float(arm.from_grid.values.mean())
+    comparison = {"recovery_difference": None, "mcnemar_p": None, "reward_difference": None}
+    comparison |= {"reward_difference_low": None, "reward_difference_high": None}
+    if stage in pipelines.ARMS and stage != baseline and baseline in cell.stage.values:
+        other = cell.sel(stage=baseline)
+        other_failed = other.failed.values.astype(bool)
+        if (~failed & ~other_failed).any():
+            paired = statistics.mcnemar(recovered, other.target_mass.values > RECOVERED_MASS, failed, other_failed)
+            gain = statistics.paired_difference(
+                arm.reward.values, other.reward.values, failed, other_failed, num_resamples=num_resamples
+            )
+            comparison = {
+                "recovery_difference": paired.difference,
+                "mcnemar_p": paired.p_value,
+                "reward_difference": gain.mean,
+                "reward_difference_low": gain.low,
+                "reward_difference_high": gain.high,
+            }
+    return row | comparison
+
+
+def _nanmedian(values) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """Write all columns of the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_table(rows: list[dict]) -> str:
+    """The table for a terminal, a block an algorithm and temperature; medians over seeds."""
+    head = (
+        f"{'arm':<30}{'β':>5}{'recovered':>11}{'95 % interval':>16}{'reward':>8}{'target':>8}{'target':>9}{'KL to':>7}"
+        f"{'precision':>11}{'recall':>9}{'cover-':>8}  against kd_align\n"
+        f"{'':<30}{'':>5}{'':>11}{'':>16}{'':>8}{'mass':>8}{'prec.':>9}{'base':>7}{'':>11}{'':>9}{'age':>8}"
+        "  Δ recovered (McNemar p), Δ reward [95 % interval]"
+    )
+    lines, block = [], None
+    for row in sorted(rows, key=lambda r: (r["algorithm"], -r["temperature"], r["kl_coef"])):
+        if (row["algorithm"], row["temperature"]) != block:
+            block = (row["algorithm"], row["temperature"])
+            lines += ["", f"{row['algorithm']}, distillation temperature {row['temperature']:g}", head]
+        lines.append(_format_row(row))
+    return "\n".join(lines)
+
+
+def _format_row(row: dict) -> str:
+    interval = f"[{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
+    text = (
+        f"{row['arm']:<30}{row['kl_coef']:>5g}{row['recovery']:>11.3f}{interval:>16}{row['reward_median']:>8.2f}"
+        f"{row['target_mass_median']:>8.3f}{row['target_precision_median']:>9.1f}{row['kl_to_base_median']:>7.2f}"
+        f"{row['precision_median']:>11.2f}{row['recall_median']:>9.1f}{row['coverage_median']:>8.2f}"
+    )
+    if row["mcnemar_p"] is not None:
+        mark = "*" if row["significant"] else " "
+        text += (
+            f"  {row['recovery_difference']:+.2f} ({row['mcnemar_p']:.1g}){mark} {row['reward_difference']:+.2f} "
+            f"[{row['reward_difference_low']:+.2f}, {row['reward_difference_high']:+.2f}]"
+        )
+    return text + (f"  {row['failed']} failed" if row["failed"] else "")
