@@ -122,9 +122,7 @@ def compute(config: Config):
 
     seeds = jnp.arange(config.first_seed, config.first_seed + config.seeds)
     keys = jax.vmap(jax.random.key)(seeds)
-    truth = make_truth(
-        targets=config.targets, num_targets=config.num_targets, target_weight=config.target_weight
-    )
+    truth = make_truth(targets=config.targets, num_targets=config.num_targets, target_weight=config.target_weight)
     grid = metrics.make_grid(truth)
     points = laboratory.Points(jnp.asarray(config.temperatures), jnp.asarray(config.kl_coefs))
 
@@ -159,9 +157,7 @@ def compute(config: Config):
     shared_settings = settings_for(config.algorithms[0])
     prepared, measured = run(
         "base and students",
-        lambda key, truth, points, grid: laboratory.prepare(
-            key, truth, config.capacity, points, grid, shared_settings
-        ),
+        lambda key, truth, points, grid: laboratory.prepare(key, truth, config.capacity, points, grid, shared_settings),
         (keys,),
         (truth, points, grid),
     )

@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import xarray as xr
 
@@ -42,6 +43,10 @@ UNITS = {
     "distance_to_gibbs": ("KL(policy ‖ Gibbs policy of its reference)", "nat"),
     "base_failed": ("the base misses a mode of p*", "1"),
     "base_log_likelihood": ("mean log-likelihood of the base on its data", "nat/draw"),
+    "truth_weight": ("weights of the modes of p*", "1"),
+    "truth_mean": ("means of the modes of p*", "1"),
+    "truth_variance": ("variance of every mode of p* along each axis", "1"),
+    "truth_is_target": ("whether a mode is a target", "1"),
     "component_weight": ("mixture weights", "1"),
     "component_mean": ("component means", "1"),
     "component_covariance": ("component covariances", "1"),
@@ -105,6 +110,12 @@ def to_dataset(
         },
     )
     dataset = dataset.assign(_optima(prepared, stages, lengths))
+    truth = prepared.truth
+    # Every seed carries the same truth; the first one's is kept.
+    dataset["truth_weight"] = ("mode", np.asarray(mixture.weights(mixture.Mixture(*(leaf[0] for leaf in truth.modes)))))
+    dataset["truth_mean"] = (("coordinate", "mode"), np.asarray(truth.modes.means[0]))
+    dataset["truth_variance"] = ((), np.exp(2 * np.asarray(truth.modes.log_scales[0])).mean())
+    dataset["truth_is_target"] = ("mode", np.asarray(truth.is_target[0]))
     dataset["base_failed"] = ("seed", np.asarray(prepared.base_failed))
     dataset["base_log_likelihood"] = ("seed", np.asarray(prepared.log_likelihood))
     # Models without a coefficient of their own are valued at every coefficient of the axis.
@@ -144,8 +155,6 @@ def _stage_columns(name: str, measured: Measured, lengths, num_components) -> di
 
 
 def _vmapped(function, flat):
-    import jax
-
     return jax.jit(jax.vmap(function))(flat)
 
 
@@ -163,9 +172,7 @@ def _optima(prepared: Prepared, stages, lengths) -> dict[str, tuple]:
         optimum = prepared.optima[reference]
         for field, value in optimum.gibbs._asdict().items():
             columns.setdefault(f"gibbs_{field}", []).append(_lead(value, (*own_axes, "kl_coef"), lengths))
-        columns.setdefault("half_mass_coefficient", []).append(
-            _lead(optimum.half_mass_coefficient, own_axes, lengths)
-        )
+        columns.setdefault("half_mass_coefficient", []).append(_lead(optimum.half_mass_coefficient, own_axes, lengths))
     return {name: (DIMS[1:], np.stack(parts, axis=3)) for name, parts in columns.items()}
 
 

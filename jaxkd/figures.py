@@ -1,0 +1,290 @@
+"""Figures, each drawn from a finished store alone."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.lines import Line2D
+
+from jaxkd import pipelines
+from jaxkd.metrics import RECOVERED_MASS
+from jaxkd.truth import TARGET_RADIUS
+
+# Okabe and Ito's colours: told apart under every common colour blindness, and in order of lightness for print.
+COLOURS = {
+    "kd_align": "#D55E00",
+    "kd_align_sharpened": "#E69F00",
+    "align_kd": "#0072B2",
+    "align_kd_sharpened": "#56B4E9",
+    "kd_align_anchored": "#009E73",
+    "base_start_student_reference": "#CC79A7",
+    "aligned_base": "#555555",
+    "student": "#999999",
+    "base": "#000000",
+}
+
+LABELS = {
+    "base": "base",
+    "student": "student",
+    "aligned_base": "aligned base",
+    "kd_align": "KD→Align",
+    "kd_align_sharpened": "KD→Align,\nsharpened",
+    "align_kd": "Align→KD",
+    "align_kd_sharpened": "Align→KD,\nsharpened",
+    "kd_align_anchored": "KD→Align,\nanchored on base",
+    "base_start_student_reference": "base start,\nstudent reference",
+}
+
+MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
+MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
+
+ALGORITHM_LABELS = {
+    "reinforce": "REINFORCE",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "online_dpo": "online DPO",
+    "offline_dpo_ref": "offline DPO,\nreference pairs",
+    "offline_dpo_data": "offline DPO,\ndata pairs",
+}
+
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "pdf.fonttype": 42,
+    "savefig.bbox": "tight",
+}
+
+
+def mog_order(dataset: xr.Dataset, path: Path) -> None:
+    """Draw the order experiment: models of one telling seed, outcomes over seeds, and reward against KL to the base.
+
+    Args:
+      dataset: as `results.to_dataset` makes it, or the store opened.
+      path: file to write; its ending chooses the format.
+    """
+    arms = [name for name in pipelines.ARMS if name in dataset.stage.values]
+    temperature = float(dataset.temperature.min())
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(10.5, 13.2), layout="constrained")
+        parts = figure.subfigures(3, 1, height_ratios=[4.1, 5.3, 3.6], hspace=0.02)
+        _models_of_one_seed(parts[0], dataset, arms, temperature)
+        _outcomes(parts[1], dataset, arms, temperature)
+        _frontier(parts[2], dataset, arms, temperature)
+        # No time stamp in the file: the same store gives the same bytes.
+        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        plt.close(figure)
+
+
+def _middle(values: np.ndarray) -> float:
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def telling_cell(dataset: xr.Dataset) -> tuple[str, float, int]:
+    """The algorithm, coefficient and seed to show: where Align→KD gains most over KD→Align, at its median seed."""
+    temperature = float(dataset.temperature.min())
+    algorithm = str(dataset.algorithm.values[0])
+    cell = dataset.sel(algorithm=algorithm, temperature=temperature)
+    shown = "align_kd" if "align_kd" in dataset.stage.values else str(dataset.stage.values[-1])
+    gain = cell.target_mass.sel(stage=shown) - cell.target_mass.sel(stage="kd_align")
+    kl_coef = float(gain.mean("seed").fillna(-np.inf).idxmax())
+    ranked = gain.sel(kl_coef=kl_coef).fillna(-np.inf).sortby(gain.sel(kl_coef=kl_coef).fillna(-np.inf))
+    return algorithm, kl_coef, int(ranked.seed.values[(ranked.size - 1) // 2])
+
+
+def _density(cell: xr.Dataset, x: np.ndarray) -> np.ndarray:
+    """Density of one stored mixture at x: [2, …]."""
+    density = np.zeros(x.shape[1:])
+    for k in range(cell.sizes["component"]):
+        weight = float(cell.component_weight[k])
+        if weight <= 0:
+            continue
+        covariance = cell.component_covariance.values[:, :, k].astype(float)
+        apart = x - cell.component_mean.values[:, k].reshape(2, *[1] * (x.ndim - 1))
+        squared = np.einsum("i...,ij,j...->...", apart, np.linalg.inv(covariance), apart)
+        density += weight * np.exp(-0.5 * squared) / (2 * np.pi * np.sqrt(np.linalg.det(covariance)))
+    return density
+
+
+def _draws(cell: xr.Dataset, count: int, seed: int) -> np.ndarray:
+    """Draws of one stored mixture, [2, count]."""
+    generator = np.random.default_rng(seed)
+    weights = cell.component_weight.values.astype(float)
+    chosen = generator.choice(len(weights), count, p=weights / weights.sum())
+    factors = [
+        np.linalg.cholesky(cell.component_covariance.values[:, :, k].astype(float))
+        if weights[k] > 0
+        else np.zeros((2, 2))
+        for k in range(len(weights))
+    ]
+    noise = generator.standard_normal((2, count))
+    moved = np.einsum("nij,jn->in", np.stack(factors)[chosen], noise)
+    return cell.component_mean.values[:, chosen] + moved
+
+
+def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
+    algorithm, kl_coef, seed = telling_cell(dataset)
+    cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef, seed=seed).load()
+    part.suptitle(
+        f"a   One seed of median gain (seed {seed}): {ALGORITHM_LABELS.get(algorithm, algorithm)}, β = {kl_coef:g}, "
+        f"τ = {temperature:g}. Contours of density, 300 draws; the circle is the target's disc.",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+    )
+    stages = ["base", "student", *(s for s in ("aligned_base",) if s in dataset.stage.values), *arms]
+    axes = part.subplots(2, 5, sharex=True, sharey=True, gridspec_kw={"wspace": 0.02}).ravel()
+    line = np.linspace(-1.9, 1.9, 161)
+    x = np.stack(np.meshgrid(line, line, indexing="xy"))
+    _one_model(axes[0], _truth_cell(dataset), x, "p*", "#000000", dataset)
+    for axis, stage in zip(axes[1:], stages, strict=False):
+        one = cell.sel(stage=stage)
+        title = f"{LABELS[stage].replace(chr(10), ' ')}"
+        _one_model(axis, one, x, title, COLOURS[stage], dataset)
+        axis.text(
+            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=6.5, va="bottom"
+        )
+    for axis in axes[1 + len(stages) :]:
+        axis.set_visible(False)
+    for axis in axes[5:]:
+        axis.set_xlabel("x₁")
+    for axis in axes[::5]:
+        axis.set_ylabel("x₂")
+
+
+def _truth_cell(dataset: xr.Dataset) -> xr.Dataset:
+    """The truth, kept in the store as plain arrays, in the form of a stored mixture."""
+    return xr.Dataset(
+        {
+            "component_weight": ("component", dataset.truth_weight.values),
+            "component_mean": (("coordinate", "component"), dataset.truth_mean.values),
+            "component_covariance": (
+                ("coordinate", "other_coordinate", "component"),
+                dataset.truth_variance.values * np.eye(2)[:, :, None] * np.ones(dataset.sizes["mode"]),
+            ),
+        }
+    )
+
+
+def _one_model(axis, cell, x, title, colour, dataset) -> None:
+    axis.set_title(title, color=colour)
+    density = _density(cell, x)
+    # Levels a factor of four apart show rare modes beside common ones.
+    levels = 1.6 * 4.0 ** np.arange(-4, 3)
+    axis.contour(x[0], x[1], density, levels=levels, colors=colour, linewidths=0.5, alpha=0.8)
+    draws = _draws(cell, 300, seed=0)
+    axis.scatter(draws[0], draws[1], s=1.5, color=colour, alpha=0.45, linewidths=0)
+    radius = TARGET_RADIUS * np.sqrt(float(dataset.truth_variance))
+    for mode in np.flatnonzero(dataset.truth_is_target.values):
+        axis.add_patch(
+            plt.Circle(dataset.truth_mean.values[:, mode], radius, fill=False, ls="--", lw=0.8, color="black")
+        )
+    axis.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+
+
+def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
+    part.suptitle(
+        f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point a seed, white diamonds are "
+        "medians, black bars each reference's own Gibbs optimum (median).",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+    )
+    kl_coefs = dataset.kl_coef.values
+    algorithms = [str(name) for name in dataset.algorithm.values]
+    axes = part.subplots(2, len(kl_coefs), sharex=True, sharey="row", squeeze=False)
+    shades = np.linspace(-0.33, 0.33, len(algorithms)) if len(algorithms) > 1 else [0.0]
+    width = 0.6 / max(len(algorithms), 1)
+    generator = np.random.default_rng(0)
+    cell = dataset.sel(temperature=temperature)
+    for row, (quantity, optimum, label) in enumerate(
+        (("reward", "gibbs_reward", "reward"), ("target_mass", "gibbs_target_mass", "target mass"))
+    ):
+        for column, kl_coef in enumerate(kl_coefs):
+            axis = axes[row, column]
+            for place, arm in enumerate(arms):
+                for shade, algorithm in zip(shades, algorithms, strict=True):
+                    values = cell[quantity].sel(algorithm=algorithm, kl_coef=kl_coef, stage=arm).values
+                    values = values[np.isfinite(values)]
+                    spread = place + shade + generator.uniform(-width / 2.6, width / 2.6, values.size)
+                    axis.scatter(spread, values, s=1.6, color=COLOURS[arm], alpha=0.35, linewidths=0, rasterized=True)
+                    if values.size:
+                        axis.plot(
+                            place + shade, np.median(values), "D", ms=3.2, mfc="white", mec="black", mew=0.6, zorder=4
+                        )
+                best = cell[optimum].sel(kl_coef=kl_coef, stage=arm).values
+                axis.hlines(np.nanmedian(best), place - 0.45, place + 0.45, color="black", lw=1.3, zorder=3)
+            if row == 0:
+                axis.set_title(f"β = {kl_coef:g}")
+            else:
+                axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
+            if column == 0:
+                axis.set_ylabel(f"{label}" + (" (dotted: recovered)" if row else " E[R]"))
+            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=40, ha="right")
+            axis.set_xlim(-0.6, len(arms) - 0.4)
+    order = ", ".join(ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms)
+    part.supxlabel(f"columns within an arm, left to right: {order}", fontsize=8)
+
+
+def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
+    part.suptitle(
+        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker a β "
+        f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm.",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+    )
+    algorithms = [str(name) for name in dataset.algorithm.values]
+    axes = part.subplots(1, len(algorithms), sharey=True, sharex=True, squeeze=False)[0]
+    sizes = np.linspace(6.5, 3.5, dataset.sizes["kl_coef"])
+    cell = dataset.sel(temperature=temperature)
+    base = cell.sel(stage="base")
+    for axis, algorithm in zip(axes, algorithms, strict=True):
+        axis.set_title(ALGORITHM_LABELS.get(algorithm, algorithm).replace("\n", " "))
+        axis.plot(
+            base.gibbs_kl.median("seed"),
+            base.gibbs_reward.median("seed"),
+            color="black",
+            lw=1.0,
+            ls="--",
+            marker="x",
+            ms=4,
+        )
+        for arm in arms:
+            chosen = cell.sel(algorithm=algorithm, stage=arm)
+            kl = chosen.kl_to_base.quantile([0.25, 0.5, 0.75], "seed").values
+            reward = chosen.reward.quantile([0.25, 0.5, 0.75], "seed").values
+            axis.plot(kl[1], reward[1], color=COLOURS[arm], lw=0.8, alpha=0.7)
+            for i, size in enumerate(sizes):
+                axis.errorbar(
+                    kl[1, i],
+                    reward[1, i],
+                    xerr=[[kl[1, i] - kl[0, i]], [kl[2, i] - kl[1, i]]],
+                    yerr=[[reward[1, i] - reward[0, i]], [reward[2, i] - reward[1, i]]],
+                    fmt=MARKERS[arm],
+                    ms=size,
+                    color=COLOURS[arm],
+                    elinewidth=0.5,
+                    mec="white",
+                    mew=0.4,
+                )
+        axis.set_xlabel("KL(policy ‖ base) (nats)")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("reward E[R]")
+    handles = [
+        Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], lw=0.8, label=LABELS[arm].replace("\n", " "))
+        for arm in arms
+    ]
+    handles.append(Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base"))
+    part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
