@@ -6,6 +6,7 @@ alignment and distillation on every seed. Prints a table, and writes mog_order.z
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -110,23 +111,26 @@ class Config:
         return {key: value for key, value in asdict(self).items() if key not in ("out", "overwrite", "quick")}
 
 
-def compute(config: Config):
-    """Run everything and return the labelled results."""
+def runs_of(config: Config):
+    """The keys of the seeds, and what they share: truth, points of the axes and grid."""
     import jax
     import jax.numpy as jnp
-    from tqdm import tqdm
 
-    from jaxkd import laboratory, metrics, results
-    from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients
+    from jaxkd import laboratory, metrics
     from jaxkd.truth import make_truth
 
-    seeds = jnp.arange(config.first_seed, config.first_seed + config.seeds)
-    keys = jax.vmap(jax.random.key)(seeds)
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds))
     truth = make_truth(targets=config.targets, num_targets=config.num_targets, target_weight=config.target_weight)
-    grid = metrics.make_grid(truth)
     points = laboratory.Points(jnp.asarray(config.temperatures), jnp.asarray(config.kl_coefs))
+    return keys, truth, points, metrics.make_grid(truth)
 
-    def settings_for(algorithm):
+
+def functions_of(config: Config):
+    """Pure functions of one seed: what all algorithms share, and each algorithm's arms."""
+    from jaxkd import laboratory
+    from jaxkd.align import AlignmentSettings
+
+    def settings(algorithm):
         return laboratory.LaboratorySettings(
             alignment=AlignmentSettings(algorithm=algorithm, num_updates=config.steps),
             arms=config.arms,
@@ -136,45 +140,85 @@ def compute(config: Config):
             match_component_evaluations=config.match_component_evaluations,
         )
 
-    def run(name, function, arguments, shared):
-        with tqdm(desc=f"{name:<18}", unit="seed", total=config.seeds, smoothing=0, file=sys.stderr) as bar:
-            bar.set_postfix_str("compiling")
-            per_batch = min(config.batch_size, -(-config.seeds // jax.local_device_count()))
-            compiled = engine.compile_runs(
-                function,
-                arguments,
-                shared,
-                batch_size=config.batch_size,
-                on_batch=lambda: bar.update(min(per_batch, bar.total - bar.n)),
-            )
-            bar.set_postfix_str(f"compiled in {compiled.seconds:.1f} s")
-            bar.unpause()
-            begin = time.perf_counter()
-            outcome = compiled.call(arguments)
-            bar.set_postfix_str(f"compiled in {compiled.seconds:.1f} s, ran in {time.perf_counter() - begin:.1f} s")
+    def prepare(key, truth, points, grid):
+        return laboratory.prepare(key, truth, config.capacity, points, grid, settings(config.algorithms[0]))
+
+    def arms(algorithm):
+        def run(key, prepared, points, coefficients, grid):
+            return laboratory.run_arms(key, prepared, config.capacity, points, coefficients, grid, settings(algorithm))
+
+        return run
+
+    return prepare, {algorithm: arms(algorithm) for algorithm in config.algorithms}
+
+
+def coefficients_of(config: Config, algorithm: str, learning_rate: float | None = None):
+    """The traced coefficients of one algorithm."""
+    import jax.numpy as jnp
+
+    from jaxkd.align import ALGORITHMS, Coefficients
+
+    rate = learning_rate or config.learning_rate or ALGORITHMS[algorithm].learning_rate
+    chosen = Coefficients(learning_rate=rate, flip_rate=config.label_noise)
+    return Coefficients(*(jnp.float32(value) for value in chosen))
+
+
+def compute(config: Config):
+    """Run everything and return the labelled results.
+
+    One device call prepares all seeds, and one an algorithm runs all arms of all seeds. The programs depend only on
+    shapes, so they compile side by side while earlier ones run.
+    """
+    import jax
+    from tqdm import tqdm
+
+    from jaxkd import results
+
+    keys, truth, points, grid = runs_of(config)
+    prepare, arms = functions_of(config)
+    bars = {
+        name: tqdm(desc=f"{name:<17}", unit="seed", total=config.seeds, smoothing=0, position=i, file=sys.stderr)
+        for i, name in enumerate(("base and students", *arms))
+    }
+
+    def start(name):
+        bars[name].set_postfix_str("compiling")
+        per_batch = min(config.batch_size, -(-config.seeds // jax.local_device_count()))
+        return {
+            "batch_size": config.batch_size,
+            "on_batch": lambda: bars[name].update(min(per_batch, bars[name].total - bars[name].n)),
+        }
+
+    def compiling(name, function, arguments, shared):
+        return engine.compile_runs(function, arguments, shared, **start(name))
+
+    def run(name, compiled, arguments, shared):
+        bars[name].set_postfix_str(f"compiled in {compiled.seconds:.1f} s")
+        bars[name].unpause()
+        begin = time.perf_counter()
+        outcome = compiled.call(arguments, shared)
+        bars[name].set_postfix_str(f"compiled in {compiled.seconds:.1f} s, ran in {time.perf_counter() - begin:.1f} s")
         return outcome
 
-    shared_settings = settings_for(config.algorithms[0])
-    prepared, measured = run(
-        "base and students",
-        lambda key, truth, points, grid: laboratory.prepare(key, truth, config.capacity, points, grid, shared_settings),
-        (keys,),
-        (truth, points, grid),
-    )
-    by_algorithm = {}
-    for algorithm in config.algorithms:
-        coefficients = Coefficients(
-            learning_rate=jnp.float32(config.learning_rate or ALGORITHMS[algorithm].learning_rate),
-            flip_rate=jnp.float32(config.label_noise),
-        )
-        by_algorithm[algorithm] = run(
-            algorithm,
-            lambda key, prepared, points, coefficients, grid, algorithm=algorithm: laboratory.run_arms(
-                key, prepared, config.capacity, points, coefficients, grid, settings_for(algorithm)
-            ),
-            (keys, prepared),
-            (points, coefficients, grid),
-        )
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        shared = (truth, points, grid)
+        preparing = pool.submit(compiling, "base and students", prepare, (keys,), shared)
+        shapes, _ = jax.eval_shape(jax.vmap(lambda key: prepare(key, *shared)), keys)
+        pending = {}
+        for algorithm, function in arms.items():
+            shared_by_arms = (points, coefficients_of(config, algorithm), grid)
+            pending[algorithm] = (
+                pool.submit(compiling, algorithm, function, (keys, shapes), shared_by_arms),
+                shared_by_arms,
+            )
+        prepared, measured = run("base and students", preparing.result(), (keys,), shared)
+        by_algorithm = {
+            algorithm: run(algorithm, future.result(), (keys, prepared), shared_by_arms)
+            for algorithm, (future, shared_by_arms) in pending.items()
+        }
+    for bar in bars.values():
+        bar.close()
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
     return results.to_dataset(
         prepared, measured, by_algorithm, config.temperatures, config.kl_coefs, seeds, num_components=8
     )

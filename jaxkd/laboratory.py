@@ -139,7 +139,7 @@ def key_for(seed_key: jax.Array, purpose: str) -> jax.Array:
 def make_reward(name: str, truth: Truth) -> rewards.Reward:
     """A reward by name. Bump and disc take the target density's scale: its peak, and half of it, as their heights."""
     variance = jnp.exp(2 * truth.modes.log_scales).mean()
-    peak = (2 * math.pi * variance) ** (-truth.modes.dim / 2) / truth.is_target.sum()
+    peak = (2 * math.pi * variance) ** (-truth.modes.dim / 2) / truth.is_target.sum().astype(jnp.float32)
     density = rewards.target_density(truth.target)
     if name == "density":
         return density

@@ -104,7 +104,7 @@ def make_grid(truth: Truth, *, extent: float | None = None, points: int = 121, s
     offsets = ((np.arange(subdivisions) + 0.5) / subdivisions - 0.5) * step
     inside = jnp.zeros((means.shape[1], x.shape[1]), jnp.float32)
     for shift in np.stack(np.meshgrid(offsets, offsets, indexing="ij")).reshape(2, -1).T:
-        inside = inside + discs(truth, jnp.asarray(x + shift[:, None], jnp.float32))
+        inside = inside + discs(truth, jnp.asarray(x + shift[:, None], jnp.float32)).astype(jnp.float32)
     return Grid(jnp.asarray(x), jnp.float32(step**2), inside / subdivisions**2)
 
 

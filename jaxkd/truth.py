@@ -82,7 +82,7 @@ def check_target_weight(weight: float) -> None:
 
 def with_target_weight(truth: Truth, target_weight: jax.Array) -> Truth:
     """The same truth with another total weight on its targets; the weight may be traced."""
-    num_targets = truth.is_target.sum()
+    num_targets = truth.is_target.sum().astype(jnp.float32)
     num_others = truth.is_target.size - num_targets
     per_mode = jnp.where(truth.is_target, target_weight / num_targets, (1.0 - target_weight) / num_others)
     logits = jnp.where(per_mode > 0, jnp.log(jnp.where(per_mode > 0, per_mode, 1.0)), INACTIVE_LOGIT)

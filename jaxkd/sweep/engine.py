@@ -25,14 +25,12 @@ class Compiled(NamedTuple):
     """A compiled mapping over runs.
 
     Attributes:
-      call: takes the arguments as given to `compile_runs` and returns the results, runs leading, on the host.
+      call: `(arguments, shared) -> results`, runs leading, on the host.
       seconds: time to trace and compile (s).
-      num_batches: batches that each device goes through.
     """
 
-    call: Callable[[Any], Any]
+    call: Callable[[tuple, tuple], Any]
     seconds: float
-    num_batches: int
 
 
 def compile_runs(
@@ -51,7 +49,7 @@ def compile_runs(
 
     Args:
       function: a pure function of one run's arguments, `(*arguments, *shared) -> pytree of arrays`.
-      arguments: pytrees whose leaves all lead with the run axis.
+      arguments: pytrees whose leaves all lead with the run axis; arrays, or their shapes and types alone.
       shared: pytrees that all runs share. What a function closes over instead becomes a constant of the program, and
         XLA then spends its compile time on folding it.
       batch_size: runs that a device computes at a time.
@@ -67,12 +65,8 @@ def compile_runs(
     batch_size = min(batch_size, -(-num_runs // len(devices)))
     num_batches = -(-num_runs // (batch_size * len(devices)))
     mesh = jax.make_mesh((len(devices),), ("runs",), axis_types=(AxisType.Auto,), devices=devices)
-    spec = PartitionSpec(None, "runs")
+    over_runs, everywhere = PartitionSpec(None, "runs"), PartitionSpec()
     filled = np.arange(num_batches * batch_size * len(devices)) % num_runs
-
-    def spread(leaf):
-        taken = leaf[filled]
-        return taken.reshape(num_batches, batch_size * len(devices), *leaf.shape[1:])
 
     def one_batch(batch, shared):
         results = jax.vmap(lambda *own: function(*own, *shared))(*batch)
@@ -84,19 +78,37 @@ def compile_runs(
     def all_batches(batches, shared):
         return lax.map(lambda batch: one_batch(batch, shared), batches)
 
-    replicated = PartitionSpec()
-    sharded = jax.shard_map(all_batches, mesh=mesh, in_specs=(spec, replicated), out_specs=spec, check_vma=False)
+    sharded = jax.shard_map(
+        all_batches, mesh=mesh, in_specs=(over_runs, everywhere), out_specs=over_runs, check_vma=False
+    )
 
-    def place(arguments):
-        spread_out = jax.device_put(jax.tree.map(spread, arguments), NamedSharding(mesh, spec))
-        return spread_out, jax.device_put(shared, NamedSharding(mesh, replicated))
+    def spread(leaf):
+        return leaf[filled].reshape(num_batches, batch_size * len(devices), *leaf.shape[1:])
 
+    def place(arguments, shared):
+        spread_out = jax.tree.map(spread, arguments)
+        return (
+            jax.device_put(spread_out, NamedSharding(mesh, over_runs)),
+            jax.device_put(shared, NamedSharding(mesh, everywhere)),
+        )
+
+    def shape_of(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = jax.eval_shape(lambda arguments: jax.tree.map(spread, arguments), arguments)
     begin = time.perf_counter()
-    compiled = jax.jit(sharded).lower(*place(arguments)).compile()
+    compiled = (
+        jax.jit(sharded)
+        .lower(
+            jax.tree.map(lambda leaf: shape_of(leaf, over_runs), shapes),
+            jax.tree.map(lambda leaf: shape_of(leaf, everywhere), jax.eval_shape(lambda: shared)),
+        )
+        .compile()
+    )
     seconds = time.perf_counter() - begin
 
-    def call(arguments):
-        results = jax.device_get(compiled(*place(arguments)))
+    def call(arguments, shared=()):
+        results = jax.device_get(compiled(*place(arguments, shared)))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_runs], results)
 
-    return Compiled(call, seconds, num_batches)
+    return Compiled(call, seconds)

@@ -1,0 +1,350 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkd import align, metrics, mixture, rewards, theory
+from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients, Inputs, State
+from jaxkd.policy import Policy
+from jaxkd.truth import make_truth, on_target
+
+pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promotion
+
+TRUTH = make_truth(target_weight=0.1)
+BASE = TRUTH.modes
+WIDE_BUMP = rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
+DEFAULTS = Coefficients(*(jnp.float32(value) for value in Coefficients()))
+ON_MIXTURES = [name for name in ALGORITHMS if name != "orpo"]
+PREFERENCES_AT_LOG_TWO = ["online_dpo", "offline_dpo_ref", "offline_dpo_data"]
+
+
+def settings(algorithm, num_updates=8, batch_size=64, **others):
+    return AlignmentSettings(algorithm, num_updates, batch_size, **others)
+
+
+@partial(jax.jit, static_argnames="settings")
+def run(settings, key, start, reference, coefficients):
+    return align.align(
+        mixture.policy,
+        key,
+        start,
+        reference,
+        WIDE_BUMP,
+        coefficients,
+        settings,
+        truth=BASE,
+        on_target=lambda x: on_target(TRUTH, x),
+    )
+
+
+@partial(jax.jit, static_argnames="settings")
+def first_step(settings, key, start, coefficients):
+    """The first step of an algorithm by plain gradient descent, which unlike Adam stands strict promotion."""
+    optimizer = optax.identity()
+    step = align.make_step(mixture.policy, optimizer, settings, WIDE_BUMP, lambda x: on_target(TRUTH, x))
+    source = BASE if ALGORITHMS[settings.algorithm].data == "truth" else start
+    data = align.preference_dataset(mixture.policy, key, source, start, WIDE_BUMP, coefficients, settings)
+    batch = jax.tree.map(lambda leaf: leaf[0], data)
+    return step(State(start, optimizer.init(start)), Inputs(key, start, coefficients, batch))
+
+
+def leaves_equal(first, second):
+    return all(
+        np.array_equal(a, b, equal_nan=True)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
+
+
+def mean_reward(model, n=20_000):
+    return float(WIDE_BUMP(mixture.sample(model, jax.random.key(99), n)).mean())
+
+
+# --- step 0 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ON_MIXTURES)
+def test_every_kl_is_zero_at_step_zero_and_the_loss_of_dpo_is_log_two(algorithm):
+    start = mixture.make([0.5, 0.3, 0.2], [[0, 0], [1, 1], [-1, 0]], 0.2 * np.ones((3, 2)))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state, info = first_step(settings(algorithm), jax.random.key(0), start, DEFAULTS)
+    assert float(info.kl) == 0
+    if algorithm in PREFERENCES_AT_LOG_TWO:
+        assert info.loss == pytest.approx(np.log(2), abs=1e-6)
+    assert not leaves_equal(state.params, start)
+    assert all(np.isfinite(leaf).all() for leaf in state.params)
+
+
+# --- what each algorithm does ----------------------------------------------------------------------------------------
+
+RAISING = [
+    "reinforce",
+    "ppo",
+    "grpo",
+    "online_dpo",
+    "offline_dpo_ref",
+    "offline_dpo_data",
+    "cdpo",
+    "robust_dpo",
+    "ipo",
+    "simpo",
+    "kto",
+]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [name if name in ("ppo", "online_dpo") else pytest.param(name, marks=pytest.mark.slow) for name in RAISING],
+)
+def test_every_algorithm_raises_the_reward(algorithm):
+    assert set(RAISING) == set(ON_MIXTURES)
+    chosen = settings(algorithm, 120, 128, epochs=4, group_size=16)
+    coefficients = DEFAULTS._replace(kl_coef=jnp.float32(0.3), label_temperature=jnp.float32(0.3))
+    model, record = run(chosen, jax.random.key(0), BASE, BASE, coefficients)
+    assert all(np.isfinite(leaf).all() for leaf in model)
+    assert not record.failed
+    assert mean_reward(model) > mean_reward(BASE) + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "online_dpo"])
+def test_a_larger_coefficient_keeps_the_policy_nearer_to_its_reference(algorithm):
+    kl = []
+    for kl_coef in (0.2, 5.0):
+        model, _ = run(
+            settings(algorithm, 120, 128),
+            jax.random.key(0),
+            BASE,
+            BASE,
+            DEFAULTS._replace(kl_coef=jnp.float32(kl_coef)),
+        )
+        x = mixture.sample(model, jax.random.key(1), 20_000)
+        kl.append(float((mixture.log_density(model, x) - mixture.log_density(BASE, x)).mean()))
+    assert kl[0] > 2 * max(kl[1], 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+@pytest.mark.parametrize("kl_coef", [0.5, 1.0])
+def test_policy_gradient_reaches_the_gibbs_optimum(algorithm, kl_coef):
+    truth = make_truth(target_weight=0.03)
+    reward = rewards.bump(truth.target.means, height=3.0, width=0.5)
+    grid = metrics.make_grid(truth)
+    log_reference = mixture.log_density(truth.modes, grid.x)
+    inside = jnp.where(truth.is_target[:, None], grid.inside, 0.0).sum(axis=0)
+    best = theory.gibbs(log_reference, reward(grid.x), inside, kl_coef)
+
+    chosen = AlignmentSettings(algorithm, 2000, 1024, epochs=2)
+    aligned, record = jax.jit(
+        lambda key: align.align(
+            mixture.policy,
+            key,
+            truth.modes,
+            truth.modes,
+            reward,
+            DEFAULTS._replace(kl_coef=jnp.float32(kl_coef)),
+            chosen,
+        )
+    )(jax.random.key(0))
+    log_policy = np.asarray(mixture.log_density(aligned, grid.x), np.float64)
+    mass = np.exp(log_policy) * float(grid.cell)
+    objective = (mass * (np.asarray(reward(grid.x)) - kl_coef * (log_policy - np.asarray(log_reference)))).sum()
+    at_start = (np.exp(np.asarray(log_reference)) * float(grid.cell) * np.asarray(reward(grid.x))).sum()
+    assert mass.sum() == pytest.approx(1, abs=1e-3)
+    assert not record.failed
+    assert at_start < 0.9 * float(best.objective)
+    assert 0.98 * float(best.objective) <= objective <= 1.002 * float(best.objective)
+
+
+# --- policy gradient -------------------------------------------------------------------------------------------------
+
+
+def test_ppo_of_one_epoch_is_reinforce():
+    results = [
+        run(settings(name, 12, epochs=1), jax.random.key(0), BASE, BASE, DEFAULTS) for name in ("ppo", "reinforce")
+    ]
+    (ppo, record), (reinforce, _) = results
+    for got, expected in zip(ppo, reinforce, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert not leaves_equal(ppo, BASE)
+    assert record.clip_fraction == 0
+
+
+def test_ppo_clips_when_it_moves_far_within_a_rollout():
+    fractions = [
+        float(
+            run(settings("ppo", 40), jax.random.key(0), BASE, BASE, DEFAULTS._replace(learning_rate=jnp.float32(rate)))[
+                1
+            ].clip_fraction
+        )
+        for rate in (1e-5, 0.1)
+    ]
+    assert fractions[0] == 0
+    assert 0.05 < fractions[1] < 1
+
+
+def test_the_gradient_of_reinforce_is_the_penalised_score_by_hand():
+    """Σ A·∇log π / n with A the leave-one-out penalised reward; seen in the first moment of Adam."""
+    start = mixture.make([0.5, 0.5], [[0.5, 0.5], [-0.5, 0.0]], 0.3 * np.ones((2, 2)))
+    chosen, key = settings("reinforce"), jax.random.key(0)
+    coefficients = DEFAULTS._replace(kl_coef=jnp.float32(0.7))
+
+    @jax.jit
+    def both(start):
+        optimizer = align.make_optimizer(chosen.num_updates)
+        step = align.make_step(mixture.policy, optimizer, chosen, WIDE_BUMP, lambda x: jnp.zeros((), bool))
+        state, _ = step(State(start, optimizer.init(start)), Inputs(key, BASE, coefficients))
+        x = mixture.sample(start, key, chosen.batch_size)
+        scores = jax.vmap(lambda point: jax.grad(lambda m: mixture.log_density(m, point[:, None])[0])(start))(x.T)
+        log_ratio = mixture.log_density(start, x) - mixture.log_density(BASE, x)
+        return state.optimizer_state[0].mu, scores, WIDE_BUMP(x) - 0.7 * log_ratio
+
+    first_moment, scores, penalised = both(start)
+    penalised = np.asarray(penalised, np.float64)
+    n = len(penalised)
+    others = (penalised.sum() - penalised) / (n - 1)
+    for moment, score in zip(first_moment, scores, strict=True):
+        weighted = np.tensordot(penalised - others, np.asarray(score, np.float64), axes=1) / n
+        np.testing.assert_allclose(moment, -0.1 * weighted, rtol=2e-3, atol=1e-4)
+
+
+# --- failures, traces, pairing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("offline_dpo_data", marks=pytest.mark.slow)])
+def test_a_run_that_goes_bad_stays_one_run(bad, algorithm):
+    chosen, keys = settings(algorithm), jax.random.split(jax.random.key(0), 3)
+
+    def at(rates):
+        return jax.vmap(lambda key, rate: run(chosen, key, BASE, BASE, DEFAULTS._replace(learning_rate=rate)))(
+            keys, jnp.asarray(rates, jnp.float32)
+        )
+
+    (healthy, sound), (struck, record) = at([0.02, 0.02, 0.02]), at([0.02, bad, 0.02])
+    assert sound.failed.tolist() == [False, False, False]
+    assert record.failed.tolist() == [False, True, False]
+    for index in (0, 2):
+        assert leaves_equal(*(jax.tree.map(lambda leaf: leaf[index], model) for model in (healthy, struck)))  # noqa: B023
+    assert not all(np.isfinite(leaf[1]).all() for leaf in struck)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "online_dpo"])
+def test_a_grid_of_coefficients_is_traced_once(algorithm):
+    traces = []
+
+    @jax.jit
+    def aligned(key, coefficients):
+        traces.append(algorithm)
+        return align.align(mixture.policy, key, BASE, BASE, WIDE_BUMP, coefficients, settings(algorithm, 4))
+
+    for i in range(4):
+        aligned(jax.random.key(i), Coefficients(*(jnp.float32(value * (1 + i / 10)) for value in Coefficients())))
+    assert len(traces) == 1
+
+
+def test_the_fixed_set_of_pairs_is_one_for_all_arms_and_another_for_another_key():
+    make = jax.jit(
+        lambda key, reference: align.preference_dataset(
+            mixture.policy, key, BASE, reference, WIDE_BUMP, DEFAULTS, settings("offline_dpo_data")
+        )
+    )
+    other = mixture.make(np.ones(8), np.zeros((8, 2)), np.ones((8, 2)))
+    of_base, of_other = (make(jax.random.key(3), reference) for reference in (BASE, other))
+    assert leaves_equal(of_base[:3], of_other[:3])
+    assert not leaves_equal(of_base.reference_log_prob, of_other.reference_log_prob)
+    assert not leaves_equal(make(jax.random.key(4), BASE).x, of_base.x)
+    np.testing.assert_allclose(of_base.rewards[0], WIDE_BUMP(of_base.x[0]), rtol=1e-5)
+    assert of_base.first_preferred.shape == (16, 32)
+
+
+@pytest.mark.slow
+def test_the_reference_may_have_another_number_of_components_and_matters():
+    student = mixture.make([0.5, 0.5], [[0, 0], [1, 1]], 0.2 * np.ones((2, 2)))
+    held_to_itself, _ = run(settings("ppo"), jax.random.key(0), student, student, DEFAULTS)
+    held_to_base, _ = run(settings("ppo"), jax.random.key(0), student, BASE, DEFAULTS)
+    assert held_to_base.num_components == 2
+    assert not leaves_equal(held_to_itself, held_to_base)
+
+
+def counting_policy():
+    """A categorical policy over two outcomes whose draws are scripted: step t hits where the script says."""
+    return Policy(
+        log_prob=lambda params, x: jax.nn.log_softmax(params)[x][:, None],
+        sample=lambda params, key, n, temperature: jax.random.bernoulli(key, 0.5, (n,)).astype(jnp.int32),
+        num_steps=lambda x: jnp.ones(x.shape[0]),
+    )
+
+
+def test_the_first_hit_and_all_hits_are_recorded():
+    def record(hits):
+        infos = align.Info(*(jnp.zeros(4) for _ in range(4)), target_hits=jnp.asarray(hits))
+        return align._record({"w": jnp.zeros(2)}, infos)
+
+    assert record([0, 0, 3, 1]).first_hit_step == 2
+    assert record([0, 0, 3, 1]).target_hits == 4
+    assert record([2, 0, 0, 0]).first_hit_step == 0
+    assert np.isnan(record([0, 0, 0, 0]).first_hit_step)
+    assert not record([0, 0, 0, 0]).failed
+
+
+@pytest.mark.parametrize("where", ["loss", "params"])
+def test_a_loss_or_parameter_that_is_not_finite_is_a_failure(where):
+    bad = jnp.asarray([0.0, jnp.nan])
+    infos = align.Info(bad if where == "loss" else jnp.zeros(2), *(jnp.zeros(2) for _ in range(4)))
+    assert align._record({"w": bad if where == "params" else jnp.zeros(2)}, infos).failed
+
+
+@pytest.mark.slow
+def test_align_serves_a_categorical_policy_and_orpo_there():
+    policy, start = counting_policy(), jnp.zeros(2)
+    for algorithm in ("reinforce", "orpo", "kto"):
+        model, record = jax.jit(
+            lambda key, chosen: align.align(
+                policy, key, start, start, lambda x: x.astype(jnp.float32), DEFAULTS, chosen, truth=start
+            ),
+            static_argnums=1,
+        )(jax.random.key(0), settings(algorithm))
+        assert model[1] > model[0]
+        assert not record.failed
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"algorithm": "sgd"}, "algorithm must be one of .*'sgd'"),
+        ({"num_updates": 0}, "num_updates must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"dataset_batches": 0}, "dataset_batches must be at least 1"),
+        ({"batch_size": 2}, "batch_size must be even and at least 4"),
+        ({"batch_size": 7}, "batch_size must be even"),
+        ({"algorithm": "grpo", "batch_size": 24, "group_size": 16}, "divide batch_size"),
+        ({"group_size": 1}, "group_size must be at least 2"),
+        ({"algorithm": "ppo", "num_updates": 10, "epochs": 4}, "multiple of epochs"),
+        ({"algorithm": "grpo", "num_updates": 10, "epochs": 4}, "multiple of epochs"),
+    ],
+)
+def test_settings_refuse_bad_input_and_say_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AlignmentSettings(**arguments)
+
+
+def test_orpo_is_refused_on_densities():
+    with pytest.raises(ValueError, match="orpo needs probabilities below 1"):
+        align.align(mixture.policy, jax.random.key(0), BASE, BASE, WIDE_BUMP, DEFAULTS, settings("orpo"), truth=BASE)
+
+
+@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if spec.data == "truth"])
+def test_an_algorithm_that_learns_from_the_truth_asks_for_it(algorithm):
+    with pytest.raises(ValueError, match=f"{algorithm} learns from draws of the truth"):
+        align.align(mixture.policy, jax.random.key(0), BASE, BASE, WIDE_BUMP, DEFAULTS, settings(algorithm))
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [("ppo", 2), ("grpo", 2), ("reinforce", 8), ("online_dpo", 8)])
+def test_epochs_count_as_updates_only_where_they_are_made(algorithm, steps):
+    assert settings(algorithm, 8, epochs=4).num_steps == steps

@@ -1,0 +1,281 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import laboratory, metrics, mixture, pipelines
+from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.laboratory import LaboratorySettings, Points
+from jaxkd.truth import make_truth, with_target_weight
+
+pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promotion
+
+TRUTH = make_truth(target_weight=0.1)
+GRID = metrics.make_grid(TRUTH, points=61, subdivisions=4)
+POINTS = Points(jnp.asarray([0.25, 1.0]), jnp.asarray([0.3, 1.5]))
+COEFFICIENTS = Coefficients(*map(jnp.float32, Coefficients()))
+SMALL = {
+    "student_components": 4,
+    "num_samples": 256,
+    "starts": 2,
+    "distillation_starts": 1,
+    "iterations": 10,
+    "num_draws": 64,
+    "grid_points": 61,
+    "covariance_floor": 1e-3,
+}
+ARMS = ("kd_align", "kd_align_sharpened", "align_kd", "base_start_student_reference")
+TRACES = []
+
+
+def settings(algorithm="ppo", **others):
+    return LaboratorySettings(**{"alignment": AlignmentSettings(algorithm, 8, 32), "arms": ARMS, **SMALL, **others})
+
+
+@jax.jit
+def prepare(key, target_weight, capacity, points):
+    TRACES.append("prepare")
+    return laboratory.prepare(key, with_target_weight(TRUTH, target_weight), capacity, points, GRID, settings())
+
+
+def arms_of(settings):
+    def run(key, prepared, capacity, points, coefficients):
+        TRACES.append("run_arms")
+        return laboratory.run_arms(key, prepared, capacity, points, coefficients, GRID, settings)
+
+    return jax.jit(run)
+
+
+run_arms = arms_of(settings())
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare(jax.random.key(0), jnp.float32(0.1), jnp.int32(3), POINTS)
+
+
+@pytest.fixture(scope="module")
+def measured(prepared):
+    return run_arms(jax.random.key(0), prepared[0], jnp.int32(3), POINTS, COEFFICIENTS)
+
+
+def leaves_equal(first, second):
+    return all(
+        np.array_equal(a, b, equal_nan=True)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
+
+
+# --- what is made ----------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_measured_with_the_axes_it_depends_on(prepared, measured):
+    assert set(measured) == {"aligned_base", *ARMS}
+    lengths = {"temperature": 2, "kl_coef": 2}
+    for name, result in {**prepared[1], **measured}.items():
+        shape = tuple(lengths[axis] for axis in pipelines.axes_of(name))
+        assert all(leaf.shape == shape for leaf in result.metrics), name
+        assert result.from_grid.shape == shape
+        assert (result.record is not None) == isinstance(pipelines.STAGES.get(name), pipelines.Align)
+
+
+def test_a_student_uses_no_more_components_than_its_capacity(prepared, measured):
+    for model in (prepared[0].models["student"], measured["kd_align"].model, measured["align_kd"].model):
+        weights = mixture.weights(mixture.Mixture(*(leaf[0] for leaf in model)))
+        assert (np.asarray(weights)[..., 3:] == 0).all()
+    assert measured["aligned_base"].model.num_components == 8
+
+
+def test_objective_is_reward_less_the_coefficient_times_the_divergence_from_the_reference(measured):
+    for name in ("kd_align", "base_start_student_reference"):
+        values = measured[name].metrics
+        expected = values.reward - POINTS.kl_coef[None, :] * values.kl_to_reference
+        np.testing.assert_allclose(values.objective, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        measured["aligned_base"].metrics.kl_to_base, measured["aligned_base"].metrics.kl_to_reference, rtol=1e-5
+    )
+
+
+def test_an_arm_in_the_laboratory_is_the_alignment_done_by_hand(prepared, measured):
+    from jaxkd import align
+    from jaxkd.truth import on_target
+
+    student = jax.tree.map(lambda leaf: leaf[1], prepared[0].models["student"])
+    reward = laboratory.make_reward("density", TRUTH)
+    model, record = jax.jit(
+        lambda student, key: align.align(
+            mixture.policy,
+            key,
+            student,
+            student,
+            reward,
+            COEFFICIENTS._replace(kl_coef=jnp.float32(1.5)),
+            settings().alignment,
+            truth=TRUTH.modes,
+            on_target=lambda x: on_target(TRUTH, x),
+        )
+    )(student, laboratory.key_for(jax.random.key(0), "kd_align"))
+    ours = mixture.Mixture(*(leaf[1, 1] for leaf in measured["kd_align"].model))
+    for got, expected in zip(ours, model, strict=True):
+        np.testing.assert_allclose(got[..., :3], expected[..., :3], rtol=1e-3, atol=1e-3)
+    assert measured["kd_align"].record.target_hits[1, 1] == record.target_hits
+
+
+def test_sharpening_an_arm_keeps_its_components(measured):
+    plain, sharpened = measured["kd_align"].model, measured["kd_align_sharpened"].model
+    np.testing.assert_array_equal(sharpened.means[..., :4], plain.means[..., :4])
+    powers = (
+        np.asarray(jax.nn.softmax(plain.logits, axis=-1), np.float64)
+        ** (1 / np.asarray(POINTS.temperature))[:, None, None]
+    )
+    weights = np.asarray(jax.nn.softmax(sharpened.logits, axis=-1))
+    np.testing.assert_allclose(weights, powers / powers.sum(axis=-1, keepdims=True), rtol=2e-3, atol=1e-6)
+
+
+def test_the_gibbs_optimum_bounds_what_an_arm_reaches_against_its_reference(prepared, measured):
+    for arm, reference in (
+        ("kd_align", "student"),
+        ("aligned_base", "base"),
+        ("base_start_student_reference", "student"),
+    ):
+        best = prepared[0].optima[reference].gibbs.objective
+        assert (measured[arm].metrics.objective <= best + 1e-2).all(), arm
+
+
+def test_the_optimum_of_a_reference_agrees_with_a_sum_in_double_precision(prepared):
+    reward = np.asarray(laboratory.make_reward("density", TRUTH)(GRID.x), np.float64)
+    reference = np.exp(np.asarray(mixture.log_density(prepared[0].models["base"], GRID.x), np.float64))
+    for i, kl_coef in enumerate(np.asarray(POINTS.kl_coef, np.float64)):
+        tilted = reference * np.exp(reward / kl_coef)
+        optimum = jax.tree.map(lambda leaf: leaf[i], prepared[0].optima["base"].gibbs)  # noqa: B023
+        assert optimum.objective == pytest.approx(kl_coef * np.log(tilted.sum() / reference.sum()), rel=1e-3)
+        assert optimum.reward == pytest.approx((tilted * reward).sum() / tilted.sum(), rel=1e-3)
+
+
+# --- pairing and traces ----------------------------------------------------------------------------------------------
+
+
+def test_a_seed_shares_its_base_and_other_seeds_do_not(prepared):
+    again = prepare(jax.random.key(0), jnp.float32(0.1), jnp.int32(2), POINTS)[0]
+    other = prepare(jax.random.key(1), jnp.float32(0.1), jnp.int32(3), POINTS)[0]
+    assert leaves_equal(again.models["base"], prepared[0].models["base"])
+    assert not leaves_equal(again.models["student"], prepared[0].models["student"])
+    assert not leaves_equal(other.models["base"], prepared[0].models["base"])
+
+
+def test_keys_are_one_for_each_purpose_and_seed():
+    purposes = ("data", "base", "bench", "measure", "student", "kd_align")
+    keys = [
+        tuple(jax.random.key_data(laboratory.key_for(jax.random.key(s), p)).tolist()) for s in (0, 1) for p in purposes
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_prepare_and_run_arms_are_traced_once_for_a_whole_grid(prepared, measured):
+    TRACES.clear()
+    for i in range(3):
+        points = Points(POINTS.temperature * (1 + i / 10), POINTS.kl_coef * (1 + i / 10))
+        made, _ = prepare(jax.random.key(i), jnp.float32(0.05 * i), jnp.int32(i + 1), points)
+        run_arms(
+            jax.random.key(i),
+            made,
+            jnp.int32(i + 1),
+            points,
+            COEFFICIENTS._replace(learning_rate=jnp.float32(0.01 * i)),
+        )
+    assert TRACES == []
+
+
+def test_a_target_of_weight_zero_works_to_the_end():
+    made, results = prepare(jax.random.key(0), jnp.float32(0), jnp.int32(3), POINTS)
+    arms = run_arms(jax.random.key(0), made, jnp.int32(3), POINTS, COEFFICIENTS)
+    for name, result in {**results, **arms}.items():
+        for quantity in ("reward", "recall", "precision", "coverage", "target_mass", "objective"):
+            assert np.isfinite(getattr(result.metrics, quantity)).all(), (name, quantity)
+    assert (results["base"].metrics.target_mass < 0.01).all()
+    assert np.isfinite(made.optima["base"].half_mass_coefficient)
+
+
+def test_a_failed_arm_is_recorded_and_the_models_before_it_are_untouched(prepared, measured):
+    struck = run_arms(
+        jax.random.key(0), prepared[0], jnp.int32(3), POINTS, COEFFICIENTS._replace(learning_rate=jnp.float32(np.nan))
+    )
+    assert struck["kd_align"].record.failed.all()
+    assert not measured["kd_align"].record.failed.any()
+    assert not struck["kd_align"].from_grid.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "online_dpo", "offline_dpo_data", "kto"])
+def test_algorithms_of_a_seed_share_base_and_students(prepared, algorithm):
+    results = arms_of(settings(algorithm, arms=("kd_align", "align_kd")))(
+        jax.random.key(0), prepared[0], jnp.int32(3), POINTS, COEFFICIENTS
+    )
+    assert not results["kd_align"].record.failed.any()
+    if algorithm == "offline_dpo_data":
+        # One set of the truth's pairs for every arm, temperature and coefficient.
+        hits = np.concatenate([np.ravel(results[name].record.target_hits) for name in ("kd_align", "aligned_base")])
+        assert len(set(hits.tolist())) == 1 and hits[0] > 0
+
+
+# --- rewards, budgets, padding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", laboratory.REWARDS)
+def test_rewards_by_name_are_largest_on_the_target(name):
+    x = jnp.asarray([[1.0, -1.0, 0.6], [1.0, 0.0, 0.6]])
+    values = np.asarray(laboratory.make_reward(name, make_truth())(x))
+    peak = 1 / (2 * np.pi * 0.025)
+    at_mean = {
+        "density": peak,
+        "bump": peak,
+        "disc": peak / 2,
+        "log_density": np.log(peak),
+        "reflected": 0.0,
+        "clipped": peak / 2,
+    }
+    assert values[0] == pytest.approx(at_mean[name], rel=1e-3, abs=1e-3)
+    if name != "reflected":  # the centre exceeds the level twofold: as bad as nothing
+        assert values[0] > values[1]
+
+
+@pytest.mark.parametrize(("components", "updates"), [(8, 8), (4, 16), (1, 64), (3, 20)])
+def test_updates_matched_on_component_evaluations(components, updates):
+    assert laboratory.updates_for(settings(match_component_evaluations=True), components) == updates
+    assert laboratory.updates_for(settings(), components) == 8
+    assert updates % settings().alignment.updates_per_step == 0
+
+
+def test_padding_a_mixture_changes_neither_density_nor_draws():
+    padded = laboratory.pad_components(TRUTH.modes, 11)
+    sample = jax.jit(mixture.sample, static_argnums=2)
+    x = sample(TRUTH.modes, jax.random.key(0), 50)
+    assert padded.num_components == 11
+    np.testing.assert_array_equal(sample(padded, jax.random.key(0), 50), x)
+    np.testing.assert_allclose(mixture.log_density(padded, x), mixture.log_density(TRUTH.modes, x), rtol=1e-6)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward": "gold"}, "reward must be one of .*'gold'"),
+        ({"arms": ()}, "arms must not be empty"),
+        ({"arms": ("align_then_kd",)}, "unknown arm 'align_then_kd'"),
+        ({"base_components": 0}, "base_components must be at least 1"),
+        ({"student_components": 0}, "student_components must be at least 1"),
+        ({"num_samples": 8}, "num_samples must be at least 16"),
+        ({"starts": 0}, "starts must be at least 1"),
+        ({"distillation_starts": 0}, "distillation_starts must be at least 1"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"num_draws": 1}, "num_draws must be at least 16"),
+        ({"grid_points": 3}, "grid_points must be at least 16"),
+        ({"covariance_floor": 0.0}, "covariance_floor must be positive"),
+        ({"covariance_floor": float("nan")}, "covariance_floor must be positive and finite"),
+    ],
+)
+def test_settings_refuse_bad_input_and_say_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LaboratorySettings(**arguments)
