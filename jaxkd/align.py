@@ -359,7 +359,8 @@ class Algorithm:
       variant: the policy-gradient variant or the preference loss.
       data: whose draws an offline algorithm learns from: "reference" (the arm's own) or "truth" (the same for all).
       has_gibbs_optimum: whether the Gibbs policy at β (times the label temperature, for preferences) is its optimum.
-      learning_rate: the one that `experiments/tune_learning_rate.py` found best, on seeds kept apart.
+      learning_rate: the one that `experiments/tune_learning_rate.py` found best, on seeds kept apart; for
+        algorithms without a Gibbs optimum, which it cannot tune, a plain 0.03.
     """
 
     kind: str
@@ -370,12 +371,12 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "reinforce": Algorithm("policy_gradient", "reinforce", has_gibbs_optimum=True),
-    "ppo": Algorithm("policy_gradient", "ppo", has_gibbs_optimum=True),
+    "reinforce": Algorithm("policy_gradient", "reinforce", has_gibbs_optimum=True, learning_rate=0.1),
+    "ppo": Algorithm("policy_gradient", "ppo", has_gibbs_optimum=True, learning_rate=0.1),
     "grpo": Algorithm("policy_gradient", "grpo"),
-    "online_dpo": Algorithm("online_preference", "dpo", has_gibbs_optimum=True),
-    "offline_dpo_ref": Algorithm("offline_preference", "dpo", "reference", has_gibbs_optimum=True),
-    "offline_dpo_data": Algorithm("offline_preference", "dpo", "truth", has_gibbs_optimum=True),
+    "online_dpo": Algorithm("online_preference", "dpo", has_gibbs_optimum=True, learning_rate=0.1),
+    "offline_dpo_ref": Algorithm("offline_preference", "dpo", "reference", has_gibbs_optimum=True, learning_rate=0.06),
+    "offline_dpo_data": Algorithm("offline_preference", "dpo", "truth", has_gibbs_optimum=True, learning_rate=0.06),
     "cdpo": Algorithm("offline_preference", "cdpo", "truth"),
     "robust_dpo": Algorithm("offline_preference", "robust_dpo", "truth"),
     "ipo": Algorithm("offline_preference", "ipo", "truth"),

@@ -217,7 +217,7 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                     values = cell[quantity].sel(algorithm=algorithm, kl_coef=kl_coef, stage=arm).values
                     values = values[np.isfinite(values)]
                     spread = place + shade + generator.uniform(-width / 2.6, width / 2.6, values.size)
-                    axis.scatter(spread, values, s=1.6, color=COLOURS[arm], alpha=0.35, linewidths=0, rasterized=True)
+                    axis.scatter(spread, values, s=2.5, color=COLOURS[arm], alpha=0.4, linewidths=0, rasterized=True)
                     if values.size:
                         axis.plot(
                             place + shade, np.median(values), "D", ms=3.2, mfc="white", mec="black", mew=0.6, zorder=4
@@ -279,8 +279,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
                     mew=0.4,
                 )
         axis.set_xlabel("KL(policy ‖ base) (nats)")
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=-0.2)
     axes[0].set_ylabel("reward E[R]")
     handles = [
         Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], lw=0.8, label=LABELS[arm].replace("\n", " "))

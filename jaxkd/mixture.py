@@ -186,7 +186,7 @@ log_density.defvjp(_log_density_forward, _log_density_backward)
 
 
 class Moments(NamedTuple):
-    """Weighted moments of draws about each component's mean: `mass: [K]`, `first: [dim, K]`, `second: [dim, dim, K]`."""
+    """Weighted moments of draws about each mean: `mass: [K]`, `first: [dim, K]`, `second: [dim, dim, K]`."""
 
     mass: jax.Array
     first: jax.Array

@@ -174,8 +174,8 @@ def run(
       stages: stages by name, in an order in which they can be computed (`needed`).
       models: models made before, by name, leading with the axes that `axes_of` says; "base" among them.
       points: values of each axis, [length]; the axes that a result depends on lead it in the order of `AXES`.
-      execute: pure function of one point, `(kind, group, *models, value) -> (model, record)`: an `Align` is given start,
-        reference and KL coefficient, a `Distil` or `Sharpen` its teacher and temperature.
+      execute: pure function of one point, `(kind, group, *models, value) -> (model, record)`: an `Align` is given
+        start, reference and KL coefficient, a `Distil` or `Sharpen` its teacher and temperature.
       unify: brings models of several sizes to one (padding), so that they can be stacked.
       group_of: what of a stage is static, e.g. its number of updates; only stages that agree are stacked.
 
