@@ -61,7 +61,9 @@ def reference_run(key, truth, grid):
     student = distilled(base, 0.25)
     # Both alignments and all measurements are stacked, as the laboratory does it.
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student)
-    aligned_base, kd_align = (jax.tree.map(lambda leaf: leaf[i], jax.vmap(aligned)(pair)) for i in (0, 1))
+    both = jax.vmap(aligned)(pair)
+    aligned_base = jax.tree.map(lambda leaf: leaf[0], both)
+    kd_align = jax.tree.map(lambda leaf: leaf[1], both)
     align_kd = distilled(aligned_base, 1.0)
     bench = metrics.make_bench(bench_key, truth, base, reward, grid, num_draws=16)
     models = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student, aligned_base, kd_align, align_kd)

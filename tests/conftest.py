@@ -1,9 +1,14 @@
 """Strictness for every test: no silent dtype or rank promotion, several CPU devices, plain tests before slow ones."""
 
 import importlib.util
+import os
 
-import jax
-import pytest
+# Tests compile much and compute little: LLVM's expensive passes cost more than they save. Set before jax starts.
+_QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
