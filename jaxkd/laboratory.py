@@ -131,9 +131,13 @@ class Measured(NamedTuple):
     record: align.Record | None
 
 
-def key_for(seed_key: jax.Array, purpose: str) -> jax.Array:
-    """A seed's key for one purpose; every alignment shares one, and so does every distillation: runs are paired."""
-    return jax.random.fold_in(seed_key, _PURPOSES.index(purpose))
+def keys_for(seed_key: jax.Array) -> dict[str, jax.Array]:
+    """A seed's keys by purpose; every alignment shares one, and so does every distillation: runs are paired.
+
+    Made once a seed: inside the vmapped stages each would be hashed, and compiled, anew.
+    """
+    numbers = jnp.arange(len(_PURPOSES))
+    return dict(zip(_PURPOSES, jax.vmap(lambda number: jax.random.fold_in(seed_key, number))(numbers), strict=True))
 
 
 def make_reward(name: str, truth: Truth) -> rewards.Reward:
@@ -167,11 +171,11 @@ def _fit(settings: LaboratorySettings, num_components: int, capacity, starts: in
     )
 
 
-def _distil(settings, capacity, seed_key, teacher, temperature) -> Mixture:
+def _distil(settings, capacity, key, teacher, temperature) -> Mixture:
     fit = _fit(settings, settings.student_components, capacity, settings.distillation_starts)
     return distill.sequence_level(
         mixture.policy,
-        key_for(seed_key, "student"),
+        key,
         teacher,
         temperature,
         settings.num_samples,
@@ -190,9 +194,9 @@ def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) ->
     return Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
 
 
-def _bench(seed_key, truth, base, grid, settings):
+def _bench(key, truth, base, grid, settings):
     reward = make_reward(settings.reward, truth)
-    return metrics.make_bench(key_for(seed_key, "bench"), truth, base, reward, grid, settings.num_draws), reward
+    return metrics.make_bench(key, truth, base, reward, grid, settings.num_draws), reward
 
 
 def prepare(
@@ -208,14 +212,15 @@ def prepare(
       grid: quadrature grid, or None for Monte Carlo alone.
       settings: static.
     """
-    x = mixture.sample(truth.modes, key_for(seed_key, "data"), settings.num_samples)
-    fitted = _fit(settings, settings.base_components, None, settings.starts)(key_for(seed_key, "base"), x)
+    keys = keys_for(seed_key)
+    x = mixture.sample(truth.modes, keys["data"], settings.num_samples)
+    fitted = _fit(settings, settings.base_components, None, settings.starts)(keys["base"], x)
     base = fitted.mixture
-    students = jax.vmap(lambda temperature: _distil(settings, capacity, seed_key, base, temperature))(
+    students = jax.vmap(lambda temperature: _distil(settings, capacity, keys["student"], base, temperature))(
         points.temperature
     )
-    bench, reward = _bench(seed_key, truth, base, grid, settings)
-    measure_key = key_for(seed_key, "measure")
+    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
+    measure_key = keys["measure"]
     models = {"base": base, "student": students}
     results = _measure_all(bench, measure_key, models, {}, reward, points)
     references = _stack([base, students], ["base", "student"])
@@ -264,17 +269,18 @@ def run_arms(
       By model: "aligned_base" and the arms, with leading axes as `pipelines.axes_of` says.
     """
     truth, base = prepared.truth, prepared.models["base"]
-    bench, reward = _bench(seed_key, truth, base, grid, settings)
+    keys = keys_for(seed_key)
+    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
 
     def execute(kind, num_updates, *inputs):
         *parents, value = inputs
         if kind is pipelines.Sharpen:
             return mixture.sharpen(parents[0], value), None
         if kind is pipelines.Distil:
-            return _distil(settings, capacity, seed_key, parents[0], value), None
+            return _distil(settings, capacity, keys["student"], parents[0], value), None
         return align.align(
             mixture.policy,
-            key_for(seed_key, "kd_align"),
+            keys["kd_align"],
             *parents,
             reward,
             coefficients._replace(kl_coef=value),
@@ -291,7 +297,7 @@ def run_arms(
     stages = pipelines.needed(settings.arms)
     models, records = pipelines.run(stages, prepared.models, points._asdict(), execute, _unify, num_updates_of)
     made = {name: models[name] for name in ("base", "student", *records)}
-    measured = _measure_all(bench, key_for(seed_key, "measure"), made, records, reward, points)
+    measured = _measure_all(bench, keys["measure"], made, records, reward, points)
     return {name: measured[name] for name in records}
 
 

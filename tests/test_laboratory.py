@@ -114,7 +114,7 @@ def test_an_arm_in_the_laboratory_is_the_alignment_done_by_hand(prepared, measur
             truth=TRUTH.modes,
             on_target=lambda x: on_target(TRUTH, x),
         )
-    )(student, laboratory.key_for(jax.random.key(0), "kd_align"))
+    )(student, laboratory.keys_for(jax.random.key(0))["kd_align"])
     ours = mixture.Mixture(*(leaf[1, 1] for leaf in measured["kd_align"].model))
     for got, expected in zip(ours, model, strict=True):
         np.testing.assert_allclose(got[..., :3], expected[..., :3], rtol=1e-3, atol=1e-3)
@@ -166,7 +166,7 @@ def test_a_seed_shares_its_base_and_other_seeds_do_not(prepared):
 def test_keys_are_one_for_each_purpose_and_seed():
     purposes = ("data", "base", "bench", "measure", "student", "kd_align")
     keys = [
-        tuple(jax.random.key_data(laboratory.key_for(jax.random.key(s), p)).tolist()) for s in (0, 1) for p in purposes
+        tuple(jax.random.key_data(laboratory.keys_for(jax.random.key(s))[p]).tolist()) for s in (0, 1) for p in purposes
     ]
     assert len(set(keys)) == len(keys)
 
