@@ -125,27 +125,33 @@ def runs_of(config: Config):
     return keys, truth, points, metrics.make_grid(truth)
 
 
-def functions_of(config: Config):
-    """Pure functions of one seed: what all algorithms share, and each algorithm's arms."""
+def settings_of(config: Config, algorithm: str):
+    """What shapes the laboratory for one algorithm."""
     from jaxkd import laboratory
     from jaxkd.align import AlignmentSettings
 
-    def settings(algorithm):
-        return laboratory.LaboratorySettings(
-            alignment=AlignmentSettings(algorithm=algorithm, num_updates=config.steps),
-            arms=config.arms,
-            reward=config.reward,
-            student_components=config.capacity,
-            starts=config.starts,
-            match_component_evaluations=config.match_component_evaluations,
-        )
+    return laboratory.LaboratorySettings(
+        alignment=AlignmentSettings(algorithm=algorithm, num_updates=config.steps),
+        arms=config.arms,
+        reward=config.reward,
+        student_components=config.capacity,
+        starts=config.starts,
+        match_component_evaluations=config.match_component_evaluations,
+    )
+
+
+def functions_of(config: Config):
+    """Pure functions of one seed: what all algorithms share, and each algorithm's arms."""
+    from jaxkd import laboratory
 
     def prepare(key, truth, points, grid):
-        return laboratory.prepare(key, truth, config.capacity, points, grid, settings(config.algorithms[0]))
+        return laboratory.prepare(key, truth, config.capacity, points, grid, settings_of(config, config.algorithms[0]))
 
     def arms(algorithm):
+        settings = settings_of(config, algorithm)
+
         def run(key, prepared, points, coefficients, grid):
-            return laboratory.run_arms(key, prepared, config.capacity, points, coefficients, grid, settings(algorithm))
+            return laboratory.run_arms(key, prepared, config.capacity, points, coefficients, grid, settings)
 
         return run
 
@@ -172,7 +178,7 @@ def compute(config: Config):
     import jax
     from tqdm import tqdm
 
-    from jaxkd import results
+    from jaxkd import laboratory, results
 
     keys, truth, points, grid = runs_of(config)
     prepare, arms = functions_of(config)
@@ -219,8 +225,9 @@ def compute(config: Config):
     for bar in bars.values():
         bar.close()
     seeds = range(config.first_seed, config.first_seed + config.seeds)
+    made = laboratory.made_by(settings_of(config, config.algorithms[0]))
     return results.to_dataset(
-        prepared, measured, by_algorithm, config.temperatures, config.kl_coefs, seeds, num_components=8
+        prepared, measured, by_algorithm, made, config.temperatures, config.kl_coefs, seeds, num_components=8
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from mog_order import Config, coefficients_of, functions_of, runs_of
+from mog_order import Config, coefficients_of, functions_of, runs_of, settings_of
 
 from jaxkd.sweep import engine
 
@@ -44,7 +44,7 @@ def main(tuning: Tuning) -> None:
     """Try every rate with every algorithm."""
     import numpy as np
 
-    from jaxkd import results
+    from jaxkd import laboratory, results
 
     config = Config(
         seeds=tuning.seeds, first_seed=tuning.first_seed, algorithms=tuning.algorithms, arms=("kd_align", "align_kd")
@@ -63,7 +63,14 @@ def main(tuning: Tuning) -> None:
             arguments = (points, coefficients_of(config, algorithm, rate), grid)
             outcome = compiled.call((keys, prepared), arguments)
             dataset = results.to_dataset(
-                prepared, measured, {algorithm: outcome}, config.temperatures, config.kl_coefs, range(tuning.seeds), 8
+                prepared,
+                measured,
+                {algorithm: outcome},
+                laboratory.made_by(settings_of(config, algorithm)),
+                config.temperatures,
+                config.kl_coefs,
+                range(tuning.seeds),
+                num_components=8,
             )
             distance = dataset.distance_to_gibbs.sel(stage=["aligned_base", "kd_align"])
             # A run that ends in NaN is as far as can be: no rate is chosen for dropping its failures.

@@ -121,11 +121,20 @@ class PreferenceData(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a step is given: its key, the reference, the coefficients and, for an offline step, a batch of data."""
+    """What a step is given.
+
+    Attributes:
+      key: random key (of labels; the draws have keys of their own).
+      reference: parameters of π_ref.
+      coefficients: traced.
+      draws: a batch drawn from the current policy; None for algorithms that use none (`Algorithm.on_policy`).
+      data: a batch of an offline algorithm's fixed set; None for the others.
+    """
 
     key: jax.Array
     reference: Params
     coefficients: Coefficients
+    draws: Draws | None = None
     data: PreferenceData | None = None
 
 
@@ -204,7 +213,7 @@ def policy_gradient_step(
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         coefficients = inputs.coefficients
-        x = policy.sample(state.params, inputs.key, settings.batch_size, 1.0)
+        x = inputs.draws
         rewards = reward(x)
         reference_log_prob = policy.sequence_log_prob(inputs.reference, x)
 
@@ -301,10 +310,9 @@ def online_preference_step(
     """Pairs drawn from the current policy, labelled by Bradley–Terry, one update of a preference loss."""
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
-        draw_key, label_key = jax.random.split(inputs.key)
-        x = policy.sample(state.params, draw_key, settings.batch_size, 1.0)
+        x = inputs.draws
         rewards = reward(x)
-        data = label_pairs(policy, label_key, x, rewards, inputs.reference, inputs.coefficients)
+        data = label_pairs(policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
         state, loss, kl = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
         return state, Info(loss, rewards.mean(), kl, jnp.float32(0.0), on_target(x).sum())
 
@@ -329,8 +337,7 @@ def kto_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Rew
     """
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
-        data, coefficients = inputs.data, inputs.coefficients
-        fresh = policy.sample(state.params, inputs.key, settings.batch_size, 1.0)
+        data, fresh, coefficients = inputs.data, inputs.draws, inputs.coefficients
         log_ratio = policy.sequence_log_prob(state.params, fresh) - policy.sequence_log_prob(inputs.reference, fresh)
         reference_point = preference.kto_reference_point(log_ratio)
 
@@ -368,6 +375,11 @@ class Algorithm:
     data: str | None = None
     has_gibbs_optimum: bool = False
     learning_rate: float = 0.03
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether each step is given draws of the current policy."""
+        return self.kind != "offline_preference"
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -455,21 +467,30 @@ def align(
         raise ValueError(f"{settings.algorithm} learns from draws of the truth: give `truth`")
     optimizer = make_optimizer(settings.num_updates)
     step = make_step(policy, optimizer, settings, reward, on_target)
-    step_key, data_key = jax.random.split(key)
+    draw_key, label_key, data_key = jax.random.split(key, 3)
     data = None
     if algorithm.data:
         source = truth if algorithm.data == "truth" else reference
         data = preference_dataset(policy, data_key, source, reference, reward, coefficients, settings)
 
-    def body(state, index_and_key):
-        index, key = index_and_key
-        batch = jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, index % settings.dataset_batches, keepdims=False), data
-        )
-        return step(state, Inputs(key, reference, coefficients, batch))
+    def batches(params, key, index):
+        draws = policy.sample(params, key, settings.batch_size, 1.0) if algorithm.on_policy else None
+        index = index % settings.dataset_batches
+        return draws, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), data)
 
-    steps = (jnp.arange(settings.num_steps), jax.random.split(step_key, settings.num_steps))
-    state, infos = lax.scan(body, State(start, optimizer.init(start)), steps)
+    def body(carry, inputs):
+        state, draws, batch = carry
+        label_key, next_draw_key, next_index = inputs
+        state, info = step(state, Inputs(label_key, reference, coefficients, draws, batch))
+        # What the next step learns from is carried: made where it is used, XLA would draw it, or cut it out of the
+        # data set, anew inside every consumer, and an update would take two to four times as long.
+        return (state, *batches(state.params, next_draw_key, next_index)), info
+
+    # One draw more than there are steps: the last is not used.
+    draw_keys = jax.random.split(draw_key, settings.num_steps + 1)
+    inputs = (jax.random.split(label_key, settings.num_steps), draw_keys[1:], jnp.arange(1, settings.num_steps + 1))
+    first = (State(start, optimizer.init(start)), *batches(start, draw_keys[0], 0))
+    (state, *_), infos = lax.scan(body, first, inputs)
     return state.params, _record(state.params, infos)
 
 

@@ -6,11 +6,13 @@ arms, algorithms, temperatures and coefficients of a seed share the base, the da
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxkd import align, distill, metrics, mixture, pipelines, rewards, theory
@@ -20,6 +22,9 @@ from jaxkd.truth import Truth, on_target
 
 REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
 """Rewards by name; the last two are wrappers of the target density at its mean over the target's own draws."""
+
+PREPARED = ("base", "student")
+"""The models that `prepare` makes, in the order in which it stacks them."""
 
 _PURPOSES = ("data", "base", "bench", "measure", *pipelines.STAGES)
 
@@ -116,19 +121,19 @@ class Prepared(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One model, measured.
+    """Models, measured: several at all their points as one stack, or one of them (`by_stage`).
 
     Attributes:
-      model: its parameters.
-      metrics: its quantities; `objective` is at the KL coefficient of the run, or at 0 for models that have none.
+      model: parameters, padded to the widest model of the stack.
+      metrics: quantities; `objective` is at the KL coefficient of the run, or at 0 for models that have none.
       from_grid: whether they came from quadrature (else Monte Carlo).
-      record: what its own alignment recorded; None for models that no alignment made last.
+      record: what the model's own alignment recorded; NaN (not failed) for models that no alignment made last.
     """
 
     model: Mixture
     metrics: metrics.Metrics
     from_grid: jax.Array
-    record: align.Record | None
+    record: align.Record
 
 
 def keys_for(seed_key: jax.Array) -> dict[str, jax.Array]:
@@ -201,7 +206,7 @@ def _bench(key, truth, base, grid, settings):
 
 def prepare(
     seed_key: jax.Array, truth: Truth, capacity, points: Points, grid: metrics.Grid | None, settings: LaboratorySettings
-) -> tuple[Prepared, dict[str, Measured]]:
+) -> tuple[Prepared, Measured]:
     """Fit the base to samples of p*, distil the students, measure both and find what each allows as a reference.
 
     Args:
@@ -211,6 +216,9 @@ def prepare(
       points: temperatures and KL coefficients.
       grid: quadrature grid, or None for Monte Carlo alone.
       settings: static.
+
+    Returns:
+      What algorithms share, and the models of `PREPARED`, measured: a stack to be taken apart by `by_stage`.
     """
     keys = keys_for(seed_key)
     x = mixture.sample(truth.modes, keys["data"], settings.num_samples)
@@ -222,18 +230,18 @@ def prepare(
     bench, reward = _bench(keys["bench"], truth, base, grid, settings)
     measure_key = keys["measure"]
     models = {"base": base, "student": students}
-    results = _measure_all(bench, measure_key, models, {}, reward, points)
-    references = _stack([base, students], ["base", "student"])
+    measured = _measure_all(bench, measure_key, PREPARED, models, {}, reward, points)
+    references = stack([pipelines.flatten(base, ()), pipelines.flatten(students, ("temperature",))])
     optima = jax.vmap(lambda reference: _optimum(bench, reference, reward, measure_key, points.kl_coef))(references)
     of_base, of_students = pipelines.split(optima, [1, points.temperature.size], [(), points.temperature.shape])
     prepared = Prepared(
         truth=truth,
         models=models,
         log_likelihood=fitted.log_likelihood,
-        base_failed=results["base"].metrics.coverage < 1,
+        base_failed=measured.metrics.coverage[0] < 1,
         optima={"base": of_base, "student": of_students},
     )
-    return prepared, results
+    return prepared, measured
 
 
 def updates_for(settings: LaboratorySettings, num_components: int) -> int:
@@ -253,7 +261,7 @@ def run_arms(
     coefficients: Coefficients,
     grid: metrics.Grid | None,
     settings: LaboratorySettings,
-) -> dict[str, Measured]:
+) -> Measured:
     """Run one algorithm's pipelines on a prepared seed and measure every model they make.
 
     Args:
@@ -266,7 +274,7 @@ def run_arms(
       settings: static.
 
     Returns:
-      By model: "aligned_base" and the arms, with leading axes as `pipelines.axes_of` says.
+      The models that `made_by` names, measured: a stack to be taken apart by `by_stage`.
     """
     truth, base = prepared.truth, prepared.models["base"]
     keys = keys_for(seed_key)
@@ -295,29 +303,62 @@ def run_arms(
         return updates_for(settings, prepared.models[stage.start].num_components)
 
     stages = pipelines.needed(settings.arms)
-    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute, _unify, num_updates_of)
-    made = {name: models[name] for name in ("base", "student", *records)}
-    measured = _measure_all(bench, keys["measure"], made, records, reward, points)
-    return {name: measured[name] for name in records}
+    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute, stack, num_updates_of)
+    return _measure_all(bench, keys["measure"], made_by(settings), models, records, reward, points)
 
 
-def _unify(models: list[Mixture]) -> list[Mixture]:
+def made_by(settings: LaboratorySettings) -> tuple[str, ...]:
+    """The models that `run_arms` makes, in the order in which it stacks them."""
+    return tuple(name for name in pipelines.needed(settings.arms) if name not in PREPARED)
+
+
+def by_stage(
+    measured: Measured, names: Sequence[str], points: Points, runs: tuple[int, ...] = ()
+) -> dict[str, Measured]:
+    """Take a stack of measured models apart: each by its name, with leading axes as `pipelines.axes_of` says.
+
+    Done on the host after a sweep: inside the compiled program each of the hundred slices would be a kernel.
+
+    Args:
+      measured: from `prepare` or `run_arms`, or any pytree of arrays that lead as its do.
+      names: `PREPARED`, or `made_by` of the settings.
+      points: temperatures and KL coefficients.
+      runs: lengths of the run axes that lead every array, if it was vmapped.
+    """
+    lengths = {axis: len(values) for axis, values in points._asdict().items()}
+    shapes = [tuple(lengths[axis] for axis in pipelines.axes_of(name)) for name in names]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+
+    def one(shape, begin, end):
+        return jax.tree.map(
+            lambda leaf: leaf[(slice(None),) * len(runs) + (slice(begin, end),)].reshape(
+                *runs, *shape, *leaf.shape[len(runs) + 1 :]
+            ),
+            measured,
+        )
+
+    begins = (0, *ends[:-1])
+    return {name: one(*where) for name, *where in zip(names, shapes, begins, ends, strict=True)}
+
+
+def stack(models: list[Mixture]) -> Mixture:
+    """Concatenate mixtures of several sizes along their one leading axis, padded to the widest.
+
+    All parameters travel as the rows of one array: leaf by leaf, four times as many kernels would be compiled.
+    """
     widest = max(model.num_components for model in models)
-    return [pad_components(model, widest) for model in models]
+    padded = [pad_components(model, widest) for model in models]
+    rows = jnp.concatenate([jnp.concatenate([leaf.logits[:, None], *leaf[1:]], axis=1) for leaf in padded])
+    ends = np.cumsum([1, models[0].dim, models[0].dim])
+    logits, means, log_scales, off_diagonals = jnp.split(rows, ends, axis=1)
+    return Mixture(logits[:, 0], means, log_scales, off_diagonals)
 
 
-def _stack(models: list[Mixture], names: list[str]) -> Mixture:
-    """Models of several sizes, each with the leading axes of its name, as one flat stack."""
-    flat = [pipelines.flatten(model, pipelines.axes_of(name)) for model, name in zip(models, names, strict=True)]
-    return pipelines.concatenate(_unify(flat))
-
-
-def _measure_all(bench, key, models, records, reward, points) -> dict[str, Measured]:
-    """Measure all models in one pass; a model's reference is what its alignment was held to."""
+def _measure_all(bench, key, names, models, records, reward, points) -> Measured:
+    """Measure the named models in one pass; a model's reference is what its alignment was held to."""
     lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
-    shapes = [tuple(lengths[axis] for axis in pipelines.axes_of(name)) for name in models]
     references, coefficients = [], []
-    for name in models:
+    for name in names:
         axes, reference = pipelines.axes_of(name), pipelines.reference_of(name)
         references.append(pipelines.at_all_points(models[reference], pipelines.axes_of(reference), axes, lengths))
         count = math.prod(lengths[axis] for axis in axes)
@@ -330,12 +371,19 @@ def _measure_all(bench, key, models, records, reward, points) -> dict[str, Measu
         model, reference, kl_coef = inputs
         return metrics.evaluate(bench, key, model, reference, reward, kl_coef)
 
-    stacked = _stack(list(models.values()), list(models))
-    inputs = (stacked, pipelines.concatenate(_unify(references)), jnp.concatenate(coefficients))
+    stacked = stack([pipelines.flatten(models[name], pipelines.axes_of(name)) for name in names])
     # One model's grid fits the cache, all of them together do not.
-    results = lax.map(evaluate, inputs)
-    pieces = pipelines.split(results, [math.prod(shape) for shape in shapes], shapes)
-    return {name: Measured(models[name], *piece, records.get(name)) for name, piece in zip(models, pieces, strict=True)}
+    values, from_grid = lax.map(evaluate, (stacked, stack(references), jnp.concatenate(coefficients)))
+    recorded = [
+        _no_record(len(values)) if records.get(name) is None else jax.tree.map(jnp.ravel, records[name])
+        for name, values in zip(names, coefficients, strict=True)
+    ]
+    return Measured(stacked, values, from_grid, jax.tree.map(lambda *parts: jnp.concatenate(parts), *recorded))
+
+
+def _no_record(count: int) -> align.Record:
+    nothing = jnp.full(count, math.nan, jnp.float32)
+    return align.Record(nothing, nothing, nothing, jnp.zeros(count, bool))
 
 
 def pad_components(model: Mixture, num_components: int) -> Mixture:

@@ -164,14 +164,23 @@ def log_density(mixture: Mixture, x: jax.Array) -> jax.Array:
     The gradient is written out: it needs only the weighted moments of x under the responsibilities, and they come from
     one matrix product. Automatic differentiation takes half as long again.
     """
-    return jax.nn.logsumexp(component_log_densities(mixture, x), axis=0)
+    return _log_density_forward(mixture, x)[0]
+
+
+def _sum_over_components(values: jax.Array) -> jax.Array:
+    """Sum over the leading axis by halving: XLA draws exponentials into a reduction, where they take thrice as long."""
+    while values.shape[0] > 1:
+        half = values.shape[0] // 2
+        paired = values[:half] + values[half : 2 * half]
+        values = paired if values.shape[0] % 2 == 0 else jnp.concatenate([paired, values[2 * half :]])
+    return values[0]
 
 
 def _log_density_forward(mixture, x):
     joint = component_log_densities(mixture, x)
     largest = joint.max(axis=0)
     unnormalised = jnp.exp(joint - largest[None, :])
-    total = unnormalised.sum(axis=0)
+    total = _sum_over_components(unnormalised)
     return largest + jnp.log(total), (mixture, x, unnormalised, total)
 
 
@@ -278,38 +287,59 @@ def _uniform(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
 
 
+def _random_words(key: jax.Array, rows: int, n: int) -> jax.Array:
+    """An even number of words, [rows, n]: those of `jax.random.bits` in its counter layout that is not partitionable.
+
+    Threefry-2x32 with 20 rounds (Salmon et al. 2011), written out as elementwise operations: jax's own is a loop over
+    rounds on CPUs, slower to run and many kernels more to compile.
+    """
+    # An odd number of words is the first part of the next even number.
+    half = -(-rows * n // 2)
+    counter = lax.iota(jnp.uint32, 2 * half)
+    first_key, second_key = jax.random.key_data(key)
+    keys = (first_key, second_key, first_key ^ second_key ^ jnp.uint32(0x1BD11BDA))
+    first, second = counter[:half] + keys[0], counter[half:] + keys[1]
+    for block in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            first = first + second
+            turned = lax.shift_left(second, jnp.uint32(turn)) | lax.shift_right_logical(second, jnp.uint32(32 - turn))
+            second = first ^ turned
+        first = first + keys[(block + 1) % 3]
+        second = second + keys[(block + 2) % 3] + jnp.uint32(block + 1)
+    # Without the barrier XLA would hash the words anew inside every consumer.
+    return jnp.concatenate(lax.optimization_barrier((first, second)))[: rows * n].reshape(rows, n)
+
+
+def _random_uniforms(key: jax.Array, rows: int, n: int) -> jax.Array:
+    """Uniforms on [0, 1), [rows, n], that depend on the key and on rows · n alone."""
+    return _uniform(lax.optimization_barrier(_random_words(key, rows, n)))
+
+
 def sample(mixture: Mixture, key: jax.Array, n: int, temperature=1.0) -> jax.Array:
     """Draw n points at a temperature on the weights, as [dim, n].
 
     The words drawn depend on `dim` and n alone, so padding to another K changes no draw.
     """
-    dim = mixture.dim
-    # The older counter layout of threefry spends half the hashes of the partitionable one on the same 32-bit words.
-    with jax.threefry_partitionable(False):
-        bits = jax.random.bits(key, (dim + 1, n))
-    # Without the barriers XLA hashes the words anew inside every consumer: the whole update takes three times as long.
-    uniforms = _uniform(lax.optimization_barrier(bits))
+    dim, count = mixture.dim, mixture.num_components
+    uniforms = _random_uniforms(key, dim + 1, n)
     # Half a step off the grid of uniforms keeps erf_inv's argument inside (−1, 1).
     normals = math.sqrt(2) * lax.erf_inv(2.0 * uniforms[1:] - 1.0 + 2.0**-24)
-    thresholds = jnp.cumsum(weights(mixture, temperature))
-    # A component's parameters, means first, then the rows of L, chosen by walking up the cumulative weights.
-    parameters = jnp.concatenate([mixture.means, jnp.exp(mixture.log_scales), mixture.off_diagonals])
-    chosen = jnp.broadcast_to(parameters[:, :1], (parameters.shape[0], n))
-    last_active = jnp.where(is_active(mixture), jnp.arange(mixture.num_components), 0).max()
-    for k in range(1, mixture.num_components):
-        # Rounding may leave the last threshold below a uniform; the draw then stays with the last active component.
-        beyond = (uniforms[0] >= thresholds[k - 1]) & (k <= last_active)
-        chosen = jnp.where(beyond[None, :], parameters[:, k : k + 1], chosen)
-    means, scales, below = chosen[:dim], chosen[dim : 2 * dim], chosen[2 * dim :]
-    draws, row = [], 0
-    for d in range(dim):
-        value = means[d] + scales[d] * normals[d]
-        if mixture.off_diagonals.shape[-2]:
-            for e in range(d):
-                value = value + below[row] * normals[e]
-                row += 1
-        draws.append(value)
-    return lax.optimization_barrier(lax.stop_gradient(jnp.stack(draws)))
+    # A component's mean and the columns of its L, chosen by walking up the cumulative weights. Rounding may leave the
+    # last threshold below a uniform; the draw then stays with the last active component.
+    last_active = jnp.where(is_active(mixture), jnp.arange(count), 0).max()
+    thresholds = jnp.where(jnp.arange(count) < last_active, jnp.cumsum(weights(mixture, temperature)), 2.0)
+    factor = scale_factor(mixture)
+    parameters = [mixture.means, *(factor[:, e] for e in range(dim))]
+    chosen = [jnp.broadcast_to(parameter[:, :1], (dim, n)) for parameter in parameters]
+    for k in range(1, count):
+        beyond = (uniforms[0] >= thresholds[k - 1])[None, :]
+        chosen = [
+            jnp.where(beyond, parameter[:, k : k + 1], value)
+            for parameter, value in zip(parameters, chosen, strict=True)
+        ]
+    # Whole rows at a time: stacking coordinates would make XLA compute them branch by branch.
+    draws = chosen[0] + sum(column * normals[e][None, :] for e, column in enumerate(chosen[1:]))
+    return lax.optimization_barrier(lax.stop_gradient(draws))
 
 
 def entropy(mixture: Mixture, key: jax.Array, n: int = 4096) -> tuple[jax.Array, jax.Array]:
@@ -426,9 +456,7 @@ def kmeans_plus_plus(key: jax.Array, x: jax.Array, num_components: int) -> jax.A
 
     def pick(key, chance):
         # An exponential race picks index i with probability chance_i / Σ chance, at one logarithm a point.
-        with jax.threefry_partitionable(False):
-            bits = jax.random.bits(key, chance.shape)
-        arrival = -jnp.log(_uniform(bits) + 2.0**-24) / chance
+        arrival = -jnp.log(_random_uniforms(key, 1, chance.shape[0])[0] + 2.0**-24) / chance
         chosen = (arrival == arrival.min()).astype(x.dtype)
         seed = (x * (chosen / chosen.sum())[None, :]).sum(axis=1)
         return seed, ((x - seed[:, None]) ** 2).sum(axis=0)

@@ -152,17 +152,12 @@ def split(stacked: Any, counts: list[int], shapes: list[tuple[int, ...]]) -> lis
     return pieces
 
 
-def concatenate(models: list[Any]) -> Any:
-    """Concatenate flattened models of one shape along their leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *models)
-
-
 def run(
     stages: Mapping[str, Stage],
     models: Mapping[str, Any],
     points: Mapping[str, jax.Array],
     execute: Callable[..., tuple[Any, Any]],
-    unify: Callable[[list[Any]], list[Any]],
+    stack: Callable[[list[Any]], Any],
     group_of: Callable[[str, Stage], Hashable] = lambda name, stage: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute all stages from models that exist already.
@@ -176,7 +171,7 @@ def run(
       points: values of each axis, [length]; the axes that a result depends on lead it in the order of `AXES`.
       execute: pure function of one point, `(kind, group, *models, value) -> (model, record)`: an `Align` is given
         start, reference and KL coefficient, a `Distil` or `Sharpen` its teacher and temperature.
-      unify: brings models of several sizes to one (padding), so that they can be stacked.
+      stack: concatenates models along their leading axis, after bringing those of several sizes to one (padding).
       group_of: what of a stage is static, e.g. its number of updates; only stages that agree are stacked.
 
     Returns:
@@ -199,7 +194,7 @@ def run(
                     at_all_points(models[model], axes_of(model, stages), over, lengths)
                     for model, over in zip(own, axes, strict=True)
                 ]
-                parents.append(concatenate(unify(spread)))
+                parents.append(stack(spread))
             values = [_value(stages[name], over, points) for name, over in zip(names, axes, strict=True)]
             together = jax.vmap(lambda *inputs, kind=kind, group=group: execute(kind, group, *inputs))
             results = together(*parents, jnp.concatenate(values))

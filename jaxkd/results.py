@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import xarray as xr
 
 from jaxkd import mixture, pipelines, statistics
 from jaxkd.align import ALGORITHMS
-from jaxkd.laboratory import Measured, Prepared, pad_components
+from jaxkd.laboratory import PREPARED, Measured, Points, Prepared, by_stage, pad_components
 from jaxkd.metrics import RECOVERED_MASS
 
 DIMS = ("algorithm", "temperature", "kl_coef", "seed", "stage")
@@ -66,8 +67,9 @@ def _lead(array, own_axes, lengths) -> np.ndarray:
 
 def to_dataset(
     prepared: Prepared,
-    shared: dict[str, Measured],
-    by_algorithm: dict[str, dict[str, Measured]],
+    shared: Measured,
+    by_algorithm: dict[str, Measured],
+    made: Sequence[str],
     temperatures,
     kl_coefs,
     seeds,
@@ -77,20 +79,27 @@ def to_dataset(
 
     Args:
       prepared: from `laboratory.prepare`, seeds leading.
-      shared: its measured models, "base" and "student".
+      shared: its measured models.
       by_algorithm: from `laboratory.run_arms`, by algorithm.
+      made: the names of its models, `laboratory.made_by`.
       temperatures: τ of the distillations, [temperatures].
       kl_coefs: β, [coefficients].
       seeds: [seeds].
       num_components: K to which stored mixtures are padded.
     """
     lengths = {"temperature": len(temperatures), "kl_coef": len(kl_coefs)}
-    stages = ["base", "student", *next(iter(by_algorithm.values()))]
+    stages = [*PREPARED, *made]
+    points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
+
+    def by_name(measured, names):
+        return by_stage(_columns(measured, num_components), names, points, (len(seeds),))
+
     columns: dict[str, list] = {}
-    for algorithm, arms in by_algorithm.items():
-        per_stage = [_stage_columns(name, {**shared, **arms}[name], lengths, num_components) for name in stages]
-        for name in per_stage[0]:
-            columns.setdefault(name, []).append(np.stack([column[name] for column in per_stage], axis=3))
+    for algorithm, measured in by_algorithm.items():
+        per_stage = by_name(shared, PREPARED) | by_name(measured, made)
+        for quantity in per_stage["base"]:
+            spread = [_lead(per_stage[name][quantity], pipelines.axes_of(name), lengths) for name in stages]
+            columns.setdefault(quantity, []).append(np.stack(spread, axis=3))
         columns.setdefault("_gibbs_applies", []).append(ALGORITHMS[algorithm].has_gibbs_optimum)
     applies = np.asarray(columns.pop("_gibbs_applies"))
     extra_dims = {
@@ -135,32 +144,21 @@ def _strings(values: list[str]) -> np.ndarray:
     return np.asarray(values, dtype=np.dtypes.StringDType())
 
 
-def _stage_columns(name: str, measured: Measured, lengths, num_components) -> dict[str, np.ndarray]:
-    axes = pipelines.axes_of(name)
+def _columns(measured: Measured, num_components: int) -> dict[str, np.ndarray]:
+    """All variables of a stack of models, each [seed, point of the stack, …]."""
     values = {key: np.asarray(value) for key, value in measured.metrics._asdict().items()}
     finite = np.all([np.isfinite(values[key]) for key in ("reward", "target_mass", "kl_to_base")], axis=0)
-    values["from_grid"] = measured.from_grid
-    record = measured.record
-    values["failed"] = ~finite if record is None else ~finite | np.asarray(record.failed)
-    for key in ("first_hit_step", "target_hits", "clip_fraction"):
-        values[key] = np.full(finite.shape, math.nan, np.float32) if record is None else getattr(record, key)
-    # Vectorised by hand: every leaf leads with seeds and axes, which the mixture's functions do not know of.
-    model = pad_components(mixture.Mixture(*map(np.asarray, measured.model)), num_components)
-    flat = pipelines.flatten(model, ("seed", *axes))
-    leading = finite.shape
-    values["component_weight"] = _reshaped(_vmapped(mixture.weights, flat), leading)
+    values["from_grid"] = np.asarray(measured.from_grid)
+    record = {key: np.asarray(value) for key, value in measured.record._asdict().items()}
+    values |= record | {"failed": ~finite | record["failed"]}
+    model = pad_components(measured.model, num_components)
+    weights, covariances = jax.jit(jax.vmap(jax.vmap(lambda one: (mixture.weights(one), mixture.covariances(one)))))(
+        model
+    )
+    values["component_weight"] = np.asarray(weights)
     values["component_mean"] = np.asarray(model.means)
-    values["component_covariance"] = _reshaped(_vmapped(mixture.covariances, flat), leading)
-    return {key: _lead(value, axes, lengths) for key, value in values.items()}
-
-
-def _vmapped(function, flat):
-    return jax.jit(jax.vmap(function))(flat)
-
-
-def _reshaped(array, leading) -> np.ndarray:
-    array = np.asarray(array)
-    return array.reshape(*leading, *array.shape[1:])
+    values["component_covariance"] = np.asarray(covariances)
+    return values
 
 
 def _optima(prepared: Prepared, stages, lengths) -> dict[str, tuple]:

@@ -48,7 +48,8 @@ def first_step(settings, key, start, coefficients):
     source = BASE if ALGORITHMS[settings.algorithm].data == "truth" else start
     data = align.preference_dataset(mixture.policy, key, source, start, WIDE_BUMP, coefficients, settings)
     batch = jax.tree.map(lambda leaf: leaf[0], data)
-    return step(State(start, optimizer.init(start)), Inputs(key, start, coefficients, batch))
+    draws = mixture.sample(start, key, settings.batch_size)
+    return step(State(start, optimizer.init(start)), Inputs(key, start, coefficients, draws, batch))
 
 
 def leaves_equal(first, second):
@@ -195,8 +196,8 @@ def test_the_gradient_of_reinforce_is_the_penalised_score_by_hand():
     def both(start):
         optimizer = align.make_optimizer(chosen.num_updates)
         step = align.make_step(mixture.policy, optimizer, chosen, WIDE_BUMP, lambda x: jnp.zeros((), bool))
-        state, _ = step(State(start, optimizer.init(start)), Inputs(key, BASE, coefficients))
         x = mixture.sample(start, key, chosen.batch_size)
+        state, _ = step(State(start, optimizer.init(start)), Inputs(key, BASE, coefficients, x))
         scores = jax.vmap(lambda point: jax.grad(lambda m: mixture.log_density(m, point[:, None])[0])(start))(x.T)
         log_ratio = mixture.log_density(start, x) - mixture.log_density(BASE, x)
         return state.optimizer_state[0].mu, scores, WIDE_BUMP(x) - 0.7 * log_ratio

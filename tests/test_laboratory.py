@@ -35,13 +35,16 @@ def settings(algorithm="ppo", **others):
 @jax.jit
 def prepare(key, target_weight, capacity, points):
     TRACES.append("prepare")
-    return laboratory.prepare(key, with_target_weight(TRUTH, target_weight), capacity, points, GRID, settings())
+    truth = with_target_weight(TRUTH, target_weight)
+    made, measured = laboratory.prepare(key, truth, capacity, points, GRID, settings())
+    return made, laboratory.by_stage(measured, laboratory.PREPARED, points)
 
 
 def arms_of(settings):
     def run(key, prepared, capacity, points, coefficients):
         TRACES.append("run_arms")
-        return laboratory.run_arms(key, prepared, capacity, points, coefficients, GRID, settings)
+        measured = laboratory.run_arms(key, prepared, capacity, points, coefficients, GRID, settings)
+        return laboratory.by_stage(measured, laboratory.made_by(settings), points)
 
     return jax.jit(run)
 
@@ -76,7 +79,9 @@ def test_every_model_is_measured_with_the_axes_it_depends_on(prepared, measured)
         shape = tuple(lengths[axis] for axis in pipelines.axes_of(name))
         assert all(leaf.shape == shape for leaf in result.metrics), name
         assert result.from_grid.shape == shape
-        assert (result.record is not None) == isinstance(pipelines.STAGES.get(name), pipelines.Align)
+        is_aligned = isinstance(pipelines.STAGES.get(name), pipelines.Align)
+        assert np.isfinite(result.record.target_hits).all() == is_aligned
+        assert not result.record.failed.any()
 
 
 def test_a_student_uses_no_more_components_than_its_capacity(prepared, measured):

@@ -12,6 +12,10 @@ POINTS = {"temperature": jnp.asarray([0.25, 0.5, 1.0]), "kl_coef": jnp.asarray([
 CALLS = []
 
 
+def concatenate(models):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *models)
+
+
 def execute(kind, group, *inputs):
     """Numbers in place of models; no two kinds, and no two inputs of one, can be mistaken for each other."""
     CALLS.append((kind, group))
@@ -43,7 +47,7 @@ def by_loop(name, temperature, kl_coef):
 @pytest.fixture(scope="module")
 def results():
     CALLS.clear()
-    return run(STAGES, {"base": jnp.float32(0.7)}, POINTS, execute, lambda models: models)
+    return run(STAGES, {"base": jnp.float32(0.7)}, POINTS, execute, concatenate)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -73,9 +77,7 @@ def test_stages_of_a_kind_that_are_ready_together_are_traced_together(results):
 def test_stages_of_different_groups_are_not_stacked():
     CALLS.clear()
     stages = needed(["kd_align", "aligned_base", "kd_align_anchored"])
-    models, _ = run(
-        stages, {"base": jnp.float32(0.7)}, POINTS, execute, lambda models: models, lambda name, stage: name
-    )
+    models, _ = run(stages, {"base": jnp.float32(0.7)}, POINTS, execute, concatenate, lambda name, stage: name)
     assert [group for kind, group in CALLS if kind is Align] == ["aligned_base", "kd_align", "kd_align_anchored"]
     assert models["kd_align"][1, 1] == pytest.approx(by_loop("kd_align", 0.5, 1.5), rel=1e-5)
 
@@ -84,7 +86,7 @@ def test_models_of_several_leaves_and_shapes_keep_their_own_axes():
     stages = needed(["kd_align"])
     base = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
     scale = lambda kind, group, *inputs: (jax.tree.map(lambda leaf: leaf * inputs[-1], inputs[0]), inputs[-1])  # noqa: E731
-    models, _ = run(stages, {"base": base}, POINTS, scale, lambda models: models)
+    models, _ = run(stages, {"base": base}, POINTS, scale, concatenate)
     assert models["student"]["a"].shape == (3, 3) and models["kd_align"]["b"].shape == (3, 2, 2, 2)
     np.testing.assert_allclose(models["kd_align"]["a"][2, 1], 1.5 * np.arange(3))
     np.testing.assert_allclose(models["kd_align"]["a"][0, 0], 0.25 * 0.3 * np.arange(3), rtol=1e-6)
@@ -92,7 +94,7 @@ def test_models_of_several_leaves_and_shapes_keep_their_own_axes():
 
 def test_models_that_exist_are_not_made_again():
     given = {"base": jnp.float32(0.7), "student": jnp.full(3, 9.0)}
-    models, records = run(needed(["kd_align"]), given, POINTS, execute, lambda models: models)
+    models, records = run(needed(["kd_align"]), given, POINTS, execute, concatenate)
     assert "student" not in records
     np.testing.assert_array_equal(models["student"], given["student"])
     assert models["kd_align"][0, 0] == pytest.approx(18 + np.sin(9.0) + 0.3, rel=1e-5)
@@ -163,6 +165,6 @@ def test_needed_refuses_an_unknown_arm_and_a_circle():
 def test_split_undoes_concatenate():
     pieces = [jnp.arange(6.0).reshape(2, 3), jnp.arange(3.0) + 10]
     flat = [pipelines.flatten(pieces[0], ("temperature", "kl_coef")), pipelines.flatten(pieces[1], ("kl_coef",))]
-    back = pipelines.split(pipelines.concatenate(flat), [6, 3], [(2, 3), (3,)])
+    back = pipelines.split(concatenate(flat), [6, 3], [(2, 3), (3,)])
     for got, expected in zip(back, pieces, strict=True):
         np.testing.assert_array_equal(got, expected)
