@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxkd import random
 from jaxkd.losses import policy_gradient, preference
 from jaxkd.policy import Draws, Params, Policy
 from jaxkd.rewards import Reward, bradley_terry
@@ -424,11 +425,11 @@ def preference_dataset(
     """A fixed set of pairs drawn from a source, its leading axis the batches."""
 
     def batch(key):
-        draw_key, label_key = jax.random.split(key)
+        draw_key, label_key = random.keys(key, 2)
         x = policy.sample(source, draw_key, settings.batch_size, 1.0)
         return label_pairs(policy, label_key, x, reward(x), reference, coefficients)
 
-    return jax.vmap(batch)(jax.random.split(key, settings.dataset_batches))
+    return jax.vmap(batch)(random.keys(key, settings.dataset_batches))
 
 
 def align(
@@ -467,7 +468,7 @@ def align(
         raise ValueError(f"{settings.algorithm} learns from draws of the truth: give `truth`")
     optimizer = make_optimizer(settings.num_updates)
     step = make_step(policy, optimizer, settings, reward, on_target)
-    draw_key, label_key, data_key = jax.random.split(key, 3)
+    draw_key, label_key, data_key = random.keys(key, 3)
     data = None
     if algorithm.data:
         source = truth if algorithm.data == "truth" else reference
@@ -487,8 +488,8 @@ def align(
         return (state, *batches(state.params, next_draw_key, next_index)), info
 
     # One draw more than there are steps: the last is not used.
-    draw_keys = jax.random.split(draw_key, settings.num_steps + 1)
-    inputs = (jax.random.split(label_key, settings.num_steps), draw_keys[1:], jnp.arange(1, settings.num_steps + 1))
+    draw_keys = random.keys(draw_key, settings.num_steps + 1)
+    inputs = (random.keys(label_key, settings.num_steps), draw_keys[1:], jnp.arange(1, settings.num_steps + 1))
     first = (State(start, optimizer.init(start)), *batches(start, draw_keys[0], 0))
     (state, *_), infos = lax.scan(body, first, inputs)
     return state.params, _record(state.params, infos)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkd import random
 from jaxkd.align import State, _update, make_optimizer
 from jaxkd.losses import policy_gradient
 from jaxkd.policy import Draws, Params, Policy
@@ -29,7 +30,7 @@ def sequence_level(policy: Policy, key, teacher: Params, temperature, num_sample
       num_samples: how many samples (static).
       fit: maximum likelihood, e.g. `mixture.fit` or `fit_by_gradient` with all but key and samples bound.
     """
-    sample_key, fit_key = jax.random.split(key)
+    sample_key, fit_key = random.keys(key, 2)
     return fit(fit_key, policy.sample(teacher, sample_key, num_samples, temperature))
 
 
@@ -92,6 +93,6 @@ def on_policy_reverse_kl(
     state, kl = lax.scan(
         lambda state, key: step(state, (key, jnp.float32(learning_rate))),
         State(start, optimizer.init(start)),
-        jax.random.split(key, num_updates),
+        random.keys(key, num_updates),
     )
     return state.params, kl

@@ -66,13 +66,14 @@ STYLE = {
 }
 
 
-def mog_order(dataset: xr.Dataset, path: Path) -> None:
+def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
     """Draw the order experiment: models of one telling seed, outcomes over seeds, and reward against KL to the base.
 
     Args:
       dataset: as `results.to_dataset` makes it, or the store opened.
-      path: file to write; its ending chooses the format.
+      paths: files to write; their endings choose the formats.
     """
+    dataset = dataset.load()
     arms = [name for name in pipelines.ARMS if name in dataset.stage.values]
     temperature = float(dataset.temperature.min())
     with plt.rc_context(STYLE):
@@ -81,8 +82,9 @@ def mog_order(dataset: xr.Dataset, path: Path) -> None:
         _models_of_one_seed(parts[0], dataset, arms, temperature)
         _outcomes(parts[1], dataset, arms, temperature)
         _frontier(parts[2], dataset, arms, temperature)
-        # No time stamp in the file: the same store gives the same bytes.
-        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        for path in paths:
+            # No time stamp in the file: the same store gives the same bytes.
+            figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
         plt.close(figure)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkd import align, distill, metrics, mixture, pipelines, rewards, theory
+from jaxkd import align, distill, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, on_target
@@ -141,8 +141,7 @@ def keys_for(seed_key: jax.Array) -> dict[str, jax.Array]:
 
     Made once a seed: inside the vmapped stages each would be hashed, and compiled, anew.
     """
-    numbers = jnp.arange(len(_PURPOSES))
-    return dict(zip(_PURPOSES, jax.vmap(lambda number: jax.random.fold_in(seed_key, number))(numbers), strict=True))
+    return dict(zip(_PURPOSES, random.keys(seed_key, len(_PURPOSES)), strict=True))
 
 
 def make_reward(name: str, truth: Truth) -> rewards.Reward:

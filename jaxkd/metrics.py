@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import mixture
+from jaxkd import mixture, random
 from jaxkd.mixture import Mixture
 from jaxkd.rewards import Reward
 from jaxkd.truth import TARGET_RADIUS, Truth, discs
@@ -233,7 +233,7 @@ def make_bench(
     key: jax.Array, truth: Truth, base: Mixture, reward: Reward, grid: Grid | None, num_draws: int = 2048
 ) -> Bench:
     """Draw the truth and the target once and evaluate everything that policies share."""
-    truth_key, target_key = jax.random.split(key)
+    truth_key, target_key = random.keys(key, 2)
     truth_draws = mixture.sample(truth.modes, truth_key, num_draws)
     target_draws = mixture.sample(truth.target, target_key, num_draws)
     return Bench(

@@ -9,7 +9,6 @@ so that no product with it is NaN, and so low that its weight is exactly 0 in fl
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxkd import random
 from jaxkd.policy import Policy
 
 INACTIVE_LOGIT = -1e9
@@ -281,47 +281,13 @@ def _gradient_of_draws(mixture: Mixture, x: jax.Array, responsibilities: jax.Arr
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
-def _uniform(bits: jax.Array) -> jax.Array:
-    """Uniforms on [0, 1) with 23 random bits each, from 32-bit words."""
-    mantissa = lax.shift_right_logical(bits, jnp.uint32(9)) | jnp.uint32(0x3F800000)
-    return lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
-
-
-def _random_words(key: jax.Array, rows: int, n: int) -> jax.Array:
-    """An even number of words, [rows, n]: those of `jax.random.bits` in its counter layout that is not partitionable.
-
-    Threefry-2x32 with 20 rounds (Salmon et al. 2011), written out as elementwise operations: jax's own is a loop over
-    rounds on CPUs, slower to run and many kernels more to compile.
-    """
-    # An odd number of words is the first part of the next even number.
-    half = -(-rows * n // 2)
-    counter = lax.iota(jnp.uint32, 2 * half)
-    first_key, second_key = jax.random.key_data(key)
-    keys = (first_key, second_key, first_key ^ second_key ^ jnp.uint32(0x1BD11BDA))
-    first, second = counter[:half] + keys[0], counter[half:] + keys[1]
-    for block in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
-            first = first + second
-            turned = lax.shift_left(second, jnp.uint32(turn)) | lax.shift_right_logical(second, jnp.uint32(32 - turn))
-            second = first ^ turned
-        first = first + keys[(block + 1) % 3]
-        second = second + keys[(block + 2) % 3] + jnp.uint32(block + 1)
-    # Without the barrier XLA would hash the words anew inside every consumer.
-    return jnp.concatenate(lax.optimization_barrier((first, second)))[: rows * n].reshape(rows, n)
-
-
-def _random_uniforms(key: jax.Array, rows: int, n: int) -> jax.Array:
-    """Uniforms on [0, 1), [rows, n], that depend on the key and on rows · n alone."""
-    return _uniform(lax.optimization_barrier(_random_words(key, rows, n)))
-
-
 def sample(mixture: Mixture, key: jax.Array, n: int, temperature=1.0) -> jax.Array:
     """Draw n points at a temperature on the weights, as [dim, n].
 
     The words drawn depend on `dim` and n alone, so padding to another K changes no draw.
     """
     dim, count = mixture.dim, mixture.num_components
-    uniforms = _random_uniforms(key, dim + 1, n)
+    uniforms = random.uniforms(key, dim + 1, n)
     # Half a step off the grid of uniforms keeps erf_inv's argument inside (−1, 1).
     normals = math.sqrt(2) * lax.erf_inv(2.0 * uniforms[1:] - 1.0 + 2.0**-24)
     # A component's mean and the columns of its L, chosen by walking up the cumulative weights. Rounding may leave the
@@ -452,11 +418,11 @@ def kmeans_plus_plus(key: jax.Array, x: jax.Array, num_components: int) -> jax.A
 
     Seed k depends on the seeds before it alone, so a smaller mixture's seeds are the first of a larger one's.
     """
-    keys = _keys_in_turn(key, num_components)
+    keys = random.keys(key, num_components)
 
     def pick(key, chance):
         # An exponential race picks index i with probability chance_i / Σ chance, at one logarithm a point.
-        arrival = -jnp.log(_random_uniforms(key, 1, chance.shape[0])[0] + 2.0**-24) / chance
+        arrival = -jnp.log(random.uniforms(key, 1, chance.shape[0])[0] + 2.0**-24) / chance
         chosen = (arrival == arrival.min()).astype(x.dtype)
         seed = (x * (chosen / chosen.sum())[None, :]).sum(axis=1)
         return seed, ((x - seed[:, None]) ** 2).sum(axis=0)
@@ -468,11 +434,6 @@ def kmeans_plus_plus(key: jax.Array, x: jax.Array, num_components: int) -> jax.A
     first, distance = pick(keys[0], jnp.ones_like(x[0]))
     _, rest = lax.scan(following, distance, keys[1:])
     return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def _keys_in_turn(key: jax.Array, count: int) -> jax.Array:
-    """Keys of which the first do not depend on how many follow."""
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
 
 
 def seeded_start(
@@ -530,7 +491,7 @@ def fit(
         return em(start, x, iterations, covariance_floor)
 
     # One start after another: the arrays of a single start already fill a core's cache.
-    fits = lax.map(one, _keys_in_turn(key, starts))
+    fits = lax.map(one, random.keys(key, starts))
     comparable = jnp.where(jnp.isfinite(fits.log_likelihood), fits.log_likelihood, -jnp.inf)
     best = jnp.argmax(comparable)
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, best, keepdims=False), fits)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxkd import mixture
+from jaxkd import mixture, random
 from jaxkd.mixture import Mixture
 from jaxkd.policy import Draws
 
@@ -77,10 +77,9 @@ def bradley_terry(key: jax.Array, first: jax.Array, second: jax.Array, temperatu
       temperature: T > 0, in units of reward; may be traced.
       flip_rate: share of labels flipped, in [0, 0.5]; may be traced.
     """
-    chosen_key, flip_key = jax.random.split(key)
-    preferred = jax.random.uniform(chosen_key, first.shape) < jax.nn.sigmoid((first - second) / temperature)
-    flipped = jax.random.uniform(flip_key, first.shape) < flip_rate
-    return preferred ^ flipped
+    chance, flip_chance = random.uniforms(key, 2, first.shape[0])
+    preferred = chance < jax.nn.sigmoid((first - second) / temperature)
+    return preferred ^ (flip_chance < flip_rate)
 
 
 def _check_positive(**values) -> None:

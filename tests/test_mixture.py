@@ -456,11 +456,3 @@ def test_the_policy_is_the_density_with_one_step():
     assert mixture.policy.log_prob(made, x).shape == (10, 1)
     np.testing.assert_array_equal(mixture.policy.sequence_log_prob(made, x), mixture.log_density(made, x))
     np.testing.assert_array_equal(mixture.policy.num_steps(x), np.ones(10))
-
-
-@pytest.mark.parametrize(("rows", "n"), [(3, 256), (1, 8), (2, 1)])
-def test_random_words_are_those_of_jax(rows, n):
-    key = jax.random.key(11)
-    with jax.threefry_partitionable(False):
-        expected = jax.random.bits(key, (rows, n))
-    np.testing.assert_array_equal(jax.jit(mixture._random_words, static_argnums=(1, 2))(key, rows, n), expected)
