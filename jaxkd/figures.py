@@ -247,7 +247,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
         fontsize=9,
     )
     algorithms = [str(name) for name in dataset.algorithm.values]
-    axes = part.subplots(1, len(algorithms), sharey=True, sharex=True, squeeze=False)[0]
+    axes = part.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
     sizes = np.linspace(6.5, 3.5, dataset.sizes["kl_coef"])
     cell = dataset.sel(temperature=temperature)
     base = cell.sel(stage="base")

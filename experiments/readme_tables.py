@@ -1,0 +1,162 @@
+"""Write the tables of README.md from the committed results in figures/, so that no number there is typed by hand.
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit code
+says whether README.md is up to date.
+"""
+
+import csv
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = {
+    "kd_align": "KD→Align",
+    "align_kd": "Align→KD",
+    "kd_align_sharpened": "KD→Align, sharpened",
+    "align_kd_sharpened": "Align→KD, sharpened",
+    "kd_align_anchored": "KD→Align, anchored on the base",
+    "base_start_student_reference": "base start, student reference",
+}
+START_AND_REFERENCE = {
+    "aligned_base": "base, base",
+    "base_start_student_reference": "base, student",
+    "kd_align_anchored": "student, base",
+    "kd_align": "student, student",
+}
+
+
+def _rows(name: str) -> list[dict]:
+    with (ROOT / "figures" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _recovery(row: dict) -> str:
+    low, high = float(row["recovery_low"]), float(row["recovery_high"])
+    return f"{float(row['recovery']):.2f} ({low:.2f}–{high:.2f})"
+
+
+def _of_arms(name: str, arms: dict[str, str], temperature: float) -> str:
+    """Recovery rates, a line an algorithm and coefficient, a column an arm."""
+    rows = {
+        (row["algorithm"], float(row["kl_coef"]), row["arm"]): row
+        for row in _rows(name)
+        if float(row["temperature"]) == temperature
+    }
+    lines = list(dict.fromkeys((algorithm, kl_coef) for algorithm, kl_coef, _ in rows))
+    body = [[f"`{a}`", f"{b:g}", *(_recovery(rows[a, b, arm]) for arm in arms)] for a, b in lines]
+    return _table(["algorithm", "β", *arms.values()], body)
+
+
+def sharpened() -> str:
+    """All arms at τ = 0.25."""
+    return _of_arms("mog_order.csv", ARMS, 0.25)
+
+
+def control() -> str:
+    """The two orders at τ = 1."""
+    return _of_arms("mog_order.csv", {arm: ARMS[arm] for arm in ("kd_align", "align_kd")}, 1.0)
+
+
+def two_by_two() -> str:
+    """Start × reference at K = 8."""
+    return _of_arms("mog_order_capacity8.csv", START_AND_REFERENCE, 0.25)
+
+
+def paper() -> str:
+    """The paper's three signs beside ours, PPO at τ = 0.25."""
+    body = []
+    for row in _rows("mog_order.csv"):
+        if row["algorithm"] == "ppo" and float(row["temperature"]) == 0.25 and row["arm"] in ("kd_align", "align_kd"):
+            spread = f"{float(row['reward_sd']):.2f}"
+            numbers = [f"{float(row[key]):.2f}" for key in ("reward_mean", "reward_max", "target_variance_median")]
+            precision = f"{float(row['target_precision_mean']):.1f}"
+            body.append([ARMS[row["arm"]], f"{float(row['kl_coef']):g}", *numbers, spread, precision])
+    body.append([*("KD→Align, paper", "", "", "about 5.0", "", "higher", "about −20")])
+    body.append([*("Align→KD, paper", "", "", "about 6.5", "", "lower", "about −10")])
+    head = ["arm", "β", "mean reward", "highest reward", "variance on the target / 0.025", "sd over seeds"]
+    return _table([*head, "mean target precision (nats)"], body)
+
+
+def robustness() -> str:
+    """KD→Align and Align→KD in the default run and in the checks."""
+    runs = {
+        "default": ["mog_order.csv"],
+        "matched on component evaluations": ["mog_order_matched.csv"],
+        "4 × the steps, learning rate / 3": ["mog_order_long_online.csv", "mog_order_long_offline.csv"],
+    }
+    found = {}
+    for label, names in runs.items():
+        for row in (row for name in names for row in _rows(name)):
+            if float(row["temperature"]) == 0.25 and row["arm"] in ("kd_align", "align_kd"):
+                key = (row["algorithm"], float(row["kl_coef"]))
+                found.setdefault(key, {})[label, row["arm"]] = f"{float(row['recovery']):.2f}"
+    head = ["algorithm", "β", *(f"{label}: KD→Align / Align→KD" for label in runs)]
+    body = []
+    for (algorithm, kl_coef), cells in found.items():
+        pairs = [
+            " / ".join(cells[label, arm] for arm in ("kd_align", "align_kd")) if (label, "kd_align") in cells else "–"
+            for label in runs
+        ]
+        body.append([f"`{algorithm}`", f"{kl_coef:g}", *pairs])
+    return _table(head, body)
+
+
+def learning_rates() -> str:
+    """Distance to the Gibbs optimum at every learning rate tried."""
+    found = json.loads((ROOT / "figures" / "learning_rates.json").read_text())
+    rates = list(next(iter(found.values()))["distance_to_gibbs"])
+    body = []
+    for algorithm, outcome in found.items():
+        distances = outcome["distance_to_gibbs"]
+        best = f"{outcome['best']:g}"
+        shown = [f"**{distances[rate]:.2f}**" if rate == best else f"{distances[rate]:.2f}" for rate in rates]
+        body.append([f"`{algorithm}`", *shown])
+    return _table(["algorithm", *rates], body)
+
+
+TABLES = {
+    function.__name__: function for function in (sharpened, control, two_by_two, paper, robustness, learning_rates)
+}
+
+
+def filled(text: str) -> str:
+    """README.md's text with every table made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda match: match[1] + TABLES[match[2]]() + match[3],
+        text,
+        flags=re.DOTALL,
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    check: bool = False
+    """Only say whether README.md is up to date."""
+
+
+def main(options: Options) -> None:
+    """Write README.md, or check it."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    made = filled(text)
+    if options.check and made != text:
+        sys.exit("README.md differs from figures/: run experiments/readme_tables.py")
+    if not options.check:
+        path.write_text(made)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
