@@ -255,6 +255,9 @@ def summarise(dataset, rows, config: Config) -> str:
                 )
         lines += told
     lines.append("* marks a McNemar test that passes at a false-discovery rate of 0.05 over the whole table.")
+    lines.append(
+        "Success itself lowers coverage to the targets' share of the modes, and precision by the log of their rarity."
+    )
     return "\n".join(lines)
 
 

@@ -87,6 +87,23 @@ def paper() -> str:
     return _table([*head, "mean target precision (nats)"], body)
 
 
+def shortfalls() -> str:
+    """How far below the optimum of their own reference the alignments end."""
+    arms = {"aligned_base": "base, held to itself", "kd_align": "student, held to itself"}
+    rows = {
+        (row["algorithm"], float(row["kl_coef"]), row["arm"]): row
+        for row in _rows("mog_order.csv")
+        if float(row["temperature"]) == 0.25 and row["arm"] in arms
+    }
+    body = []
+    for algorithm, kl_coef in dict.fromkeys(key[:2] for key in rows):
+        cells = [rows[algorithm, kl_coef, arm] for arm in arms]
+        share = [f"{100 * float(cell['objective_shortfall_median']):.1f} %" for cell in cells]
+        nats = [f"{float(cell['distance_to_gibbs_median']):.2f}" for cell in cells]
+        body.append([f"`{algorithm}`", f"{kl_coef:g}", *(f"{a} ({b})" for a, b in zip(share, nats, strict=True))])
+    return _table(["algorithm", "β", *arms.values()], body)
+
+
 def robustness() -> str:
     """KD→Align and Align→KD in the default run and in the checks."""
     runs = {
@@ -124,9 +141,8 @@ def learning_rates() -> str:
     return _table(["algorithm", *rates], body)
 
 
-TABLES = {
-    function.__name__: function for function in (sharpened, control, two_by_two, paper, robustness, learning_rates)
-}
+_MADE = (sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
+TABLES = {function.__name__: function for function in _MADE}
 
 
 def filled(text: str) -> str:

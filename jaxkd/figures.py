@@ -47,8 +47,8 @@ ALGORITHM_LABELS = {
     "ppo": "PPO",
     "grpo": "GRPO",
     "online_dpo": "online DPO",
-    "offline_dpo_ref": "offline DPO,\nreference pairs",
-    "offline_dpo_data": "offline DPO,\ndata pairs",
+    "offline_dpo_ref": "offline DPO\n(reference pairs)",
+    "offline_dpo_data": "offline DPO\n(data pairs)",
 }
 
 STYLE = {
