@@ -148,8 +148,8 @@ TABLES = {function.__name__: function for function in _MADE}
 def filled(text: str) -> str:
     """README.md's text with every table made anew."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda match: match[1] + TABLES[match[2]]() + match[3],
+        r"<!-- table: (\w+) -->\n.*?<!-- end -->",
+        lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->",
         text,
         flags=re.DOTALL,
     )
