@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors and GGUF to a pytree of parameters, tensor by tensor, and back to a checkpoint folder.
+"""Weights in and out: safetensors and GGUF to a pytree of parameters, tensor by tensor, and back to a folder.
 
 Where they come from. A `source` is one of
 
@@ -161,8 +161,9 @@ class SafetensorsReader:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `Reader`."""
         part = self._files[name].get_slice(name)
-        for start in range(0, self.shapes[name][0], _ROWS):
-            yield part[start : start + _ROWS]
+        rows = self.shapes[name][0]
+        for start in range(0, rows, _ROWS):
+            yield part[start : min(start + _ROWS, rows)]
 
 
 def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
