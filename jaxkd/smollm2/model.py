@@ -39,8 +39,8 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""`(q: [B, T, H, N], k: [B, T, K, N], v: [B, T, K, N]) -> ([B, T, H, N], anything)`: mixes positions, keeps a cache."""
+Attend = Callable[..., tuple[jax.Array, Any]]
+"""`(q: [B, T, H, N], k: [B, T, K, N], v: [B, T, K, N], cache) -> ([B, T, H, N], what to keep)`: mixes positions."""
 
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -84,8 +84,14 @@ def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x²) + ε) · scale for `x: float32[B, T, D]`, in float32."""
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32).reshape(1, 1, -1)
+
+
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + ε) · scale, in float32."""
+    """`rms_norm` with a scale of its own."""
 
     def __init__(self, width: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -93,9 +99,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float32[B, T, D]."""
-        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        scale = self.scale[...].astype(jnp.float32)
-        return x * lax.rsqrt(mean_square + self.epsilon) * scale.reshape(1, 1, -1)
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -108,7 +112,7 @@ class Attention(nnx.Module):
         self.out = _normal(rngs, k, g, n, d)
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
         """x: float32[B, T, D]."""
         b, t, d = x.shape
         k, g, n, _ = self.out.shape
@@ -141,7 +145,7 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
         """x: float32[B, T, D]; returns it after the layer, and what `attend` keeps."""
         mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
         x = x + mixed
@@ -197,6 +201,7 @@ class Model:
     Attributes:
       config: its shape.
       graphdef: the graph of the NNX modules; `nnx.merge(graphdef, params)` is the `Decoder`.
+      layer_graph: the graph of one layer; with a slice of `params["layers"]` it is a `Layer`.
       compute_dtype: type of the operands of products with weights.
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
@@ -205,6 +210,7 @@ class Model:
 
     config: Config
     graphdef: nnx.GraphDef
+    layer_graph: nnx.GraphDef
     compute_dtype: jnp.dtype
     unroll: bool = False
     remat: Remat = "none"
@@ -236,32 +242,53 @@ class Model:
         _check(self.config, tokens, mask)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] if mask is None else positions_of(mask)
 
-        def attend(q, k, v):
+        def attend(q, k, v, cache):
             allowed = None if mask is None else mask[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True), None
 
         return self.apply(params, tokens, positions, attend)[0]
 
-    def apply(self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def apply(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
+    ) -> tuple[jax.Array, Any]:
         """Embed, run the layers, norm: `hidden` with the mixing of positions left to the caller.
 
-        Returns:
-          float32[B, T, D], and what `attend` returned beside its result, stacked over layers.
-        """
-        decoder = nnx.merge(self.graphdef, params)
-        rotation = rotation_at(self.config, positions)
-        x = embed(decoder.embedding[...], tokens)
-        graph, layers = nnx.split(decoder.layers)
+        Args:
+          params: as for `hidden`; or as `unstacked` makes them.
+          tokens: int32[B, T].
+          positions: int32[B, T] or int32[1, T].
+          attend: mixes positions.
+          caches: what each layer's `attend` is given beside q, k and v: a pytree with leading axis L, or a list of L
+            where the parameters are unstacked.
 
-        def layer(x, state):
-            return nnx.merge(graph, state)(x, rotation, attend)
+        Returns:
+          float32[B, T, D], and what `attend` returned beside its result: stacked over layers, or a list of L.
+        """
+        rotation = rotation_at(self.config, positions)
+        x = embed(params["embedding"], tokens)
+
+        def layer(x, state_and_cache):
+            state, cache = state_and_cache
+            return nnx.merge(self.layer_graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
 
         if self.remat == "layers":
             layer = jax.checkpoint(layer)
         elif self.remat == "products":
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        x, kept = lax.scan(layer, x, layers, unroll=self.config.num_layers if self.unroll else 1)
-        return decoder.norm(x), kept
+        if isinstance(params["layers"], list):
+            kept = []
+            for state, cache in zip(params["layers"], caches or [None] * len(params["layers"]), strict=True):
+                x, new = layer(x, (state, cache))
+                kept.append(new)
+        else:
+            unroll = self.config.num_layers if self.unroll else 1
+            x, kept = lax.scan(layer, x, (params["layers"], caches), unroll=unroll)
+        return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
+
+    def unstacked(self, params: Params) -> Params:
+        """The same parameters with the layers as a list: a second copy of them, which decoding reads without slicing."""
+        layers = [jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(self.config.num_layers)]
+        return params | {"layers": layers}
 
     def head(self, params: Params) -> jax.Array:
         """The matrix that turns hidden states into logits, [V, D]: the embedding itself where they are tied."""
@@ -308,4 +335,4 @@ def make_model(
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(params=0)))
-    return Model(config, nnx.split(abstract)[0], dtype, unroll, remat)
+    return Model(config, nnx.split(abstract)[0], nnx.split(abstract.layers)[0], dtype, unroll, remat)
