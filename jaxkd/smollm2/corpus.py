@@ -80,28 +80,37 @@ def _replace(path: Path, write: Callable, content) -> None:
     partial.replace(path)
 
 
-def begin(corpus: Corpus, configuration: dict, versions: dict, *, overwrite: bool = False) -> None:
-    """Make the folder, or make sure that what is in it was begun with the same configuration.
+def check(corpus: Corpus, configuration: dict, *, overwrite: bool = False) -> None:
+    """Make sure that the folder is free, or was begun with this very configuration.
 
     Args:
       corpus: what is to be written.
       configuration: all that the rows depend on; plain JSON.
-      versions: noted beside it, not compared.
-      overwrite: delete the shards that are there.
+      overwrite: whether samples of another configuration may be deleted; nothing else ever is.
 
     Raises:
       FileExistsError: when the folder holds something else; names what differs.
     """
     manifest = corpus.directory / MANIFEST
+    if manifest.exists():
+        if not overwrite:
+            _check_same(manifest, json.loads(json.dumps(configuration)))
+    elif corpus.directory.exists() and not (corpus.directory.is_dir() and _is_free(corpus.directory)):
+        raise FileExistsError(f"{corpus.directory} exists and holds no samples of jaxkd: choose another --out")
+
+
+def begin(corpus: Corpus, configuration: dict, versions: dict, *, overwrite: bool = False) -> None:
+    """Make the folder, or go on with it; arguments and errors as for `check`, and versions that are noted in it."""
+    check(corpus, configuration, overwrite=overwrite)
+    manifest = corpus.directory / MANIFEST
     if overwrite and manifest.exists():
         manifest.unlink()
         for shard in corpus.directory.glob("part-*"):
             shard.unlink()
+    for torn in corpus.directory.glob("*.partial"):
+        torn.unlink()
     if manifest.exists():
-        _check_same(manifest, json.loads(json.dumps(configuration)))
         return
-    if corpus.directory.exists() and not (corpus.directory.is_dir() and _is_free(corpus.directory)):
-        raise FileExistsError(f"{corpus.directory} exists and holds no samples of jaxkd: choose another --out")
     corpus.directory.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"configuration": configuration, "versions": versions}, indent=2, ensure_ascii=False)
     _replace(manifest, lambda path, text: path.write_text(text + "\n", encoding="utf-8"), content)
