@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -108,6 +108,13 @@ def memory_tasks_of(benchmark: Benchmark) -> list[Task]:
     return [Task(what, "float32", *shape) for what in ("gradient", "naive_gradient")]
 
 
+def seconds_of(call) -> float:
+    """How long a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def tokens_of(task: Task, vocab_size: int):
     """The same random tokens on both sides, int32[batch, length]."""
     import numpy as np
@@ -171,7 +178,21 @@ class JaxSide:
         return jax.value_and_grad(loss)
 
     def _prepare_decode(self, task: Task, params, tokens):
-        raise NotImplementedError
+        """Sampling compiles when it is first called: the first call's seconds less the second's."""
+        from jaxkd.smollm2 import generate
+        from jaxkd.smollm2.model import make_model
+
+        jax = self.jax
+        model = make_model(replace(self.config, eos_ids=()), compute_dtype=task.dtype)
+        mask = jax.numpy.ones(tokens.shape, bool)
+        keys = jax.random.split(jax.random.key(0), task.batch)
+
+        def call():
+            drawn = generate.generate(model, params, tokens, mask, keys, max_new_tokens=task.new_tokens)
+            return jax.block_until_ready(drawn)
+
+        first, second = seconds_of(call), seconds_of(call)
+        return call, max(first - second, 0.0)
 
 
 class TorchSide:
@@ -236,9 +257,7 @@ def serve(connection, name: str, folder: str) -> None:
             calls[task], seconds = side.prepare(task)
             calls[task]()
         else:
-            begin = time.perf_counter()
-            calls[task]()
-            seconds = time.perf_counter() - begin
+            seconds = seconds_of(calls[task])
         connection.send(seconds)
 
 
@@ -292,7 +311,7 @@ def contestants_of(task: Task, peers: dict, benchmark: Benchmark) -> list[tuple[
     if "torch" in peers and (task.what != "decode" or task.batch in benchmark.torch_decode_batches):
         found.append(("torch", peers["torch"], task))
         if task.dtype == "float32":
-            found.append(("torch medium", peers["torch"], Task(**asdict(task) | {"precision": "medium"})))
+            found.append(("torch medium", peers["torch"], replace(task, precision="medium")))
     return found
 
 

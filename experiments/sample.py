@@ -8,6 +8,7 @@ own, made from the seed, its prompt's number and its own, so that neither the ba
 The columns of the shards are described in jaxkd/smollm2/corpus.py; jaxkd.smollm2.text.read_examples reads them back.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def read_prompts(config: Config, tokenizer) -> list:
         return text.read_examples(config.prompts, tokenizer)
     rows = [{"prompt": [{"role": "user", "content": prompt}] if config.chat else prompt} for prompt in config.prompt]
     return [text.to_example(row, tokenizer) for row in rows]
+
+
+def digest(prompts) -> str:
+    """What tells the tokens of these prompts from those of others, for a file may change between two calls."""
+    return hashlib.sha256(prompts.tokens.tobytes() + prompts.mask.tobytes()).hexdigest()[:16]
 
 
 def versions() -> dict:
@@ -217,7 +223,7 @@ def main(config: Config) -> None:
         print(text.show_example(tokenizer, prompts.tokens[0], prompts.mask[0]))
         return
     shards = corpus.Corpus(config.out, len(examples) * config.samples, config.samples_per_shard, config.format)
-    settings = config.results_depend_on()
+    settings = config.results_depend_on() | {"prompts_digest": digest(prompts)}
     corpus.check(shards, settings, overwrite=config.overwrite)
     _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision)
     corpus.begin(shards, settings, versions(), overwrite=config.overwrite)

@@ -118,6 +118,9 @@ def test_chat_and_files_of_prompts(run, tmp_path):
     code, _, err = run(SAMPLE, *arguments, "--out", tmp_path / "file")
     assert code == 0, err
     assert rows_of(tmp_path / "chat") == rows_of(tmp_path / "file")
+    path.write_text(path.read_text().replace("ab", "ba"))
+    code, _, err = run(SAMPLE, *arguments, "--out", tmp_path / "file")
+    assert code == 2 and "another configuration (prompts_digest: " in err
 
 
 def test_example_is_shown(run, tmp_path):
