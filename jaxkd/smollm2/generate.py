@@ -111,17 +111,16 @@ def generate(
     tokens, mask = check_prompts(model, tokens, mask, max_new_tokens)
     if keys.shape != tokens.shape[:1]:
         raise ValueError(f"there must be one key a sequence, [{tokens.shape[0]}]; got {list(keys.shape)}")
-    widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
-    drawn = _generate(
-        model,
-        params,
-        jnp.asarray(np.pad(tokens, widen)),
-        jnp.asarray(np.pad(mask, widen)),
-        keys,
-        _prepared(sampling),
-        max_new_tokens,
-        room=bucket(max_new_tokens),
+    return continue_prompts(
+        model, params, jnp.asarray(tokens), jnp.asarray(mask), keys, max_new_tokens, at_temperature(sampling)
     )
+
+
+def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling) -> Completions:
+    """`generate` without its checks, for arrays that may be traced and for sampling from `at_temperature`."""
+    widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
+    tokens, mask = jnp.pad(tokens, widen), jnp.pad(mask, widen)
+    drawn = _generate(model, params, tokens, mask, keys, prepared, max_new_tokens, room=bucket(max_new_tokens))
     return Completions(*(array[:, :max_new_tokens] for array in drawn))
 
 
@@ -156,8 +155,14 @@ def check_vocabulary(vocab_size: int, tokens, mask=None) -> None:
         raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
 
 
-def _prepared(sampling: Sampling) -> Sampling:
-    """What is off becomes None, so that it costs nothing; the rest become arrays, so that it is traced."""
+def at_temperature(sampling: Sampling, temperature: Any = None) -> Sampling:
+    """Sampling made ready: what is off is None and costs nothing, the rest are arrays and traced.
+
+    Args:
+      sampling: as given.
+      temperature: takes the place of sampling's own, where given.
+    """
+    sampling = sampling if temperature is None else replace(sampling, temperature=temperature)
     greedy = isinstance(sampling.temperature, int | float) and sampling.temperature == 0
     off = {"temperature": 1, "top_p": 1, "min_p": 0}
     values = {

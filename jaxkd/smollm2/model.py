@@ -286,9 +286,12 @@ class Model:
         return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
 
     def unstacked(self, params: Params) -> Params:
-        """The same parameters with the layers as a list: a second copy of them, which decoding reads without slicing."""
-        layers = [jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(self.config.num_layers)]
-        return params | {"layers": layers}
+        """The same parameters with the layers as a list: a second copy, which decoding reads without slicing first."""
+
+        def layer(i: int) -> Params:
+            return jax.tree.map(lambda leaf: leaf[i], params["layers"])
+
+        return params | {"layers": [layer(i) for i in range(self.config.num_layers)]}
 
     def head(self, params: Params) -> jax.Array:
         """The matrix that turns hidden states into logits, [V, D]: the embedding itself where they are tied."""
