@@ -44,9 +44,9 @@ def main(convert: Convert) -> None:
     from jaxkd.smollm2 import text, weights
 
     begin = time.perf_counter()
-    config, params = weights.load(convert.source, dtype=convert.dtype, revision=convert.revision)
     tokenizer = text.load_tokenizer(convert.source, revision=convert.revision)
-    text.check_vocabulary(tokenizer, config.vocab_size)
+    text.check_vocabulary(tokenizer, weights.load_config(convert.source, convert.revision).vocab_size)
+    config, params = weights.load(convert.source, dtype=convert.dtype, revision=convert.revision)
     weights.save_pretrained(convert.directory, config, params, tokenizer)
     written = sum(file.stat().st_size for file in convert.directory.iterdir())
     print(
