@@ -44,8 +44,9 @@ def main(convert: Convert) -> None:
     from jaxkd.smollm2 import text, weights
 
     begin = time.perf_counter()
-    tokenizer = text.load_tokenizer(convert.source, revision=convert.revision)
-    text.check_vocabulary(tokenizer, weights.load_config(convert.source, convert.revision).vocab_size)
+    vocab_size = weights.load_config(convert.source, convert.revision).vocab_size
+    tokenizer = text.load_tokenizer(convert.source, convert.revision)
+    text.check_vocabulary(tokenizer, vocab_size)
     config, params = weights.load(convert.source, dtype=convert.dtype, revision=convert.revision)
     weights.save_pretrained(convert.directory, config, params, tokenizer)
     written = sum(file.stat().st_size for file in convert.directory.iterdir())

@@ -212,8 +212,8 @@ def main(config: Config) -> None:
     """Sample what is missing, shard by shard."""
     from jaxkd.smollm2 import corpus, text, weights
 
-    tokenizer = text.load_tokenizer(config.source, config.revision)
     model_config = weights.load_config(config.source, config.revision)
+    tokenizer = text.load_tokenizer(config.source, config.revision)
     text.check_vocabulary(tokenizer, model_config.vocab_size)
     examples = read_prompts(config, tokenizer)
     prompts = text.encode_prompts(
