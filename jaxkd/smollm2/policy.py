@@ -82,7 +82,7 @@ def make_policy(
     sampling = generate.Sampling() if sampling is None else sampling
 
     def log_prob(params: Params, x: Texts) -> jax.Array:
-        return token_log_probs(model, params, x.tokens, x.mask) * x.completion_mask[:, 1:]
+        return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
 
     def sample(params: Params, key: jax.Array, n: int, temperature: Any) -> Texts:
         return _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature)
