@@ -43,6 +43,9 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 """`(q: [B, T, H, N], k: [B, T, K, N], v: [B, T, K, N], cache) -> ([B, T, H, N], what to keep)`: mixes positions."""
 
 
+# Up to so many rows the CPU's product is faster with the kernel on the left, above all a kernel that lies transposed.
+FEW_ROWS = 64
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +57,17 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _plain_product(x, kernel, dtype):
+    if x.shape[0] <= FEW_ROWS:
+        return jnp.matmul(kernel.astype(dtype).T, x.astype(dtype).T, preferred_element_type=jnp.float32).T
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _transposed(leaf: jax.Array, width: int) -> jax.Array:
+    """A kernel, which reads from D = `width` or writes to it, as [outputs, inputs] in memory; a scale as it is."""
+    if leaf.ndim == 1:
+        return leaf
+    matrix = leaf.reshape(-1, width) if leaf.shape[-1] == width else leaf.reshape(width, -1)
+    return lax.optimization_barrier(matrix.T)
 
 
 _product = jax.custom_vjp(_plain_product, nondiff_argnums=(2,))
@@ -277,7 +290,9 @@ class Model:
             layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         if isinstance(params["layers"], list):
             kept = []
+            shapes = self.shapes()["layers"]
             for state, cache in zip(params["layers"], caches or [None] * len(params["layers"]), strict=True):
+                state = jax.tree.map(lambda leaf, whole: leaf.T.reshape(whole.shape[1:]), state, shapes)
                 x, new = layer(x, (state, cache))
                 kept.append(new)
         else:
@@ -286,10 +301,10 @@ class Model:
         return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
 
     def unstacked(self, params: Params) -> Params:
-        """The same parameters with the layers as a list: a second copy, which decoding reads without slicing first."""
+        """The same parameters for decoding: layers as a list, kernels transposed; a second copy of them."""
 
         def layer(i: int) -> Params:
-            return jax.tree.map(lambda leaf: leaf[i], params["layers"])
+            return jax.tree.map(lambda leaf: _transposed(leaf[i], self.config.hidden_size), params["layers"])
 
         return params | {"layers": [layer(i) for i in range(self.config.num_layers)]}
 
