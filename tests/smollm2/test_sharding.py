@@ -11,6 +11,7 @@ from jaxkd.smollm2 import sharding
 from jaxkd.smollm2.config import Config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tensor", "both", "data"])
 def test_eight_devices_give_the_single_devices_results(case):
     script = Path(__file__).with_name("on_eight_devices.py")
