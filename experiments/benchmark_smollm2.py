@@ -350,28 +350,41 @@ def memory_of(name: str, folder: str, task: Task) -> dict:
 
 
 def measure(benchmark: Benchmark) -> dict:
-    """All of it."""
+    """All of it; the file is written anew after every task, so that a run that is stopped leaves what it measured."""
     from tqdm import tqdm
 
     names = ["jaxkd"]
     if benchmark.torch and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         names.append("torch")
+    result = described(benchmark)
     with tempfile.TemporaryDirectory() as folder:
-        loading = convert(benchmark.source, folder)
-        tasks = tasks_of(benchmark)
+        result |= {"loading_s": convert(benchmark.source, folder), "tasks": []}
         peers = {name: Peer(name, folder) for name in names}
-        rows = [time_task(task, peers, benchmark) for task in tqdm(tasks, desc="timing", file=sys.stderr)]
+        for task in tqdm(tasks_of(benchmark), desc="timing", file=sys.stderr):
+            result["tasks"].append(time_task(task, peers, benchmark))
+            save(result, benchmark.json_file)
         for peer in peers.values():
             peer.stop()
         if benchmark.memory:
-            rows_by_name = {row["name"]: row for row in rows}
-            for task in tqdm([*tasks, *memory_tasks_of(benchmark)], desc="memory", file=sys.stderr):
-                row = rows_by_name.get(task.name)
-                if row is None:
-                    rows.append(row := asdict(task) | {"name": task.name})
-                who = [n for n in names if n == "jaxkd" or ("seconds" in row and "torch" in row["seconds"])]
-                row["memory_bytes"] = {name: memory_of(name, folder, task) for name in who}
-    return described(benchmark) | {"loading_s": loading, "tasks": rows}
+            for task in tqdm(tasks_of(benchmark) + memory_tasks_of(benchmark), desc="memory", file=sys.stderr):
+                add_memory(result["tasks"], task, names, folder)
+                save(result, benchmark.json_file)
+    return result
+
+
+def add_memory(rows: list[dict], task: Task, names: list[str], folder: str) -> None:
+    """Put a task's memory into its row, on the sides that were timed; what was not timed is jaxkd's alone."""
+    row = next((row for row in rows if row["name"] == task.name), None)
+    if row is None:
+        rows.append(row := asdict(task) | {"name": task.name})
+    sides = [name for name in names if name in row.get("seconds", {"jaxkd": None})]
+    row["memory_bytes"] = {name: memory_of(name, folder, task) for name in sides}
+
+
+def save(result: dict, path: Path) -> None:
+    """Write the numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(source: str, folder: str) -> dict:
@@ -416,7 +429,8 @@ def described(benchmark: Benchmark) -> dict:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(benchmark).items()}
-    return {"settings": settings, "versions": versions, "cpus": os.cpu_count()}
+    # What else the machine was doing: timings under a load above 0 flatter nobody evenly.
+    return {"settings": settings, "versions": versions, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
@@ -508,11 +522,8 @@ def main(benchmark: Benchmark) -> None:
         draw(json.loads(benchmark.json_file.read_text(encoding="utf-8")), benchmark.figure)
         return
     result = measure(benchmark)
-    printed = json.dumps(result, indent=2)
-    benchmark.json_file.parent.mkdir(parents=True, exist_ok=True)
-    benchmark.json_file.write_text(printed + "\n", encoding="utf-8")
     draw(result, benchmark.figure)
-    print(printed)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

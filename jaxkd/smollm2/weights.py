@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5 * 10**9
 
 # Tables of tens of thousands of rows are read this many at a time, for dequantising needs room of its own.
-_ROWS = 4096
+_ROWS = 2048
 # How many names an error lists of each kind.
 _LISTED = 8
 # Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
