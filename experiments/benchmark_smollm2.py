@@ -429,7 +429,7 @@ def described(benchmark: Benchmark) -> dict:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(benchmark).items()}
-    # What else the machine was doing: timings under a load above 0 flatter nobody evenly.
+    # What else the machine was doing: timings beside other work mislead.
     return {"settings": settings, "versions": versions, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
 
 
