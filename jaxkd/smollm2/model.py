@@ -1,0 +1,356 @@
+"""SmolLM2's network: NNX modules, split once into a graph and parameters, then pure functions of the parameters.
+
+Axes: B sequences, T positions, D width, F width inside the MLP, V vocabulary, L layers, H query heads of width N, K
+heads of keys and values, each serving G = H / K query heads.
+
+Types. Parameters have the type they were loaded with. Activations are float32; the operands of every product with a
+weight are cast to the compute type, and the product accumulates in float32. On CPU this is faster than a graph that is
+bfloat16 throughout, and it keeps the residual stream exact.
+
+Layout. Queries, keys and values of a layer are one product, and so are the MLP's gate and up projections. Their kernels
+keep an axis (K, or F) along which tensor parallelism can cut them without separating what belongs to one head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxkd import checks
+from jaxkd.policy import Params
+from jaxkd.smollm2.config import Config
+
+Remat = Literal["none", "products", "layers"]
+REMAT = ("none", "products", "layers")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+# Standard deviation of fresh weights: initializer_range of every SmolLM2.
+INITIAL_SCALE = 0.02
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary angles, float32[B, T, 1, N / 2]; B is 1 where all sequences share positions."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+"""`(q: [B, T, H, N], k: [B, T, K, N], v: [B, T, K, N], cache) -> ([B, T, H, N], what to keep)`: mixes positions."""
+
+
+# Up to so many rows the CPU's product is faster with the kernel on the left, above all a kernel that lies transposed.
+FEW_ROWS = 64
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x: float32[..., I] times kernel: [I, …] in the given type, accumulated in float32, as float32[..., …]."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = _product(flat, kernel.reshape(kernel.shape[0], -1), jnp.dtype(dtype))
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _plain_product(x, kernel, dtype):
+    if x.shape[0] <= FEW_ROWS:
+        return jnp.matmul(kernel.astype(dtype).T, x.astype(dtype).T, preferred_element_type=jnp.float32).T
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _transposed(leaf: jax.Array, width: int) -> jax.Array:
+    """A kernel, which reads from D = `width` or writes to it, as [outputs, inputs] in memory; a scale as it is."""
+    if leaf.ndim == 1:
+        return leaf
+    matrix = leaf.reshape(-1, width) if leaf.shape[-1] == width else leaf.reshape(width, -1)
+    return lax.optimization_barrier(matrix.T)
+
+
+_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2,))
+
+
+def _product_forward(x, kernel, dtype):
+    return _plain_product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype, residuals, cotangent):
+    x, kernel = residuals
+    cotangent = cotangent.astype(dtype)
+    toward_x = jnp.matmul(cotangent, kernel.astype(dtype).T, preferred_element_type=jnp.float32)
+    # The CPU's matrix product is a third faster on a transpose that lies in memory than on one it reads across.
+    transposed = lax.optimization_barrier(x.astype(dtype).T)
+    toward_kernel = jnp.matmul(transposed, cotangent, preferred_element_type=jnp.float32)
+    return toward_x, toward_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x²) + ε) · scale for `x: float32[B, T, D]`, in float32."""
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32).reshape(1, 1, -1)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a scale of its own."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float32[B, T, D]."""
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embeddings; how positions are mixed is the caller's."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, k, g, n = config.hidden_size, config.num_kv_heads, config.queries_per_kv_head, config.head_dim
+        # For each head of keys: its G query heads, then its keys, then its values.
+        self.qkv = _normal(rngs, d, k, g + 2, n)
+        self.out = _normal(rngs, k, g, n, d)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
+        """x: float32[B, T, D]."""
+        b, t, d = x.shape
+        k, g, n, _ = self.out.shape
+        qkv = product(x, self.qkv[...], self.dtype)
+        q = qkv[..., :g, :].reshape(b, t, k * g, n)
+        mixed, kept = attend(rotate(q, rotation), rotate(qkv[..., g, :], rotation), qkv[..., g + 1, :])
+        return product(mixed.reshape(b, t, -1), self.out[...].reshape(-1, d), self.dtype), kept
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up = _normal(rngs, config.hidden_size, 2, config.intermediate_size)
+        self.down = _normal(rngs, config.intermediate_size, config.hidden_size)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: float32[B, T, D]."""
+        both = product(x, self.gate_up[...], self.dtype)
+        return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down[...], self.dtype)
+
+
+class Layer(nnx.Module):
+    """One layer of the decoder: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
+        """x: float32[B, T, D]; returns it after the layer, and what `attend` keeps."""
+        mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), kept
+
+
+class Decoder(nnx.Module):
+    """The whole network. `layers` holds every layer's parameters stacked on a leading axis L."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype, rngs)
+
+        self.embedding = _normal(rngs, config.vocab_size, config.hidden_size)
+        self.layers = stacked(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.head = _normal(rngs, config.vocab_size, config.hidden_size)
+
+
+# --- rotary embeddings -----------------------------------------------------------------------------------------------
+
+
+def rotation_at(config: Config, positions: jax.Array) -> Rotation:
+    """The rotation of `positions: int32[B, T]`; angles are float32 whatever else is not, for they grow to thousands."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(1, 1, 1, -1)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turn `x: [B, T, heads, N]`; the halves of N are the two coordinates of each pair, as in transformers."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = rotation
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Positions of `mask: bool[B, T]`, counted over tokens alone, so that padding on either side changes nothing."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+# --- the model as pure functions -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """SmolLM2 as pure functions over a pytree of parameters.
+
+    Attributes:
+      config: its shape.
+      graphdef: the graph of the NNX modules; `nnx.merge(graphdef, params)` is the `Decoder`.
+      layer_graph: the graph of one layer; with a slice of `params["layers"]` it is a `Layer`.
+      compute_dtype: type of the operands of products with weights.
+      unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
+      remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
+        weights) or "layers" (all but each layer's input).
+    """
+
+    config: Config
+    graphdef: nnx.GraphDef
+    layer_graph: nnx.GraphDef
+    compute_dtype: jnp.dtype
+    unroll: bool = False
+    remat: Remat = "none"
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters, a nested dict of arrays."""
+        rngs = nnx.Rngs(params=key)
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, jnp.dtype(jnp.float32), rngs), nnx.Param))
+
+    def shapes(self, dtype=jnp.float32) -> Params:
+        """The pytree of parameters as shapes with this dtype, without making any."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    def hidden(self, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The residual stream after the last norm.
+
+        Args:
+          params: as `init` makes them or `weights.load` reads them.
+          tokens: int32[B, T].
+          mask: bool[B, T], True at tokens; padding may be on either side. None where nothing is padding.
+
+        Returns:
+          float32[B, T, D]; at padding, numbers without meaning.
+
+        Raises:
+          ValueError: on shapes or types that do not fit, or more positions than the model has.
+        """
+        _check(self.config, tokens, mask)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] if mask is None else positions_of(mask)
+
+        def attend(q, k, v, cache):
+            allowed = None if mask is None else mask[:, None, None, :]
+            return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True), None
+
+        return self.apply(params, tokens, positions, attend)[0]
+
+    def apply(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Embed, run the layers, norm: `hidden` with the mixing of positions left to the caller.
+
+        Args:
+          params: as for `hidden`; or as `unstacked` makes them.
+          tokens: int32[B, T].
+          positions: int32[B, T] or int32[1, T].
+          attend: mixes positions.
+          caches: what each layer's `attend` is given beside q, k and v: a pytree with leading axis L, or a list of L
+            where the parameters are unstacked.
+
+        Returns:
+          float32[B, T, D], and what `attend` returned beside its result: stacked over layers, or a list of L.
+        """
+        rotation = rotation_at(self.config, positions)
+        x = embed(params["embedding"], tokens)
+
+        def layer(x, state_and_cache):
+            state, cache = state_and_cache
+            return nnx.merge(self.layer_graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+
+        if self.remat == "layers":
+            layer = jax.checkpoint(layer)
+        elif self.remat == "products":
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        if isinstance(params["layers"], list):
+            kept = []
+            shapes = self.shapes()["layers"]
+            for state, cache in zip(params["layers"], caches or [None] * len(params["layers"]), strict=True):
+                state = jax.tree.map(lambda leaf, whole: leaf.T.reshape(whole.shape[1:]), state, shapes)
+                x, new = layer(x, (state, cache))
+                kept.append(new)
+        else:
+            unroll = self.config.num_layers if self.unroll else 1
+            x, kept = lax.scan(layer, x, (params["layers"], caches), unroll=unroll)
+        return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
+
+    def unstacked(self, params: Params) -> Params:
+        """The same parameters for decoding: layers as a list, kernels transposed; a second copy of them."""
+
+        def layer(i: int) -> Params:
+            return jax.tree.map(lambda leaf: _transposed(leaf[i], self.config.hidden_size), params["layers"])
+
+        return params | {"layers": [layer(i) for i in range(self.config.num_layers)]}
+
+    def head(self, params: Params) -> jax.Array:
+        """The matrix that turns hidden states into logits, [V, D]: the embedding itself where they are tied."""
+        return params["embedding" if self.config.tie_embeddings else "head"]
+
+    def logits(self, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Unnormalised next-token log-probabilities, float32[B, T, V]; arguments and errors as for `hidden`."""
+        return self.project(params, self.hidden(params, tokens, mask))
+
+    def project(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Logits of `hidden: float32[..., D]`, as float32[..., V], accumulated in float32."""
+        return product(hidden, self.head(params).T, self.compute_dtype)
+
+
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of `table: [V, D]` at `tokens: int[B, T]`, float32[B, T, D]; NaN for a token that is not in the table."""
+    return jnp.take(table, tokens, axis=0, mode="fill").astype(jnp.float32)
+
+
+def _check(config: Config, tokens: jax.Array, mask: jax.Array | None) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be int[B, T]; got {tokens.dtype}{list(tokens.shape)}")
+    if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
+        raise ValueError(f"mask must be bool{list(tokens.shape)} like tokens; got {mask.dtype}{list(mask.shape)}")
+    if tokens.shape[1] > config.max_positions:
+        raise ValueError(f"a sequence has {tokens.shape[1]} positions; the model has {config.max_positions}")
+
+
+def make_model(
+    config: Config, *, compute_dtype: Any = jnp.float32, unroll: bool = False, remat: Remat = "none"
+) -> Model:
+    """Make the functions of a model; no parameters are made.
+
+    Args:
+      config: its shape.
+      compute_dtype: float32 or bfloat16, the type of the operands of products.
+      unroll: see `Model`.
+      remat: see `Model`.
+
+    Raises:
+      ValueError: on another compute type or remat.
+    """
+    dtype = jnp.dtype(compute_dtype)
+    checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
+    checks.name("remat", remat, REMAT)
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(params=0)))
+    return Model(config, nnx.split(abstract)[0], nnx.split(abstract.layers)[0], dtype, unroll, remat)

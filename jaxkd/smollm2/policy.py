@@ -1,0 +1,378 @@
+"""SmolLM2 as a policy, and its comparison with a teacher, by a head that is streamed.
+
+The head. n positions times V tokens of logits are never kept. Blocks of at most `TOKEN_CHUNK` positions by
+`VOCAB_BLOCK` tokens are made, summed and dropped; what is kept for the backward pass is one number a position, and the
+backward pass makes each block again. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and q = softmax(z),
+∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered on the way forward.
+
+Conventions of the divergences are those of `jaxkd.losses.divergence`: P is the teacher, Q the student, nats.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxkd import checks
+from jaxkd.policy import Params, Policy
+from jaxkd.smollm2 import generate
+from jaxkd.smollm2.model import Model
+
+TOKEN_CHUNK = 1024
+VOCAB_BLOCK = 8192
+
+
+class Texts(NamedTuple):
+    """A batch of draws: prompts with their completions. `text.Sequences` has the same fields.
+
+    Attributes:
+      tokens: int32[B, T].
+      mask: bool[B, T], True at tokens of prompt and completion.
+      completion_mask: bool[B, T], True at tokens of the completion: those that are scored.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    completion_mask: jax.Array
+
+
+class Comparison(NamedTuple):
+    """A student Q beside a teacher P on the same text; every field is float32[B, T − 1], for tokens 1 … T − 1.
+
+    Attributes:
+      divergence: between the two next-token distributions, nats.
+      log_prob: log Q of the token that stands in the text.
+      log_normalizer: log-sum-exp of the student's logits.
+      teacher_log_prob: log P of the token that stands in the text.
+      teacher_log_normalizer: log-sum-exp of the teacher's logits.
+    """
+
+    divergence: jax.Array
+    log_prob: jax.Array
+    log_normalizer: jax.Array
+    teacher_log_prob: jax.Array
+    teacher_log_normalizer: jax.Array
+
+
+def make_policy(
+    model: Model,
+    prompt_tokens: Any,
+    prompt_mask: Any,
+    *,
+    max_new_tokens: int,
+    sampling: generate.Sampling | None = None,
+) -> Policy:
+    """A language model as a policy over completions of fixed prompts; its draws are `Texts`.
+
+    Args:
+      model: the model's functions.
+      prompt_tokens: int32[N, P], padded on either side; draw i continues prompt i mod N.
+      prompt_mask: bool[N, P].
+      max_new_tokens: C, the most tokens of a completion.
+      sampling: truncation of the draws; the temperature is given with each call.
+
+    Raises:
+      ValueError: prompts that are empty, too long, or outside the vocabulary.
+    """
+    prompts = generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens)
+    sampling = generate.Sampling() if sampling is None else sampling
+
+    def log_prob(params: Params, x: Texts) -> jax.Array:
+        return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
+
+    def sample(params: Params, key: jax.Array, n: int, temperature: Any) -> Texts:
+        return _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature)
+
+    def num_steps(x: Texts) -> jax.Array:
+        return x.completion_mask[:, 1:].sum(axis=-1).astype(jnp.float32)
+
+    return Policy(log_prob, sample, num_steps)
+
+
+def _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature) -> Texts:
+    rows = np.arange(n) % len(prompts[0])
+    tokens, mask = (jnp.asarray(array[rows]) for array in prompts)
+    # A key for each draw from its own number: the first draws stay the same when more are asked for.
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n))
+    drawn = generate.continue_prompts(
+        model, params, tokens, mask, keys, max_new_tokens, generate.at_temperature(sampling, temperature)
+    )
+    nothing = jnp.zeros_like(mask)
+    return Texts(
+        jnp.concatenate([tokens, drawn.tokens], axis=1),
+        jnp.concatenate([mask, drawn.mask], axis=1),
+        jnp.concatenate([nothing, drawn.mask], axis=1),
+    )
+
+
+def token_log_probs(model: Model, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Log-probability of each token after the first, float32[B, T − 1] (nats); 0 at padding and at a text's first.
+
+    Args:
+      model: the model's functions.
+      params: its parameters.
+      tokens: int32[B, T].
+      mask: bool[B, T], True at tokens; None where nothing is padding.
+    """
+    hidden = model.hidden(params, tokens, mask)[:, :-1]
+    targets = tokens[:, 1:]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    log_probs, _ = target_log_probs(flat, model.head(params), targets.reshape(-1), model.compute_dtype)
+    log_probs = log_probs.reshape(targets.shape)
+    return log_probs if mask is None else jnp.where(mask[:, 1:] & mask[:, :-1], log_probs, 0.0)
+
+
+def compare(
+    model: Model,
+    params: Params,
+    teacher: Model,
+    teacher_params: Params,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    divergence: str = "forward_kl",
+    coefficient: Any = 0.5,
+) -> Comparison:
+    """Compare next-token distributions with a teacher's; gradients flow to the student alone.
+
+    Args:
+      model: the student's functions.
+      params: its parameters.
+      teacher: the teacher's functions.
+      teacher_params: its parameters.
+      tokens: int32[B, T].
+      mask: bool[B, T], True at tokens; None where nothing is padding. All fields are 0 at padding.
+      divergence: one of `DIVERGENCES`.
+      coefficient: the teacher's share of "generalized_jensen_shannon", the skew of "skew_kl" and "skew_reverse_kl".
+
+    Raises:
+      ValueError: on another divergence, a coefficient outside [0, 1], or vocabularies that differ.
+    """
+    checks.name("divergence", divergence, DIVERGENCES)
+    if isinstance(coefficient, int | float):
+        checks.number("coefficient", coefficient, least=0, most=1)
+    if model.config.vocab_size != teacher.config.vocab_size:
+        sizes = (model.config.vocab_size, teacher.config.vocab_size)
+        raise ValueError(f"student and teacher must share a vocabulary; theirs have {sizes[0]} and {sizes[1]} tokens")
+    hidden, taught = (
+        one.hidden(theirs, tokens, mask)[:, :-1] for one, theirs in ((model, params), (teacher, teacher_params))
+    )
+    fields = compare_hidden(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.head(params),
+        lax.stop_gradient(taught.reshape(-1, taught.shape[-1])),
+        lax.stop_gradient(teacher.head(teacher_params)),
+        tokens[:, 1:].reshape(-1),
+        jnp.asarray(coefficient, jnp.float32),
+        divergence,
+        (model.compute_dtype, teacher.compute_dtype),
+    )
+    shape = tokens[:, 1:].shape
+    counted = jnp.ones(shape, bool) if mask is None else mask[:, 1:] & mask[:, :-1]
+    return Comparison(*(jnp.where(counted, field.reshape(shape), 0.0) for field in fields))
+
+
+# --- blocks of the head ----------------------------------------------------------------------------------------------
+
+
+def _blocks(vocab_size: int) -> list[tuple[int, int]]:
+    """Starts and ends of the blocks of the vocabulary; they need not be of one size, so nothing is padded."""
+    return [(start, min(start + VOCAB_BLOCK, vocab_size)) for start in range(0, vocab_size, VOCAB_BLOCK)]
+
+
+def _chunked(array: jax.Array, chunk: int) -> jax.Array:
+    """[n, …] to [chunks, chunk, …], padded with zeros."""
+    padded = jnp.pad(array, [(0, -array.shape[0] % chunk)] + [(0, 0)] * (array.ndim - 1))
+    return padded.reshape(-1, chunk, *array.shape[1:])
+
+
+def _over_chunks(function: Callable, *arrays: jax.Array):
+    """Apply a function of [chunk, …] arrays to [n, …] arrays chunk by chunk, and put the results together."""
+    n = arrays[0].shape[0]
+    chunk = min(TOKEN_CHUNK, n)
+    out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
+
+
+def _logits(hidden: jax.Array, head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
+    """Logits of one block, float32[chunk, block]."""
+    rows = head[block[0] : block[1]].astype(dtype)
+    return jnp.matmul(hidden.astype(dtype), rows.T, preferred_element_type=jnp.float32)
+
+
+def _normalizer_and_target(hidden, targets, head, dtype):
+    """Log-sum-exp of the logits of [chunk, D] and the logit of the target, both float32[chunk]."""
+    largest = jnp.full(targets.shape, -jnp.inf, jnp.float32)
+    total, target = jnp.zeros_like(largest), jnp.zeros_like(largest)
+    for block in _blocks(head.shape[0]):
+        logits = _logits(hidden, head, block, dtype)
+        new = jnp.maximum(largest, logits.max(axis=-1))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
+        largest = new
+        target = target + jnp.where(_is_target(targets, block), logits, 0.0).sum(axis=-1)
+    return largest + jnp.log(total), target
+
+
+def _is_target(targets: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """bool[chunk, block]."""
+    return targets[:, None] == jnp.arange(*block, dtype=targets.dtype)[None, :]
+
+
+def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[jax.Array, jax.Array]:
+    """Gradients of hidden states and head, from those of the logits, block by block.
+
+    Args:
+      toward_logits: `(logits: [chunk, block], block, *others) -> [chunk, block]`.
+      hidden: float32[n, D].
+      head: [V, D].
+      dtype: of the operands of products.
+      *others: [n, …], what `toward_logits` needs of each position.
+    """
+    n = hidden.shape[0]
+    chunk = min(TOKEN_CHUNK, n)
+    chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
+    toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
+    toward_head = jnp.zeros(head.shape, head.dtype)
+    for block in _blocks(head.shape[0]):
+        rows = head[block[0] : block[1]].astype(dtype)
+
+        def one_chunk(toward_rows, xs, block=block, rows=rows):
+            part, *rest = xs
+            cotangent = toward_logits(_logits(part, head, block, dtype), block, *rest).astype(dtype)
+            toward_rows += jnp.matmul(cotangent.T, part.astype(dtype), preferred_element_type=jnp.float32)
+            return toward_rows, jnp.matmul(cotangent, rows, preferred_element_type=jnp.float32)
+
+        toward_rows, toward_part = lax.scan(one_chunk, jnp.zeros(rows.shape, jnp.float32), chunks)
+        toward_hidden += toward_part
+        toward_head = lax.dynamic_update_slice(toward_head, toward_rows.astype(head.dtype), (block[0], 0))
+    return toward_hidden.reshape(-1, hidden.shape[-1])[:n], toward_head
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of targets under softmax(hidden · headᵀ), and the log-sum-exps.
+
+    Args:
+      hidden: float32[n, D].
+      head: [V, D].
+      targets: int32[n].
+      dtype: of the operands of products, which accumulate in float32.
+
+    Returns:
+      Two float32[n].
+    """
+    normalizer, target = _over_chunks(lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets)
+    return target - normalizer, normalizer
+
+
+def _target_forward(hidden, head, targets, dtype):
+    log_probs, normalizer = target_log_probs(hidden, head, targets, dtype)
+    return (log_probs, normalizer), (hidden, head, targets, normalizer)
+
+
+def _target_backward(dtype, residuals, cotangents):
+    hidden, head, targets, normalizer = residuals
+
+    def toward_logits(logits, block, targets, normalizer, of_target, of_normalizer):
+        probs = jnp.exp(logits - normalizer[:, None])
+        return jnp.where(_is_target(targets, block), of_target[:, None], 0.0) + of_normalizer[:, None] * probs
+
+    of_target, of_normalizer = cotangents[0], cotangents[1] - cotangents[0]
+    return *_pull_back(toward_logits, hidden, head, dtype, targets, normalizer, of_target, of_normalizer), None
+
+
+target_log_probs.defvjp(_target_forward, _target_backward)
+
+
+# --- divergences -----------------------------------------------------------------------------------------------------
+
+
+def _forward_kl(log_p, log_q, coefficient):
+    return jnp.exp(log_p) * (log_p - log_q)
+
+
+def _reverse_kl(log_p, log_q, coefficient):
+    return jnp.exp(log_q) * (log_q - log_p)
+
+
+def _jensen_shannon(log_p, log_q, share):
+    trace = jnp.finfo(jnp.float32).tiny
+    log_share, log_rest = jnp.log(jnp.maximum(share, trace)), jnp.log(jnp.maximum(1 - share, trace))
+    log_mixture = jnp.logaddexp(log_p + log_share, log_q + log_rest)
+    return share * jnp.exp(log_p) * (log_p - log_mixture) + (1 - share) * jnp.exp(log_q) * (log_q - log_mixture)
+
+
+def _skew_kl(log_p, log_q, skew):
+    log_mixture = jnp.logaddexp(log_p + jnp.log(skew), log_q + jnp.log(1 - skew))
+    return jnp.exp(log_p) * (log_p - log_mixture)
+
+
+def _skew_reverse_kl(log_p, log_q, skew):
+    return _skew_kl(log_q, log_p, skew)
+
+
+_TERMS = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "generalized_jensen_shannon": _jensen_shannon,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
+DIVERGENCES = tuple(_TERMS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def compare_hidden(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
+    """`Comparison` of hidden states: float32[n, D] and [V, D] of the student and of the teacher, as five float32[n].
+
+    Gradients flow to `hidden` and `head`, through the first three results; the teacher's are zero.
+    """
+    return _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes)[0]
+
+
+def _term_and_slope(divergence: str, log_p, log_q, coefficient):
+    """f(log p, log q) and ∂f/∂log q, elementwise."""
+    return jax.jvp(lambda q: _TERMS[divergence](log_p, q, coefficient), (log_q,), (jnp.ones_like(log_q),))
+
+
+def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
+    def one_chunk(hidden, taught, targets):
+        normalizer, target = _normalizer_and_target(hidden, targets, head, dtypes[0])
+        teacher_normalizer, teacher_target = _normalizer_and_target(taught, targets, teacher_head, dtypes[1])
+        value, slope = jnp.zeros_like(normalizer), jnp.zeros_like(normalizer)
+        for block in _blocks(head.shape[0]):
+            log_q = _logits(hidden, head, block, dtypes[0]) - normalizer[:, None]
+            log_p = _logits(taught, teacher_head, block, dtypes[1]) - teacher_normalizer[:, None]
+            term, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
+            value, slope = value + term.sum(axis=-1), slope + toward_q.sum(axis=-1)
+        results = (value, target - normalizer, normalizer, teacher_target - teacher_normalizer, teacher_normalizer)
+        return results, slope
+
+    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets)
+    residuals = (hidden, head, teacher_hidden, teacher_head, targets, coefficient, results[2], results[4], slope)
+    return results, residuals
+
+
+def _compare_backward(divergence, dtypes, residuals, cotangents):
+    hidden, head, taught, teacher_head, targets, coefficient, normalizer, teacher_normalizer, slope = residuals
+
+    def toward_logits(logits, block, taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_q):
+        log_q = logits - normalizer[:, None]
+        log_p = _logits(taught, teacher_head, block, dtypes[1]) - teacher_normalizer[:, None]
+        _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
+        probs = jnp.exp(log_q)
+        through_value = of_value[:, None] * (toward_q - probs * slope[:, None])
+        at_target = jnp.where(_is_target(targets, block), of_target[:, None], 0.0)
+        return through_value + at_target + of_q[:, None] * probs
+
+    of_value, of_target, of_normalizer = cotangents[:3]
+    each = (taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_normalizer - of_target)
+    toward_hidden, toward_head = _pull_back(toward_logits, hidden, head, dtypes[0], *each)
+    return toward_hidden, toward_head, jnp.zeros_like(taught), jnp.zeros_like(teacher_head), None, jnp.zeros(())
+
+
+compare_hidden.defvjp(_compare_forward, _compare_backward)

@@ -1,0 +1,56 @@
+"""Smaller models: some of a larger one's layers, or fresh weights of any shape."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import checks
+from jaxkd.policy import Params
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+
+
+def spaced_layers(num_layers: int, kept: int) -> tuple[int, ...]:
+    """Which layers of `num_layers` to keep: evenly spaced, the first and the last among them (one: the first).
+
+    Raises:
+      ValueError: for fewer than one, or more than there are.
+    """
+    checks.whole("the number of layers kept", kept, least=1, most=num_layers)
+    if kept == 1:
+        return (0,)
+    # Whole numbers alone: rounding halves to even would space some counts unevenly.
+    return tuple((2 * i * (num_layers - 1) + kept - 1) // (2 * (kept - 1)) for i in range(kept))
+
+
+def keep_layers(config: Config, params: Params, layers: int | Sequence[int]) -> tuple[Config, Params]:
+    """A student with some of a model's layers, everything else as it is; its parameters are copies.
+
+    Args:
+      config: the larger model's shape.
+      params: its parameters.
+      layers: how many, evenly spaced; or which, in increasing order.
+
+    Raises:
+      ValueError: more layers than there are, or a list that is empty, out of order or names a layer twice.
+    """
+    if isinstance(layers, int):
+        layers = spaced_layers(config.num_layers, layers)
+    if len(layers) == 0:
+        raise ValueError("a student must keep at least one layer; got an empty list")
+    for layer in layers:
+        checks.whole("a layer kept", layer, least=0, most=config.num_layers - 1)
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"the layers kept must be in increasing order, each once; got {list(layers)}")
+    chosen = np.asarray(layers)
+    student = {name: jax.tree.map(jnp.copy, part) for name, part in params.items() if name != "layers"}
+    student["layers"] = jax.tree.map(lambda leaf: leaf[chosen], params["layers"])
+    return replace(config, num_layers=len(layers)), student
+
+
+def fresh(config: Config, key: jax.Array, dtype=jnp.float32) -> Params:
+    """Random parameters of any shape, as a model starts its training: normal with deviation 0.02, norms of one."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(key))

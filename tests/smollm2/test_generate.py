@@ -1,0 +1,149 @@
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd.smollm2 import generate, policy
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.generate import Sampling
+from jaxkd.smollm2.model import make_model
+
+
+@cache
+def _model(**changes):
+    model = make_model(Config.tiny(**({"eos_ids": ()} | changes)))
+    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, model.init(jax.random.key(0)))
+    return model, params | {"embedding": params["embedding"] * 5}
+
+
+PROMPTS = np.asarray([[5, 6, 7, 8], [9, 10, 0, 0]])
+MASK = np.asarray([[True] * 4, [True, True, False, False]])
+KEYS = jax.random.split(jax.random.key(1), 2)
+
+
+def _generate(model, params, prompts=PROMPTS, mask=MASK, keys=KEYS, n=10, **settings):
+    return generate.generate(model, params, prompts, mask, keys, max_new_tokens=n, sampling=Sampling(**settings))
+
+
+def test_greedy_is_the_likeliest_token_of_the_whole_text():
+    model, params = _model()
+    drawn = _generate(model, params, temperature=0)
+    for row, length in enumerate(MASK.sum(axis=1)):
+        text = np.concatenate([PROMPTS[row, :length], drawn.tokens[row]])
+        logits = model.logits(params, jnp.asarray(text)[None])[0, length - 1 : -1]
+        np.testing.assert_array_equal(drawn.tokens[row], logits.argmax(axis=-1))
+
+
+def test_log_probs_are_the_policys_at_temperature_one():
+    model, params = _model()
+    drawn = _generate(model, params, temperature=0.5, top_k=20, top_p=0.9, min_p=0.01)
+    tokens = jnp.concatenate([jnp.asarray(PROMPTS[:1]), drawn.tokens[:1]], axis=1)
+    np.testing.assert_allclose(policy.token_log_probs(model, params, tokens)[:, 3:], drawn.log_probs[:1], atol=1e-4)
+
+
+def test_a_draw_depends_on_no_neighbour_and_no_padding():
+    model, params = _model()
+    together = _generate(model, params)
+    alone = _generate(model, params, PROMPTS[1:, :2], MASK[1:, :2], KEYS[1:])
+    left = _generate(model, params, np.roll(PROMPTS[1:], 2, axis=1), np.roll(MASK[1:], 2, axis=1), KEYS[1:])
+    wide = _generate(model, params, np.pad(PROMPTS, ((0, 0), (0, 20))), np.pad(MASK, ((0, 0), (0, 20))))
+    for other in (alone, left):
+        np.testing.assert_array_equal(other.tokens[0], together.tokens[1])
+        np.testing.assert_allclose(other.log_probs[0], together.log_probs[1], atol=1e-4)
+    np.testing.assert_array_equal(wide.tokens, together.tokens)
+
+
+def test_ends_when_all_have_and_masks_what_follows():
+    model, params = _model()
+    first = np.asarray(_generate(model, params).tokens)
+    ending, params = _model(eos_ids=(int(first[0, 3]),))
+    drawn = _generate(ending, params)
+    end = int(np.argmax(first[0] == first[0, 3]))
+    np.testing.assert_array_equal(drawn.mask[0], np.arange(10) <= end)
+    np.testing.assert_array_equal(drawn.tokens[0, : end + 1], first[0, : end + 1])
+    assert not drawn.log_probs[0, end + 1 :].any() and (drawn.tokens[0, end + 1 :] == 0).all()
+
+
+def test_fewer_new_tokens_are_a_prefix():
+    model, params = _model()
+    np.testing.assert_array_equal(_generate(model, params, n=3).tokens, _generate(model, params, n=10).tokens[:, :3])
+
+
+def test_settings_and_lengths_share_one_program():
+    model, params = _model()
+    _generate(model, params, temperature=0.8, top_p=0.9)
+    before = generate._generate._cache_size()
+    _generate(model, params, PROMPTS[:, :3], MASK[:, :3], temperature=0.6, top_p=0.5, n=7)
+    assert generate._generate._cache_size() == before
+
+
+def _frequencies(logits, n=20000, **settings):
+    sampling = generate.at_temperature(Sampling(**settings))
+    uniforms = jax.random.uniform(jax.random.key(0), (n, 2))
+    tokens, _ = generate.draw(jnp.broadcast_to(logits, (n, logits.size)), uniforms, sampling)
+    return np.bincount(tokens, minlength=logits.size) / n
+
+
+LOGITS = 2 * jax.random.normal(jax.random.key(5), (300,))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 7}, {"top_p": 0.6}])
+def test_frequencies_are_the_probabilities(settings):
+    weights = np.exp(np.asarray(LOGITS, np.float64) / settings.get("temperature", 1))
+    order = np.argsort(-weights)
+    if "top_k" in settings:
+        weights[order[7:]] = 0
+    if "top_p" in settings:
+        before = np.cumsum(weights[order]) - weights[order]
+        weights[order[before >= 0.6 * weights.sum()]] = 0
+    probs = weights / weights.sum()
+    found = _frequencies(LOGITS, **settings)
+    assert not found[probs == 0].any()
+    assert np.abs(found - probs).max() < 5 * np.sqrt(0.25 / 20000)
+    expected = 20000 * probs[probs > 0]
+    assert (((20000 * found[probs > 0] - expected) ** 2) / expected).sum() < 1.5 * expected.size + 20
+
+
+def test_min_p_keeps_what_is_near_the_likeliest():
+    found = _frequencies(LOGITS, min_p=0.2)
+    probs = np.asarray(jax.nn.softmax(LOGITS))
+    np.testing.assert_array_equal(found > 0, probs >= 0.2 * probs.max())
+
+
+def test_tokens_tied_at_the_threshold_stay_together():
+    found = _frequencies(jnp.asarray([3.0, 2.0, 2.0, 1.0]), top_k=2)
+    np.testing.assert_array_equal(found > 0, [True, True, True, False])
+
+
+def test_a_token_without_probability_is_never_drawn():
+    weights = jnp.zeros((4, 300)).at[:, 130].set(1e-30)
+    uniforms = jnp.asarray([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24], [0.0, 1 - 2**-24]], jnp.float32)
+    np.testing.assert_array_equal(generate._inverse_cdf(weights, uniforms), [130] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", 0), ("top_p", 1.1), ("top_k", 0), ("top_k", 2.5), ("min_p", -0.1), ("temperature", -1)],
+)
+def test_refuses_settings(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": PROMPTS + 300}, "token id 305 is outside the vocabulary of 264"),
+        ({"mask": np.zeros_like(MASK)}, "at least one token"),
+        ({"n": 126}, "4 tokens and 126 new ones are more than the 128"),
+        ({"n": 0}, "max_new_tokens"),
+        ({"keys": KEYS[:1]}, "one key a sequence"),
+        ({"mask": MASK[:1]}, "prompts must be"),
+    ],
+)
+def test_refuses_prompts(change, message):
+    model, params = _model()
+    with pytest.raises(ValueError, match=message):
+        _generate(model, params, **change)

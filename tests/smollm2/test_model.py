@@ -1,0 +1,130 @@
+import subprocess
+import sys
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+
+
+@cache
+def _tiny(**changes):
+    model = make_model(Config.tiny(), **changes)
+    # Weights ten times as large as fresh ones, so that attention is not uniform.
+    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, model.init(jax.random.key(0)))
+    return model, params
+
+
+def _tokens(b=2, t=12, seed=1):
+    return jax.random.randint(jax.random.key(seed), (b, t), 0, 264)
+
+
+def test_importing_jaxkd_imports_neither_transformers_nor_torch():
+    modules = "jaxkd, jaxkd.smollm2.model, jaxkd.smollm2.weights, jaxkd.smollm2.policy, jaxkd.smollm2.generate"
+    code = f"import sys, {modules}; assert not {{'transformers', 'torch'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parameters_are_counted():
+    for tied in (True, False):
+        config = Config.tiny(tie_embeddings=tied)
+        leaves = jax.tree.leaves(make_model(config).shapes())
+        assert sum(leaf.size for leaf in leaves) == config.num_parameters
+
+
+def test_padding_on_either_side_changes_nothing():
+    model, params = _tiny()
+    tokens, length = _tokens(), 7
+    alone = model.logits(params, tokens[:, :length])
+    ones, zeros = jnp.ones((2, length), bool), jnp.zeros((2, 5), bool)
+    right = model.logits(params, tokens, jnp.concatenate([ones, zeros], axis=1))[:, :length]
+    left_tokens = jnp.concatenate([tokens[:, length:], tokens[:, :length]], axis=1)
+    left = model.logits(params, left_tokens, jnp.concatenate([zeros, ones], axis=1))[:, 5:]
+    np.testing.assert_allclose(right, alone, atol=2e-5)
+    np.testing.assert_allclose(left, alone, atol=2e-5)
+
+
+def test_no_position_sees_what_follows():
+    model, params = _tiny()
+    tokens = _tokens()
+    changed = tokens.at[:, 8:].set((tokens[:, 8:] + 1) % 264)
+    before, after = model.logits(params, tokens), model.logits(params, changed)
+    np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-5)
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{"unroll": True}, {"remat": "layers"}, {"remat": "products"}])
+def test_forms_of_running_the_layers_agree(changes):
+    model, params = _tiny()
+    other = make_model(Config.tiny(), **changes)
+    tokens = _tokens()
+
+    def loss(model):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.sin(model.logits(p, tokens)))))(params)
+
+    (value, gradient), (other_value, other_gradient) = loss(model), loss(other)
+    np.testing.assert_allclose(value, other_value, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, other_gradient)
+
+
+def test_the_products_written_gradient_is_automatic_differentiations():
+    from jaxkd.smollm2 import model as module
+
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 5)), jax.random.normal(jax.random.key(1), (5, 2, 4))
+
+    def ours(x, kernel):
+        return jnp.sin(module.product(x, kernel, jnp.float32)).sum()
+
+    def plain(x, kernel):
+        return jnp.sin(jnp.einsum("bti,igo->btgo", x, kernel)).sum()
+
+    ours, plain = (jax.grad(f, argnums=(0, 1))(x, kernel) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+
+
+def test_tied_embeddings_get_gradients_from_both_ends():
+    model, params = _tiny()
+    gradient = jax.grad(lambda p: model.logits(p, jnp.zeros((1, 2), jnp.int32))[0, -1, 5])(params)
+    # Token 0 was read, token 5 was scored.
+    assert np.abs(gradient["embedding"][0]).max() > 0 and np.abs(gradient["embedding"][5]).max() > 0
+    assert "head" not in params
+
+
+def test_bfloat16_computes_nearly_the_same_in_float32():
+    model, params = _tiny()
+    low, exact = _tiny(compute_dtype="bfloat16")[0].logits(params, _tokens()), model.logits(params, _tokens())
+    assert low.dtype == jnp.float32
+    assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_parameters_may_be_bfloat16():
+    model, params = _tiny()
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    gradient = jax.grad(lambda p: model.logits(p, _tokens()).mean())(low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        (jnp.zeros((3,), jnp.int32), None, r"tokens must be int\[B, T\]"),
+        (jnp.zeros((1, 3), jnp.float32), None, r"tokens must be int\[B, T\]"),
+        (jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 2), bool), "mask must be"),
+        (jnp.zeros((1, 200), jnp.int32), None, "200 positions; the model has 128"),
+    ],
+)
+def test_refuses(tokens, mask, message):
+    model, params = _tiny()
+    with pytest.raises(ValueError, match=message):
+        model.hidden(params, tokens, mask)
+
+
+def test_refuses_settings():
+    with pytest.raises(ValueError, match="compute_dtype"):
+        make_model(Config.tiny(), compute_dtype="float16")
+    with pytest.raises(ValueError, match="remat"):
+        make_model(Config.tiny(), remat="all")

@@ -1,0 +1,50 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxkd.smollm2 import students
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+
+
+def test_spacing_keeps_the_ends_and_is_even():
+    assert students.spaced_layers(30, 30) == tuple(range(30))
+    assert students.spaced_layers(30, 2) == (0, 29)
+    for kept in range(2, 31):
+        layers = np.asarray(students.spaced_layers(30, kept))
+        assert layers[0] == 0 and layers[-1] == 29
+        assert np.ptp(np.diff(layers)) <= 1 or kept == 2
+
+
+def test_keeps_the_layers_named_and_nothing_is_shared():
+    config = Config.tiny(num_layers=5)
+    params = make_model(config).init(jax.random.key(0))
+    smaller, student = students.keep_layers(config, params, [0, 3])
+    assert smaller.num_layers == 2
+    np.testing.assert_array_equal(student["layers"]["mlp"]["down"], params["layers"]["mlp"]["down"][np.array([0, 3])])
+    assert student["embedding"] is not params["embedding"]
+    assert make_model(smaller).logits(student, np.zeros((1, 3), np.int32)).shape == (1, 3, 264)
+
+
+def test_all_layers_are_the_same_model():
+    config = Config.tiny()
+    params = make_model(config).init(jax.random.key(0))
+    same, student = students.keep_layers(config, params, 3)
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, student, params)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [(4, "at most 3; got 4"), (0, "at least 1"), ([], "empty list"), ([0, 3], "at most 2; got 3"), ([1, 0], "order")],
+)
+def test_refuses(layers, message):
+    config = Config.tiny()
+    with pytest.raises(ValueError, match=message):
+        students.keep_layers(config, make_model(config).init(jax.random.key(0)), layers)
+
+
+def test_fresh_has_any_shape():
+    config = Config.tiny(num_layers=1, hidden_size=16)
+    params = students.fresh(config, jax.random.key(0), "bfloat16")
+    assert params["layers"]["mlp"]["down"].shape == (1, 40, 16) and params["embedding"].dtype == "bfloat16"

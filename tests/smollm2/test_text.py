@@ -1,0 +1,376 @@
+"""Tokenizers, chat templates, files of examples and arrays, without a checkpoint."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+
+from jaxkd.smollm2 import text
+from jaxkd.smollm2.text import Example
+
+TEXTS = [
+    "Hello world 12345",
+    "x  12   34\n\n  5",
+    "it's the end <|im_end|>\n of it",
+    "日本語 🤗 é\t\t x",
+    "def f(x):\n    return x + 10\n",
+    "",
+]
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return text.byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A byte-level BPE with SmolLM2's rules, learned from this file."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with Path(__file__).open(encoding="utf-8") as lines:
+        backend.train_from_iterator(
+            lines,
+            trainers.BpeTrainer(
+                vocab_size=500,
+                special_tokens=CONTROL,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
+    return backend
+
+
+def write_gguf(path, backend, **changes):
+    """A GGUF that holds only a tokenizer."""
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model(changes.get("model", "gpt2"))
+    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_context_length(64)
+    writer.add_add_bos_token(changes.get("add_bos", False))
+    writer.add_chat_template(text.CHATML)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_gguf_gives_the_ids_of_the_tokenizer_that_it_was_made_from(tmp_path, trained):
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    for sample in TEXTS:
+        assert ours.encode(sample) == trained.encode(sample).ids
+        assert ours.decode(ours.encode(sample)) == sample
+    assert ours.chat_template == text.CHATML
+    assert (ours.eos_ids, ours.pad_id, ours.size) == ((2,), 2, trained.get_vocab_size())
+    assert ours.settings["model_max_length"] == 64
+
+
+def test_digits_are_split_before_spaces(tmp_path, trained):
+    split = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    plain = text.from_gguf(write_gguf(tmp_path / "b.gguf", trained, pre="gpt-2"))
+    assert split.decode(split.encode("  7")[:1]) == "  "
+    assert plain.decode(plain.encode("  7")[:1]) == " "
+
+
+def test_a_beginning_token_is_added_where_the_file_asks_for_it(tmp_path, trained):
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, add_bos=True))
+    assert ours.encode("end", add_special_tokens=True) == [1, *ours.encode("end")]
+
+
+def test_saved_and_read_again_it_is_the_same(tmp_path, trained):
+    first = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    first.save_pretrained(tmp_path / "saved")
+    second = text.from_directory(tmp_path / "saved")
+    assert (first.special, first.chat_template, first.settings) == (
+        second.special,
+        second.chat_template,
+        second.settings,
+    )
+    assert first.backend.to_str() == second.backend.to_str()
+    assert second.generation == {"bos_token_id": 1, "eos_token_id": 2}
+    second.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "saved").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_transformers_reads_what_is_saved(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for sample in TEXTS:
+        assert theirs(sample)["input_ids"] == tokenizer.encode(sample, add_special_tokens=True)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text.apply_chat_template(
+        tokenizer, messages, add_generation_prompt=True
+    )
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_ids[0], tokenizer.pad_id)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+
+
+def test_older_and_newer_places_of_settings(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["eos_token"] = {"content": "<|endoftext|>", "lstrip": False}
+    config["chat_template"] = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "temperature": 0.3}))
+    read = text.from_directory(tmp_path)
+    assert (read.special["eos_token"], read.chat_template, read.eos_ids) == ("<|endoftext|>", "b", (0, 2))
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert text.from_directory(tmp_path).chat_template == "c"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model": "llama"}, "tokenizer in .* is 'llama'"), ({"pre": "klingon"}, "pre-tokenizer 'klingon' is not known")],
+)
+def test_other_tokenizers_in_gguf_are_refused_by_name(tmp_path, trained, changes, message):
+    with pytest.raises(ValueError, match=message):
+        text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all, but long enough to be one"])
+def test_what_is_no_gguf_is_refused(tmp_path, content):
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.gguf"):
+        text.from_gguf(tmp_path / "a.gguf")
+
+
+def test_bad_folders_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        text.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read as a tokenizer"):
+        text.from_directory(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(ValueError, match=r"eos_token of .* is '<end>', which is not in the vocabulary"):
+        text.from_directory(tmp_path)
+
+
+def test_vocabularies_that_do_not_match_are_refused(tokenizer, trained):
+    text.check_vocabulary(tokenizer, tokenizer.size)
+    text.check_vocabulary(tokenizer, tokenizer.size + 61)
+    for size in (tokenizer.size - 1, 49152):
+        with pytest.raises(ValueError, match=f"259 ids and the model a vocabulary of {size}"):
+            text.check_vocabulary(tokenizer, size)
+    text.check_same_vocabulary(tokenizer, text.byte_tokenizer())
+    with pytest.raises(ValueError, match=r"differ \(259 and 500 tokens\)"):
+        text.check_same_vocabulary(tokenizer, text.Tokenizer(trained, {}))
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    text.check_ids([[0, 258]], 259)
+    for bad in (259, -1):
+        with pytest.raises(ValueError, match=rf"token id {bad} at position \[0, 1\] is outside the vocabulary of 259"):
+            text.check_ids([[0, bad]], 259)
+
+
+# --- chat template ---------------------------------------------------------------------------------------------------
+
+
+def with_template(tokenizer, template):
+    return text.Tokenizer(tokenizer.backend, tokenizer.special, template)
+
+
+def test_template_has_what_checkpoints_rely_on(tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}"
+        "{{ bos_token }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ {'é': '<'} | tojson }}{% endfor %}"
+    )
+    messages = [{"role": "skip", "content": "no"}, {"role": "user", "content": "yes", "name": None}]
+    assert text.apply_chat_template(with_template(tokenizer, template), messages) == '<|im_start|>yes{"é": "<"}'
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{% if %}", "refuses"),
+        (None, "has no chat template"),
+    ],
+)
+def test_template_can_refuse_and_can_not_reach_out(tokenizer, template, message):
+    with pytest.raises(ValueError, match=message):
+        text.apply_chat_template(with_template(tokenizer, template), [{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(("content", "trimmed"), [("It is ", False), ("It is ", True), ("It is", True)])
+def test_final_message_is_continued(tokenizer, content, trimmed):
+    template = text.CHATML.replace("message['content']", "message['content'] | trim") if trimmed else text.CHATML
+    rendered = text.apply_chat_template(
+        with_template(tokenizer, template), [{"role": "assistant", "content": content}], continue_final=True
+    )
+    assert rendered == "<|im_start|>assistant\n" + (content.rstrip() if trimmed else content)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+SKY, BLUE, GREEN = said("user", "Sky?"), said("assistant", "Blue."), said("assistant", "Green.")
+ASKED = "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n"
+ROWS = [
+    ({"prompt": "The sky is"}, Example("The sky is")),
+    ({"prompt": "The sky is", "completion": " blue."}, Example("The sky is", " blue.")),
+    (
+        {"prompt": "Sky", "chosen": " is blue", "rejected": " is green"},
+        Example("Sky", chosen=" is blue", rejected=" is green"),
+    ),
+    (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        Example("The sky is", chosen=" blue.", rejected=" green."),
+    ),
+    ({"chosen": "Yes", "rejected": "Yes!"}, Example("Ye", chosen="s", rejected="s!")),
+    ({"prompt": [SKY]}, Example(ASKED, from_chat=True)),
+    ({"prompt": [SKY], "completion": [BLUE]}, Example(ASKED, "Blue.<|im_end|>\n", from_chat=True)),
+    (
+        {"prompt": [SKY, said("assistant", "It is")]},
+        Example(ASKED + "It is", from_chat=True),
+    ),
+    *(
+        (row, Example(ASKED, chosen="Blue.<|im_end|>\n", rejected="Green.<|im_end|>\n", from_chat=True))
+        for row in (
+            {"prompt": [SKY], "chosen": [BLUE], "rejected": [GREEN]},
+            {"chosen": [SKY, BLUE], "rejected": [SKY, GREEN]},
+            {"prompt": "Sky?", "chosen": [SKY, BLUE], "rejected": [SKY, GREEN]},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_every_format_is_read(tmp_path, tokenizer, suffix, row):
+    content, expected = ROWS[row]
+    content = content | {"source": "made up"}
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        path.write_text(json.dumps(content) + "\n\n" + json.dumps(content) + "\n", encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([content, content]), path)
+    assert text.read_examples(path, tokenizer) == [expected, expected]
+    assert text.read_examples(tmp_path, tokenizer) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "columns of one format"),
+        ({"prompt": "a", "chosen": "b"}, "columns of one format"),
+        ({"prompt": "a", "completion": [BLUE]}, "both be strings or both be lists"),
+        ({"prompt": "a", "chosen": "b", "rejected": [BLUE]}, "both be strings or both be lists"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"chosen": [BLUE], "rejected": [GREEN]}, "begin with the same message"),
+        ({"prompt": []}, "prompt must be a string or a list of messages"),
+        ({"prompt": 3}, "prompt must be a string or a list of messages"),
+        ({"prompt": [{"content": "a"}]}, "must have a role"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "content of a message of prompt must be a string"),
+        ({"prompt": [said("system", "a")]}, "got system"),
+    ],
+)
+def test_bad_rows_are_refused_with_file_and_row(tmp_path, tokenizer, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "fine"}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        text.read_examples(path, tokenizer)
+    assert "rows.jsonl, row 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"{\n", "line 1 is not JSON"),
+        ("a.jsonl", b"[1]\n", "must be a JSON object, got list"),
+        ("a.jsonl", b"", "has no rows"),
+        ("a.parquet", b"PAR1", "can't be read as Parquet"),
+        ("a.csv", b"prompt\n", "must end in"),
+        ("a.jsonl", None, "there is no file"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, tokenizer, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        text.read_examples(tmp_path / name, tokenizer)
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_padded_on_the_left(tokenizer):
+    prompts = text.encode_prompts(tokenizer, [Example("abc"), Example("hello")], context=16, multiple_of=4)
+    assert prompts.tokens.dtype == np.int32 and prompts.tokens.shape == (2, 8)
+    assert prompts.mask.sum(axis=1).tolist() == [3, 5] and prompts.mask[:, -1].all()
+    assert [tokenizer.decode(row[mask]) for row, mask in zip(*prompts, strict=True)] == ["abc", "hello"]
+    assert (prompts.tokens[~prompts.mask] == tokenizer.pad_id).all()
+
+
+def test_completions_start_in_one_column_and_end_with_the_end(tokenizer):
+    examples = [Example("abc", "de"), Example("a", "xyz")]
+    batch = text.encode_sequences(tokenizer, examples, context=16)
+    assert batch.tokens.shape == (2, 3 + 4)
+    assert batch.completion_mask.argmax(axis=1).tolist() == [3, 3]
+    assert [tokenizer.decode(t[m]) for t, m in zip(batch.tokens, batch.completion_mask, strict=True)] == [
+        "de<|im_end|>",
+        "xyz<|im_end|>",
+    ]
+    assert not (batch.completion_mask & ~batch.mask).any()
+
+
+def test_no_end_is_added_to_what_the_template_ended(tokenizer):
+    example = text.to_example({"prompt": [SKY], "chosen": [BLUE], "rejected": [GREEN]}, tokenizer)
+    assert tokenizer.decode(text.completion_ids(tokenizer, example, "rejected")) == "Green.<|im_end|>\n"
+
+
+def test_what_does_not_fit_is_refused_or_cut(tokenizer):
+    with pytest.raises(ValueError, match=r"prompt 1 has 5 tokens and 4 new ones are asked for; the context .* is 8"):
+        text.encode_prompts(tokenizer, [Example("a"), Example("hello")], context=8, new_tokens=4)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        text.encode_prompts(tokenizer, [Example("")], context=8)
+    examples = [Example("abc", "defghi")]
+    with pytest.raises(ValueError, match="example 0 has 10 tokens; the context of the model is 8"):
+        text.encode_sequences(tokenizer, examples, context=8)
+    cut = text.encode_sequences(tokenizer, examples, context=8, truncate=True)
+    assert tokenizer.decode(cut.tokens[0]) == "abcdefgh"
+    with pytest.raises(ValueError, match="prompt 0 has 3 tokens"):
+        text.encode_sequences(tokenizer, examples, context=3, truncate=True)
+    with pytest.raises(ValueError, match="has no chosen"):
+        text.encode_sequences(tokenizer, examples, "chosen", context=8)
+
+
+def test_shown_example_has_a_line_a_token(tokenizer):
+    batch = text.encode_sequences(tokenizer, [Example("ab", "c"), Example("abcd", "e")], context=16)
+    shown = text.show_example(tokenizer, *(array[0] for array in batch)).splitlines()
+    assert [line.split() for line in shown[1:]] == [
+        ["0", "0", "padding", "×", "2"],
+        ["2", str(tokenizer.encode("a")[0]), "prompt", "'a'"],
+        ["3", str(tokenizer.encode("b")[0]), "prompt", "'b'"],
+        ["4", str(tokenizer.encode("c")[0]), "completion", "'c'"],
+        ["5", "2", "completion", "'<|im_end|>'"],
+    ]

