@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -33,32 +34,42 @@ class CacheUse:
 
 
 def default_folder() -> Path:
-    """$JAX_COMPILATION_CACHE_DIR, or jaxkd's own folder in the user's cache."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxkd"
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or own)
+    """jaxkd's own folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxkd"
 
 
 def use_compile_cache(folder: Path | bool = True) -> CacheUse:
     """Keep compiled programs on disk and use them again, in this and in later processes.
 
     Args:
-      folder: True leaves jax's own setting (`jax_compilation_cache_dir`) where there is one, else takes
-        `default_folder()`; False changes nothing. A folder that cannot be written is told on stderr and done without.
+      folder: True takes jax's own setting (`jax_compilation_cache_dir`, $JAX_COMPILATION_CACHE_DIR) where there is one,
+        else `default_folder()`; False changes nothing. A folder that cannot be written is told on stderr and done
+        without.
     """
-    if folder is False or (folder is True and jax.config.jax_compilation_cache_dir):
+    if folder is False:
         return CacheUse()
-    folder = default_folder() if folder is True else Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        print(f"no compile cache: {folder}: {error.strerror}", file=sys.stderr)
-        return CacheUse()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # At jax's own floors of 1 s and some bytes it stored nothing of ours.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # jax decides once, at the first compilation, whether there is a cache: make it look again.
-    compilation_cache.reset_cache()
+    # A text, since it may be a bucket (gs://…), which jax writes to by itself.
+    folder = str(jax.config.jax_compilation_cache_dir or default_folder()) if folder is True else str(folder)
+    if "://" not in folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            print(f"no compile cache: cannot write to {folder}: {error.strerror}", file=sys.stderr)
+            return CacheUse()
+    wanted = {"jax_compilation_cache_dir": folder}
+    # At jax's own floors nothing of ours would be stored; floors that somebody set are left.
+    for name, default, ours in (
+        ("jax_persistent_cache_min_compile_time_secs", 1.0, 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", 0, -1),
+    ):
+        if getattr(jax.config, name) == default:
+            wanted[name] = ours
+    changed = [name for name, value in wanted.items() if getattr(jax.config, name) != value]
+    for name in changed:
+        jax.config.update(name, wanted[name])
+    if changed:
+        # jax decides once, at the first compilation, whether there is a cache: make it look again.
+        compilation_cache.reset_cache()
     return CacheUse()
