@@ -5,6 +5,7 @@ block, into a store, with the runs of a block computed in chunks that fit the ca
 goes on when it is called again.
 """
 
+import math
 import os
 import sys
 import time
@@ -87,7 +88,7 @@ def compile_runs(
     devices = list(devices or jax.local_devices())
     batch_size = min(batch_size, -(-num_runs // len(devices)))
     num_batches = -(-num_runs // (batch_size * len(devices)))
-    mesh = jax.make_mesh((len(devices),), ("runs",), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = _mesh(devices)
     over_runs, everywhere = PartitionSpec(None, "runs"), PartitionSpec()
     filled = np.arange(num_batches * batch_size * len(devices)) % num_runs
 
@@ -137,6 +138,10 @@ def compile_runs(
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_runs], jax.device_get(results))
 
     return Compiled(lambda arguments, shared=(): fetch(start(arguments, shared)), seconds, start, fetch)
+
+
+def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    return jax.make_mesh((len(devices),), ("runs",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 class Report(NamedTuple):
@@ -240,10 +245,10 @@ def run_sweep(
         runs=runs,
         runs_before=before,
         failed=failed,
-        chunk=opened.chunk,
+        chunk=sweep.fitting(opened.chunk),
         devices=len(chosen),
         programs=len(sweep.programs),
-        cache_hits=cache.hits,
+        cache_hits=min(cache.hits, len(sweep.programs)),
         compile_seconds=sweep.first_compile_seconds,
         seconds=time.perf_counter() - begin,
     )
@@ -263,7 +268,9 @@ class _Sweep:
         self.grid, self.devices = grid, devices
         self.programs: dict[tuple, Future[Compiled]] = {}
         self.first_compile_seconds = 0.0
-        self._function, self._shared, self._settings = function, shared, settings
+        self._function, self._settings = function, settings
+        # Placed once, or every batch would copy it to every device again.
+        self._shared = jax.device_put(shared, NamedSharding(_mesh(devices), PartitionSpec()))
         self._finish = finish or (lambda results, block: named(results))
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
 
@@ -295,9 +302,9 @@ class _Sweep:
         """Results by variable name, runs leading."""
         return {name: np.asarray(array) for name, array in self._finish(results, block).items()}
 
-    def widest_chunk(self) -> int:
-        """The chunk beyond which devices would only repeat runs."""
-        return -(-int(np.prod(self.grid.block_shape)) // len(self.devices))
+    def fitting(self, chunk: int) -> int:
+        """A chunk, but no more than a device has of a block: it would only repeat runs."""
+        return min(chunk, -(-math.prod(self.grid.block_shape) // len(self.devices)))
 
     def program(self, block: Block, chunk: int) -> Future[Compiled]:
         """The program of a block, begun to be compiled when it is asked for first."""
@@ -332,52 +339,54 @@ def named(results: Any) -> dict[str, np.ndarray]:
 
 def _open(sweep, template, path, configuration, chunk, overwrite) -> Store:
     """Go on with the store that is there, or make one; in a cluster, process 0 makes it while the others wait."""
-    held = None if overwrite else stores.resume(path, template, configuration)
-    if held is not None:
-        if chunk not in (None, held.chunk):
+    with hosts.together("open the store"):
+        held = None if overwrite else stores.resume(path, template, configuration)
+        if held is not None and chunk not in (None, held.chunk):
             raise ValueError(
                 f"--chunk must be {held.chunk}, with which {path} was begun, or be left out; got {chunk} "
                 "(--overwrite begins anew)"
             )
-        stores.check_writable(path)
-    with hosts.together("make the store"):
-        if held is None and jax.process_index() == 0:
+        if held is not None:
+            stores.check_writable(path)
+        elif jax.process_index() == 0:
             stores.check_replaceable(path, overwrite)
             stores.check_writable(path)
-            found = min(chunk, sweep.widest_chunk()) if chunk is not None else _measure_chunk(sweep)
+            found = _measure_chunk(sweep) if chunk is None else chunk
             stores.create(path, template, configuration, chunk=found, overwrite=overwrite)
     return held or Store(path)
 
 
 _CHUNKS = (2, 8, 32, 128, 512, 2048)
-_WORTH = 0.1
-"""Share of the sweep's predicted time that trying another chunk may take."""
 
 
 def _measure_chunk(sweep: _Sweep) -> int:
     """Runs a device to compute at a time: wider chunks are tried while they pay and trying is cheap.
 
     Wide chunks amortise the overhead of small operations until a chunk's arrays leave the cache. Trying one costs a
-    compilation, so a short sweep takes the first.
+    compilation. It is tried while that is less than half of what it would save if it gained as much as the last one
+    did; the first gain is taken to be a fifth.
     """
-    block, widest = sweep.grid.block(0), sweep.widest_chunk()
-    best, fastest = 0, np.inf
-    for chunk in sorted({min(chunk, widest) for chunk in _CHUNKS}):
+    block, best, fastest, gain = sweep.grid.block(0), 0, np.inf, 0.2
+    for chunk in sorted({sweep.fitting(chunk) for chunk in _CHUNKS}):
         begin = time.perf_counter()
         program = sweep.program(block, chunk).result()
         sweep.first_compile_seconds = sweep.first_compile_seconds or program.seconds
         seconds = _seconds_a_run(sweep, program, block, chunk)
         if seconds > 0.95 * fastest:
             break
+        if best:
+            gain = 1 - seconds / fastest
         best, fastest = chunk, seconds
-        if time.perf_counter() - begin > _WORTH * seconds * sweep.grid.size / jax.process_count():
+        whole_sweep = seconds * sweep.grid.size / jax.process_count()
+        if time.perf_counter() - begin > 0.5 * gain * whole_sweep:
             break
     return best
 
 
 def _seconds_a_run(sweep, program, block, chunk) -> float:
     runs, seconds = chunk * len(sweep.devices), []
-    for _ in range(2):
+    # The first call warms up: a short one is repeated.
+    while len(seconds) < 3 and sum(seconds) < 0.3:
         begin = time.perf_counter()
         program.fetch(sweep.start(program, block, 0, runs))
         seconds.append(time.perf_counter() - begin)
@@ -387,16 +396,23 @@ def _seconds_a_run(sweep, program, block, chunk) -> float:
 def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tuple[int, int, int]:
     """Compute what is missing of this process's blocks; runs computed, runs that were there, runs failed."""
     done = store.done()
-    own = [sweep.grid.block(index) for index in hosts.own_share(sweep.grid.num_blocks)]
-    missing = [block for block in own if not done[block.index]]
-    before = sum(block.num_runs for block in own) - sum(block.num_runs for block in missing)
+    own = hosts.own_share(sweep.grid.num_blocks)
+    missing = [index for index in own if not done[index]]
+    total = sum(sweep.grid.block(index).num_runs for index in own)
+    before = total - sum(sweep.grid.block(index).num_runs for index in missing)
     writing, failed, computed = deque(), 0, 0
-    shown = progress and jax.process_index() == 0
-    bar = tqdm(total=before + sum(block.num_runs for block in missing), initial=before, unit="run", file=sys.stderr,
-               disable=not shown, desc=store.path.stem, smoothing=0.1)  # fmt: skip
+    bar = tqdm(
+        desc=store.path.stem,
+        total=total,
+        initial=before,
+        unit="run",
+        smoothing=0.1,
+        file=sys.stderr,
+        disable=not progress or jax.process_index() > 0,
+    )
     try:
         with bar, ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
-            for block, results in _results(sweep, missing, store.chunk, bar, cache):
+            for block, results in _results(sweep, missing, sweep.fitting(store.chunk), bar, cache):
                 values = sweep.finish(results, block)
                 failed += _count_failed(values)
                 computed += block.num_runs
@@ -411,12 +427,13 @@ def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tu
     return computed, before, failed
 
 
-def _results(sweep, blocks, chunk, bar, cache) -> Iterator[tuple[Block, Any]]:
+def _results(sweep, indices, chunk, bar, cache) -> Iterator[tuple[Block, Any]]:
     """Results of every block, on the host, in order. The devices are one batch ahead of what is fetched."""
     runs = chunk * len(sweep.devices)
     # Programs are asked for in the order of their first block: later ones compile while earlier blocks run.
-    for block in blocks:
-        sweep.program(block, chunk)
+    for index in indices:
+        sweep.program(sweep.grid.block(index), chunk)
+    blocks = map(sweep.grid.block, indices)
     batches = ((block, begin) for block in blocks for begin in range(0, block.num_runs, runs))
     ahead: deque = deque()
     parts: list = []

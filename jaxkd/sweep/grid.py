@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -152,14 +153,22 @@ class Grid:
     def described(self) -> dict:
         """The grid as plain JSON: what its fingerprint hashes and a store keeps."""
         plain = {axis: [_json(value) for value in values] for axis, values in self.axes.items()}
-        return {"axes": plain, "zips": {dim: list(names) for dim, names in self.zips.items()}, "seeds": [*self.seeds]}
+        first, last = self.seeds[0], self.seeds[-1]
+        seeds = f"{first} to {last}" if self.seeds == tuple(range(first, last + 1)) else [*self.seeds]
+        return {"axes": plain, "zips": {dim: list(names) for dim, names in self.zips.items()}, "seeds": seeds}
 
     def coordinates(self) -> dict[str, tuple[str, list]]:
         """Values along each dimension, by name: (dimension, values). Zipped axes share one dimension."""
         found = {axis: (dim, list(self.axes[axis])) for dim, names in self._axes_by_dim().items() for axis in names}
         return {**found, SEED: (SEED, list(self.seeds))}
 
-    @property
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """What programs see of the traced axes and the seeds."""
+        traced = {axis: as_array(values) for axis, values in self.axes.items() if axis not in self.static}
+        return {**traced, SEED: np.asarray(self.seeds, np.int32)}
+
+    @cached_property
     def block_shape(self) -> tuple[int, ...]:
         """Lengths of a block: 1 along static and split dimensions, else as much as fits, the last dimensions first."""
         by_dim = self._axes_by_dim()
@@ -196,8 +205,8 @@ class Grid:
                 if axis in self.static:
                     static[axis] = values[0]
                 else:
-                    traced[axis] = _spread(as_array(self.axes[axis])[region[dim]], position, lengths)
-        seeds = _spread(np.asarray(self.seeds[region[SEED]], np.int32), len(lengths) - 1, lengths)
+                    traced[axis] = _spread(self._arrays[axis][region[dim]], position, lengths)
+        seeds = _spread(self._arrays[SEED][region[SEED]], len(lengths) - 1, lengths)
         return Block(int(index), region, static, traced, seeds)
 
     def blocks(self) -> Iterator[Block]:

@@ -189,9 +189,17 @@ class Store:
         """Write a block's values, runs leading, and then its entry of the ledger.
 
         Raises:
+          ValueError: when the variables are not those of the template.
           OSError: when the disk is full or the folder cannot be written; earlier blocks stay as they are.
         """
         region = tuple(block.region.values())
+        for name, array in values.items():
+            expected = self._group[name].shape[len(region) :] if name in self._group else None
+            if expected != array.shape[1:] or len(array) != block.num_runs:
+                raise ValueError(
+                    f"variable {name!r} has shape {array.shape} in block {block.index}, the store expects "
+                    f"{expected and (block.num_runs, *expected)}: it may not depend on the block's settings"
+                )
         try:
             for name, array in values.items():
                 self._group[name][region] = array.reshape(*block.shape, *array.shape[1:])
