@@ -1,4 +1,4 @@
-"""A small sweep for subprocesses: python small.py STORE [--runs N] [--process I OF COORDINATOR] [--pause SECONDS]."""
+"""A small sweep for subprocesses, to be killed, joined by others and weighed; `--pause` slows its writing (s)."""
 
 import argparse
 import json

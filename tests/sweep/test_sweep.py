@@ -321,24 +321,29 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_with_the_same_data(uninterrupted, tmp_path):
     path, draw = tmp_path / "s", random.Random(0)
-    kills = during = 0
+    flags = ("--chunk", 2, "--pause", 0.1)
     begin = time.monotonic()
-    finish(small(tmp_path / "timed", "--chunk", 2, "--pause", 0.1))
+    finish(small(tmp_path / "timed", *flags))
     lasting = time.monotonic() - begin
+    kills = after_progress = 0
     while kills < 20:
         before = done_in(path)
-        process = small(path, "--chunk", 2, "--pause", 0.1)
-        time.sleep(draw.uniform(0.2, 1.0) * lasting * 0.9)
+        process = small(path, *flags)
+        time.sleep(draw.uniform(0.3, 0.9) * lasting)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-        during += done_in(path) > before
+        after_progress += done_in(path) > before
         if done_in(path) == 12:
-            xr.testing.assert_identical(load(path).drop_attrs(), load(uninterrupted).drop_attrs())
-            zarr.open_group(path, mode="r+")["done"][draw.randrange(12) :] = 0
+            # Finished before twenty kills: these data are right already; some blocks are taken away again.
+            assert_same(uninterrupted, path)
+            group = zarr.open_group(path, mode="r+")
+            first = draw.randrange(12)
+            group["done"][first:] = 0
+            group["draws"][:, 2 * first :] = np.nan
     finish(small(path, "--chunk", 2))
-    assert during > 0
+    assert after_progress >= 3
     assert_same(uninterrupted, path)
 
 
