@@ -1,1 +1,1 @@
-"""Sweeps: many runs in one device call (`engine`) and their labelled results on disk (`store`)."""
+"""Sweeps: grids of runs (`grid`), the engine over all devices (`engine`) and hosts (`hosts`), stores (`store`)."""

@@ -1,0 +1,88 @@
+"""Several hosts: jax's own processes, each with blocks of its own; they meet at the store's making and at the end."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax._src import distributed  # the coordination service's barrier needs no devices, unlike jax's public one
+
+_WAIT_MS = 7 * 24 * 3600 * 1000
+_meetings = itertools.count()
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the other processes of this sweep; call it before jax starts.
+
+    SLURM, GKE and TPU pods are found by jax itself; where there is nothing to be found and no flag is given, this
+    process stays alone.
+
+    Args:
+      coordinator: host:port of process 0.
+      num_processes: how many processes there are.
+      process_id: which of them this is, from 0.
+
+    Raises:
+      ValueError: when only some are given and the rest cannot be found, or one is out of range.
+    """
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    if any(value is not None for value in given.values()):
+        _check(given)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            return  # no cluster
+        raise ValueError(f"cannot join the other processes ({', '.join(given)}): {error}") from None
+
+
+def _check(given: dict) -> None:
+    coordinator, num_processes, process_id = given.values()
+    if missing := [flag for flag, value in given.items() if value is None]:
+        raise ValueError(f"{', '.join(given)} go together; not given: {', '.join(missing)}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535; got {coordinator!r}")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process-id must be from 0 to --num-processes − 1; got {process_id} of {num_processes} processes"
+        )
+
+
+def own_share(count: int) -> range:
+    """Which of `count` blocks this process computes: every n-th."""
+    return range(jax.process_index(), count, jax.process_count())
+
+
+@contextmanager
+def together(purpose: str) -> Iterator[None]:
+    """Do something in every process and leave when all have; an error in one is an error in all.
+
+    Raises:
+      OSError: in the other processes, when one failed; its own error goes on in that one.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    meeting = f"jaxkd/{next(_meetings)}"
+    try:
+        yield
+    except Exception as error:
+        _tell(meeting, str(error) or type(error).__name__)
+        _wait(meeting)
+        raise
+    _tell(meeting, "")
+    _wait(meeting)
+    errors = {index: distributed.global_state.client.blocking_key_value_get(f"{meeting}/{index}", _WAIT_MS)
+              for index in range(jax.process_count())}  # fmt: skip
+    if told := {index: error for index, error in errors.items() if error}:
+        index, error = next(iter(told.items()))
+        raise OSError(f"process {index} could not {purpose}: {error}")
+
+
+def _tell(meeting: str, error: str) -> None:
+    distributed.global_state.client.key_value_set(f"{meeting}/{jax.process_index()}", error)
+
+
+def _wait(meeting: str) -> None:
+    distributed.global_state.client.wait_at_barrier(meeting, _WAIT_MS)

@@ -1,0 +1,393 @@
+"""The engine over a grid, into a store, in one process and in many."""
+
+import errno
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxkd.sweep import engine, store
+from jaxkd.sweep.engine import run_sweep
+from jaxkd.sweep.grid import Grid
+from jaxkd.sweep.store import Label
+
+SMALL = Path(__file__).with_name("small.py")
+GRID = Grid(
+    {"algorithm": ("plus", "minus"), "capacity": (1, 2, 4), "scale": (0.5, 2.0)},
+    range(7),
+    static=("algorithm",),
+    split=("capacity",),
+    runs_per_block=6,
+)
+LABELS = {
+    "draws": Label("draws from the policy", "1", ("draw",)),
+    "score.mean": Label("mean of the draws", "nat"),
+    "scale": Label("spread", "reward/nat"),
+}
+SHARED = (jnp.float32(0.25),)
+
+
+def one_run(key, hyperparameters, shift, *, algorithm, padding=4):
+    """Components are the rows of an array padded to `padding`; a run's numbers do not depend on how far."""
+    rows = jax.random.normal(key, (5,))
+    used = jnp.arange(padding) < hyperparameters["capacity"]
+    draws = jnp.where(used[:, None], rows[None, :], jnp.float32(0)).sum(axis=0) * hyperparameters["scale"]
+    draws = draws + shift if algorithm == "plus" else draws - shift
+    return {"draws": draws, "score": {"mean": draws.mean()}, "failed": hyperparameters["capacity"] == 4}
+
+
+def padding_of(block):
+    return {"padding": int(block.axes["capacity"].max())}
+
+
+def sweep(path, grid=GRID, function=one_run, **changes):
+    settings = {"shared": SHARED, "labels": LABELS, "configuration": {"steps": 4}, "chunk": 2}
+    return run_sweep(function, grid, path, **{**settings, "progress": False, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """A compile cache of this module's own, for its subprocesses too."""
+    folder, before = str(tmp_path_factory.mktemp("cache")), jax.config.jax_compilation_cache_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "sweep.zarr"
+    report = sweep(path)
+    assert report.runs == GRID.size == 84
+    assert report.failed == 28
+    return path
+
+
+def load(path):
+    with xr.open_zarr(path) as dataset:
+        return dataset.load()
+
+
+def assert_same(path, other):
+    xr.testing.assert_identical(load(path).drop_attrs(), load(other).drop_attrs())
+
+
+def test_a_store_is_labelled_and_opens_without_a_warning(finished):
+    dataset = load(finished)  # warnings are errors
+    assert dataset.draws.dims == ("algorithm", "capacity", "scale", "seed", "draw")
+    assert dataset["score.mean"].dims == GRID.dims
+    assert dataset.algorithm.values.tolist() == ["plus", "minus"]
+    assert dataset["score.mean"].attrs == {"long_name": "mean of the draws", "units": "nat"}
+    assert dataset.scale.attrs == {"long_name": "spread", "units": "reward/nat"}
+    assert dataset.done.values.all()
+    assert json.loads(dataset.attrs["configuration"])["steps"] == 4
+    assert {"versions", "device", "git_commit", "jaxkd_store_version"} <= set(dataset.attrs)
+    by_hand = one_run(
+        jax.random.key(3), {"capacity": jnp.int32(2), "scale": jnp.float32(2)}, *SHARED, algorithm="minus"
+    )
+    stored = dataset.sel(algorithm="minus", capacity=2, scale=2.0, seed=3)
+    np.testing.assert_allclose(stored.draws, by_hand["draws"], rtol=1e-6)
+
+
+def test_zipped_axes_are_coordinates_of_one_dimension(tmp_path):
+    grid = Grid({"a": (1, 2, 3), "b": (0.5, 1.0, 1.5)}, range(2), zips={"pair": ("a", "b")})
+    run_sweep(lambda key, h: h["a"].astype(jnp.float32) * h["b"], grid, tmp_path / "s", chunk=1, progress=False)
+    dataset = load(tmp_path / "s")
+    assert dataset.result.dims == ("pair", "seed")
+    assert dataset.a.dims == ("pair",)
+    np.testing.assert_array_equal(dataset.result, np.repeat([[0.5], [2.0], [4.5]], 2, axis=1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunk": 1}, {"chunk": 5}, {"chunk": None}, {"devices": 1}, {"settings": padding_of}]
+)
+def test_neither_chunk_nor_devices_nor_padding_changes_a_number(finished, tmp_path, changes):
+    sweep(tmp_path / "s", **changes)
+    assert_same(finished, tmp_path / "s")
+
+
+def test_neither_order_nor_resuming_changes_a_number(finished, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    order = np.random.default_rng(0).permutation(GRID.num_blocks).tolist()
+    monkeypatch.setattr(engine.hosts, "own_share", lambda count: order[: count // 2])
+    assert sweep(path).runs < GRID.size
+    half = load(path)
+    assert half.done.sum() == GRID.num_blocks // 2
+    assert np.isnan(half.draws).any()
+    monkeypatch.undo()
+    # The chunk of the store is used again.
+    report = sweep(path, chunk=None)
+    assert (report.chunk, report.runs + report.runs_before) == (2, GRID.size)
+    assert_same(finished, path)
+    again = sweep(path)
+    assert (again.runs, again.runs_before) == (0, GRID.size)
+    assert_same(finished, path)
+
+
+def test_a_run_that_goes_bad_stays_one_run(finished, tmp_path):
+    def struck(key, hyperparameters, shift, **static):
+        result = one_run(key, hyperparameters, shift, **static)
+        is_hit = (jax.random.key_data(key)[1] == 3) & (hyperparameters["capacity"] == 2)
+        return result | {"draws": jnp.where(is_hit, jnp.nan, result["draws"])}
+
+    sweep(tmp_path / "s", function=struck)
+    got, want = load(tmp_path / "s").draws, load(finished).draws
+    hit = (got.seed == 3) & (got.capacity == 2)
+    assert got.where(hit, drop=True).isnull().all()
+    xr.testing.assert_equal(got.where(~hit), want.where(~hit))
+
+
+def test_one_program_a_static_combination_and_the_cache_is_used(tmp_path):
+    traces = []
+
+    def counted(key, hyperparameters, shift, **static):
+        traces.append(static)
+        return one_run(key, hyperparameters, shift * jnp.float32(1.5), **static)
+
+    first = sweep(tmp_path / "a", function=counted, settings=padding_of)
+    assert first.programs == 6
+    assert len(traces) == 6 + 1  # one more for the shapes of the store
+    second = sweep(tmp_path / "b", function=counted, settings=padding_of)
+    assert second.cache_hits == second.programs == 6
+
+
+def test_results_can_be_turned_into_variables_on_the_host(tmp_path):
+    def finish(results, block):
+        assert len(results["draws"]) == block.num_runs
+        return {"largest": results["draws"].max(axis=1), "static": np.full(block.num_runs, len(block.static))}
+
+    sweep(tmp_path / "s", finish=finish, labels={})
+    dataset = load(tmp_path / "s")
+    assert set(dataset.data_vars) == {"largest", "static", "done"}
+    assert (dataset.static == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"chunk": 0}, ValueError, "--chunk must be a whole number of at least 1; got 0"),
+        ({"chunk": 3}, ValueError, "--chunk must be 2, with which .* was begun, or be left out; got 3"),
+        ({"devices": 0}, ValueError, "--devices .*at least 1 and at most 4; got 0"),
+        ({"devices": 5}, ValueError, "--devices .*this process has 4.* at most 4; got 5"),
+        ({"configuration": {"steps": 5}}, FileExistsError, r"sweep \(steps: 4 there, 5 now\): give --overwrite"),
+        ({"configuration": {}}, FileExistsError, "steps: 4 there, None now"),
+        ({"grid": Grid({**GRID.axes, "scale": (0.5, 3.0)}, GRID.seeds, {}, GRID.static, GRID.split, 6)},
+         FileExistsError, r"\(axis scale: \[0.5, 2.0\] there, \[0.5, 3.0\] now\)"),
+        ({"grid": Grid(GRID.axes, range(8), {}, GRID.static, GRID.split, 6)}, FileExistsError, r"\(axis seed: "),
+        ({"grid": Grid(GRID.axes, GRID.seeds, {}, GRID.static, GRID.split, 4)}, FileExistsError, r"\(block shape: "),
+        ({"finish": lambda results, block: {"draws": results["draws"][:, :3]}}, FileExistsError, r"\(variables: "),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_store_is_refused_and_changes_nothing(finished, changes, error, message):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(error, match=message):
+        sweep(finished, **{"labels": {}, **changes} if "finish" in changes else changes)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("key", ["jaxkd_store_version", "versions"])
+def test_a_store_of_another_version_is_refused(tmp_path, key):
+    path = tmp_path / "s"
+    run_sweep(one_value, TINY, path, progress=False)
+    meta = path / "zarr.json"
+    told = json.loads(meta.read_text())
+    told["attributes"][key] = {"jaxkd_store_version": "0", "versions": json.dumps({"jaxkd": "0.0.1", "jax": "0.1"})}[
+        key
+    ]
+    meta.write_text(json.dumps(told))
+    expected = {"jaxkd_store_version": "jaxkd_store_version: 0 there, 1 now", "versions": "version of jax: 0.1 there"}
+    with pytest.raises(FileExistsError, match=expected[key]):
+        run_sweep(one_value, TINY, path, progress=False)
+    run_sweep(one_value, TINY, path, progress=False, overwrite=True)
+    assert load(path).done.all()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+TINY = Grid({"a": (1.0, 2.0)}, range(2))
+
+
+def one_value(key, hyperparameters):
+    return {"value": hyperparameters["a"] + jax.random.uniform(key)}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_store_is_refused(tmp_path, overwrite):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="letters exists and is no store of jaxkd: choose another --out"):
+        run_sweep(one_value, TINY, tmp_path / "letters", overwrite=overwrite, progress=False)
+    assert (tmp_path / "letters" / "a.txt").read_text() == "dear"
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_before_any_compute(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(engine, "compile_runs", None)
+    with pytest.raises(OSError, match=r"cannot write to .*file: File exists; choose another --out"):
+        run_sweep(one_value, TINY, tmp_path / "file" / "s", progress=False)
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(OSError, match=r"cannot write to .*locked: Permission denied"):
+            run_sweep(one_value, TINY, tmp_path / "locked" / "s", progress=False)
+
+
+def test_a_full_disk_is_one_error_and_the_sweep_goes_on_once_there_is_room(finished, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    left = [20]
+    set_item = zarr.Array.__setitem__
+
+    def full(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        set_item(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", full)
+        with pytest.raises(OSError, match=r"cannot write block .*: No space left on device; what was finished stays"):
+            sweep(path)
+    half = load(path)
+    assert 0 < half.done.sum() < GRID.num_blocks
+    for block in GRID.blocks():
+        if half.done[block.index]:
+            region = tuple(block.region.values())
+            np.testing.assert_array_equal(half.draws.values[region], load(finished).draws.values[region])
+    sweep(path)
+    assert_same(finished, path)
+
+
+def test_names_that_clash_or_labels_that_do_not_fit_are_refused(tmp_path):
+    for labels, message in (
+        ({"draws": Label(dims=("draw", "too_many"))}, "'draws' has 1 dimensions of its own, its label names"),
+        ({"drawn": Label()}, "labels names 'drawn'; the variables are draws"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep(tmp_path / "s", labels=labels)
+    with pytest.raises(ValueError, match="'draws' is 5 long along 'draw', which has 2 places"):
+        sweep(tmp_path / "s", coordinates={"draw": (1, 2)})
+    with pytest.raises(ValueError, match="'a' bears the name of an axis"):
+        run_sweep(lambda key, h: {"a": h["a"]}, TINY, tmp_path / "s", progress=False)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, 0), "go together; not given: --num-processes"),
+        (("host", 2, 0), "--coordinator must be host:port"),
+        (("host:99999", 2, 0), "a port from 1 to 65535"),
+        (("host:1234", 2, 2), "--process-id must be from 0 .* got 2 of 2"),
+    ],
+)
+def test_flags_of_several_hosts_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        engine.hosts.initialize(*arguments)
+
+
+def small(path, *flags):
+    environment = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, SMALL, path, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "s"
+    finish(small(path, "--chunk", 2))
+    return path
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_data(uninterrupted, tmp_path):
+    path, draw = tmp_path / "s", random.Random(0)
+    flags = ("--chunk", 2, "--pause", 0.1)
+    begin = time.monotonic()
+    finish(small(tmp_path / "timed", *flags))
+    lasting = time.monotonic() - begin
+    kills = after_progress = 0
+    while kills < 20:
+        before = done_in(path)
+        process = small(path, *flags)
+        time.sleep(draw.uniform(0.3, 0.9) * lasting)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        after_progress += done_in(path) > before
+        if done_in(path) == 12:
+            # Finished before twenty kills: these data are right already; some blocks are taken away again.
+            assert_same(uninterrupted, path)
+            group = zarr.open_group(path, mode="r+")
+            first = draw.randrange(12)
+            group["done"][first:] = 0
+            group["draws"][:, 2 * first :] = np.nan
+    finish(small(path, "--chunk", 2))
+    assert after_progress >= 3
+    assert_same(uninterrupted, path)
+
+
+def done_in(path):
+    return int(load(path).done.sum()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one(uninterrupted, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    path = tmp_path / "s"
+    flags = ("--chunk", 2, "--coordinator", address, "--num-processes", 2, "--process-id")
+    reports = [finish(process) for process in [small(path, *flags, index) for index in range(2)]]
+    assert [report["runs"] for report in reports] == [36, 36]
+    assert_same(uninterrupted, path)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_runs(tmp_path):
+    report = finish(small(tmp_path / "s", "--seeds", 33_334, "--runs-per-block", 1024))
+    assert report["runs"] == 100_002
+    assert report["peak_kib"] < 2 * 1024**2
+    print(report)
+
+
+def test_a_script_prints_one_message_and_exits_with_2(tmp_path):
+    (tmp_path / "s").mkdir()
+    process = small(tmp_path / "s")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert err.strip() == f"error: {tmp_path / 's'} exists and is no store of jaxkd: choose another --out"
+
+
+def test_the_store_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.zarr, "consolidate_metadata", fails)
+    with pytest.raises(OSError, match=r"cannot make the store .*: No space left on device"):
+        run_sweep(one_value, TINY, tmp_path / "s", progress=False)
+    assert not (tmp_path / "s").exists()
+    monkeypatch.undo()
+    run_sweep(one_value, TINY, tmp_path / "s", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
