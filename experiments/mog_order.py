@@ -14,6 +14,7 @@ import tyro
 
 from jaxkd.sweep import engine
 
+QUICK_SEEDS = 16
 ALL_ALGORITHMS = ("ppo", "online_dpo", "offline_dpo_ref", "offline_dpo_data")
 
 
@@ -104,7 +105,7 @@ class Config:
         if not self.quick:
             return self
         chosen = self.algorithms if self.algorithms != ALL_ALGORITHMS else ("ppo",)
-        return replace(self, seeds=min(self.seeds, 16), algorithms=chosen)
+        return replace(self, seeds=min(self.seeds, QUICK_SEEDS), algorithms=chosen)
 
     def results_depend_on(self) -> dict:
         """All but what changes only where and how fast the results are made."""
@@ -192,6 +193,7 @@ def compute(config: Config):
         per_batch = min(config.batch_size, -(-config.seeds // jax.local_device_count()))
         return {
             "batch_size": config.batch_size,
+            "quick_compile": config.seeds <= QUICK_SEEDS,
             "on_batch": lambda: bars[name].update(min(per_batch, bars[name].total - bars[name].n)),
         }
 
