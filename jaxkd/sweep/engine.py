@@ -39,7 +39,7 @@ def use_cpu_cores_as_devices(count: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
 
 
-_QUICK_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+_QUICK_COMPILE = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 
 
 class Compiled(NamedTuple):
