@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkd import align, distill, metrics, mixture, pipelines, random, rewards, theory
+from jaxkd import align, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, on_target
@@ -39,7 +39,8 @@ class LaboratorySettings:
       reward: a name of `REWARDS`.
       base_components: K of the base.
       student_components: padded K of the students.
-      num_samples: points that the base is fitted to, and samples of each distillation.
+      num_samples: points that the base is fitted to.
+      distillation_samples: samples of each distillation; None takes `num_samples`.
       starts: EM starts of the base, of which the best by likelihood is kept.
       distillation_starts: the same for every distillation.
       iterations: EM iterations of every start.
@@ -59,6 +60,7 @@ class LaboratorySettings:
     base_components: int = 8
     student_components: int = 4
     num_samples: int = 2048
+    distillation_samples: int | None = None
     starts: int = 10
     distillation_starts: int = 4
     iterations: int = 60
@@ -77,6 +79,7 @@ class LaboratorySettings:
             "base_components": 1,
             "student_components": 1,
             "num_samples": 16,
+            "samples_of_distillation": 16,
             "starts": 1,
             "iterations": 1,
             "distillation_starts": 1,
@@ -86,6 +89,11 @@ class LaboratorySettings:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if not (math.isfinite(self.covariance_floor) and self.covariance_floor > 0):
             raise ValueError(f"covariance_floor must be positive and finite, got {self.covariance_floor}")
+
+    @property
+    def samples_of_distillation(self) -> int:
+        """Samples of each distillation."""
+        return self.num_samples if self.distillation_samples is None else self.distillation_samples
 
 
 class Points(NamedTuple):
@@ -163,30 +171,6 @@ def make_reward(name: str, truth: Truth) -> rewards.Reward:
     return {"reflected": rewards.reflected, "clipped": rewards.clipped}[name](density, level)
 
 
-def _fit(settings: LaboratorySettings, num_components: int, capacity, starts: int):
-    return lambda key, x: mixture.fit(
-        key,
-        x,
-        num_components,
-        capacity,
-        starts=starts,
-        iterations=settings.iterations,
-        covariance_floor=settings.covariance_floor,
-    )
-
-
-def _distil(settings, capacity, key, teacher, temperature) -> Mixture:
-    fit = _fit(settings, settings.student_components, capacity, settings.distillation_starts)
-    return distill.sequence_level(
-        mixture.policy,
-        key,
-        teacher,
-        temperature,
-        settings.num_samples,
-        lambda key, x: fit(key, x).mixture,
-    )
-
-
 def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) -> Optimum:
     if bench.grid is None:
         x = mixture.sample(reference, key, 4 * bench.truth_draws.shape[-1])
@@ -220,25 +204,17 @@ def prepare(
       What algorithms share, and the models of `PREPARED`, measured: a stack to be taken apart by `by_stage`.
     """
     keys = keys_for(seed_key)
-    x = mixture.sample(truth.modes, keys["data"], settings.num_samples)
-    fitted = _fit(settings, settings.base_components, None, settings.starts)(keys["base"], x)
-    base = fitted.mixture
-    students = jax.vmap(lambda temperature: _distil(settings, capacity, keys["student"], base, temperature))(
-        points.temperature
-    )
+    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed(PREPARED)}
+    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, Coefficients(), settings)
+    base, students = made.base(settings.base_components), made.models("student", settings.student_components)
     bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-    measure_key = keys["measure"]
-    models = {"base": base, "student": students}
-    measured = _measure_all(bench, measure_key, PREPARED, models, {}, reward, points)
-    references = stack([pipelines.flatten(base, ()), pipelines.flatten(students, ("temperature",))])
-    optima = jax.vmap(lambda reference: _optimum(bench, reference, reward, measure_key, points.kl_coef))(references)
-    of_base, of_students = pipelines.split(optima, [1, points.temperature.size], [(), points.temperature.shape])
+    measured = _measure(bench, keys["measure"], made, PREPARED, reward, points)
     prepared = Prepared(
         truth=truth,
-        models=models,
-        log_likelihood=fitted.log_likelihood,
+        models={"base": base, "student": students},
+        log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
         base_failed=measured.metrics.coverage[0] < 1,
-        optima={"base": of_base, "student": of_students},
+        optima=_optima(bench, keys["measure"], made, reward, points),
     )
     return prepared, measured
 
@@ -275,35 +251,56 @@ def run_arms(
     Returns:
       The models that `made_by` names, measured: a stack to be taken apart by `by_stage`.
     """
-    truth, base = prepared.truth, prepared.models["base"]
-    keys = keys_for(seed_key)
-    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-
-    def execute(kind, num_updates, *inputs):
-        *parents, value = inputs
-        if kind is pipelines.Sharpen:
-            return mixture.sharpen(parents[0], value), None
-        if kind is pipelines.Distil:
-            return _distil(settings, capacity, keys["student"], parents[0], value), None
-        return align.align(
-            mixture.policy,
-            keys["kd_align"],
-            *parents,
-            reward,
-            coefficients._replace(kl_coef=value),
-            replace(settings.alignment, num_updates=num_updates),
-            truth=truth.modes,
-            on_target=lambda x: on_target(truth, x),
-        )
-
-    def num_updates_of(name, stage):
-        if not isinstance(stage, pipelines.Align):
-            return None
-        return updates_for(settings, prepared.models[stage.start].num_components)
-
+    truth, keys = prepared.truth, keys_for(seed_key)
     stages = pipelines.needed(settings.arms)
-    models, records = pipelines.run(stages, prepared.models, points._asdict(), execute, stack, num_updates_of)
-    return _measure_all(bench, keys["measure"], made_by(settings), models, records, reward, points)
+    made = _make(stages, prepared.models, keys, truth, capacity, points, coefficients, settings)
+    bench, reward = _bench(keys["bench"], truth, prepared.models["base"], grid, settings)
+    return _measure(bench, keys["measure"], made, made_by(settings), reward, points)
+
+
+class Outcome(NamedTuple):
+    """All of one seed under one algorithm.
+
+    Attributes:
+      measured: the models of `every_model`, a stack to be taken apart by `by_stage`.
+      log_likelihood: mean log-likelihood of the base on its data (nats a point).
+      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      optima: by reference ("base", "student").
+    """
+
+    measured: Measured
+    log_likelihood: jax.Array
+    base_failed: jax.Array
+    optima: dict[str, Optimum]
+
+
+def run_seed(
+    seed_key: jax.Array,
+    truth: Truth,
+    capacity,
+    points: Points,
+    coefficients: Coefficients,
+    grid: metrics.Grid | None,
+    settings: LaboratorySettings,
+) -> Outcome:
+    """`prepare` and `run_arms` as one program: for sweeps whose runs differ in more than the algorithm.
+
+    Args and results are theirs.
+    """
+    keys = keys_for(seed_key)
+    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed((*PREPARED, *settings.arms))}
+    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, coefficients, settings)
+    base = made.base(settings.base_components)
+    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
+    measured = _measure(bench, keys["measure"], made, every_model(settings), reward, points)
+    optima = _optima(bench, keys["measure"], made, reward, points)
+    log_likelihood = made.log_likelihood[made.plan.rows["base"].start]
+    return Outcome(measured, log_likelihood, measured.metrics.coverage[0] < 1, optima)
+
+
+def every_model(settings: LaboratorySettings) -> tuple[str, ...]:
+    """The models that `run_seed` makes, in the order in which it stacks them."""
+    return (*PREPARED, *made_by(settings))
 
 
 def made_by(settings: LaboratorySettings) -> tuple[str, ...]:
@@ -340,49 +337,211 @@ def by_stage(
     return {name: one(*where) for name, *where in zip(names, shapes, begins, ends, strict=True)}
 
 
-def stack(models: list[Mixture]) -> Mixture:
-    """Concatenate mixtures of several sizes along their one leading axis, padded to the widest.
+class _Table(NamedTuple):
+    """Mixtures as rows of one array, [rows, parameters, K]: leaf by leaf, four times as many kernels would be compiled.
 
-    All parameters travel as the rows of one array: leaf by leaf, four times as many kernels would be compiled.
+    Attributes:
+      num_components: K to which every mixture is padded.
+      dim: of the plane that the mixtures live in.
     """
-    widest = max(model.num_components for model in models)
-    padded = [pad_components(model, widest) for model in models]
-    rows = jnp.concatenate([jnp.concatenate([leaf.logits[:, None], *leaf[1:]], axis=1) for leaf in padded])
-    ends = np.cumsum([1, models[0].dim, models[0].dim])
-    logits, means, log_scales, off_diagonals = jnp.split(rows, ends, axis=1)
-    return Mixture(logits[:, 0], means, log_scales, off_diagonals)
+
+    num_components: int
+    dim: int
+
+    def pack(self, model: Mixture) -> jax.Array:
+        """A mixture as [parameters, K]."""
+        padded = pad_components(model, self.num_components)
+        missing = self.dim * (self.dim - 1) // 2 - padded.off_diagonals.shape[-2]
+        off_diagonals = jnp.pad(padded.off_diagonals, [(0, missing), (0, 0)])
+        return jnp.concatenate([padded.logits[None, :], padded.means, padded.log_scales, off_diagonals])
+
+    def unpack(self, row: jax.Array, num_components: int | None = None) -> Mixture:
+        """The mixture of a row or of several, [..., parameters, K], cut to a number of components."""
+        ends = (1, 1 + self.dim, 1 + 2 * self.dim)
+        logits, means, log_scales, off_diagonals = jnp.split(row[..., :num_components], ends, axis=-2)
+        return Mixture(logits[..., 0, :], means, log_scales, off_diagonals)
 
 
-def _measure_all(bench, key, names, models, records, reward, points) -> Measured:
+class _Made(NamedTuple):
+    """Models made from one another; the rows that were given come first and have no record.
+
+    Attributes:
+      plan: which row is what.
+      layout: of the rows.
+      rows: [rows, parameters, K].
+      record: what their alignments recorded, [rows]; NaN (not failed) for models that no alignment made.
+      log_likelihood: of the models that were fitted, on what they were fitted to, [rows]; else NaN.
+    """
+
+    plan: pipelines.Plan
+    layout: _Table
+    rows: jax.Array
+    record: align.Record
+    log_likelihood: jax.Array
+
+    def models(self, name: str, num_components: int) -> Mixture:
+        """All points of a model, one leading axis, cut to a number of components."""
+        where = self.plan.rows[name]
+        return self.layout.unpack(self.rows[where.start : where.stop], num_components)
+
+    def base(self, num_components: int) -> Mixture:
+        """The base."""
+        return self.layout.unpack(self.rows[self.plan.rows[pipelines.ROOT].start], num_components)
+
+
+def _num_components(name: str, settings: LaboratorySettings, truth: Truth) -> int:
+    """Padded K of a model: that of the base or of the students, wherever the model began."""
+    if name == pipelines.TRUTH:
+        return truth.modes.num_components
+    if name == pipelines.ROOT:
+        return settings.base_components
+    stage = pipelines.STAGES[name]
+    if type(stage) is pipelines.Distil:
+        return settings.student_components
+    return _num_components(stage.models[0], settings, truth)
+
+
+def _make(stages, given: dict[str, Mixture], keys, truth, capacity, points, coefficients, settings) -> _Made:
+    """Make all stages from given models, one after another, each operation compiled once."""
+    sizes = {name: _num_components(name, settings, truth) for name in {*given, *stages}}
+    layout = _Table(max(sizes.values()), truth.modes.dim)
+    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
+
+    def group_of(name, stage):
+        """What shapes an operation: K of what it makes and reads, and how much work it does."""
+        if isinstance(stage, pipelines.Align):
+            return max(sizes[stage.start], sizes[stage.reference]), updates_for(settings, sizes[stage.start])
+        if type(stage) is pipelines.Distil:
+            return sizes[name], settings.num_samples if name == pipelines.ROOT else settings.samples_of_distillation
+        return None
+
+    plan = pipelines.plan(stages, [*given], lengths, group_of)
+    base_row = plan.rows[pipelines.ROOT].start
+    make = {pipelines.Align: _aligner, pipelines.Distil: _distiller, pipelines.Sharpen: _sharpener}
+
+    def execute(kind, group, row, start, reference, value):
+        operation = make[kind](group, layout, keys, truth, capacity, coefficients, settings)
+        model, record, log_likelihood = operation(row == base_row, start, reference, value)
+        return layout.pack(model), (record, log_likelihood)
+
+    first = jnp.concatenate([jax.vmap(layout.pack)(_flat(model)) for model in given.values()])
+    # Made to depend on the run: what is the same in all runs would be batched in a second pass over the whole program.
+    first = first + 0 * jax.random.key_data(keys["data"]).astype(first.dtype).sum()
+    rows, recorded = pipelines.run(plan, first, points._asdict(), execute)
+    missing = len(first)
+    record, log_likelihood = jax.tree.map(
+        lambda nothing, leaf: jnp.concatenate([jnp.full(missing, nothing, leaf.dtype), leaf]), _NOTHING, recorded
+    )
+    return _Made(plan, layout, rows, record, log_likelihood)
+
+
+_NOTHING = (align.Record(math.nan, math.nan, math.nan, False), math.nan)
+
+
+def _no_record() -> align.Record:
+    nothing = jnp.float32(math.nan)
+    return align.Record(nothing, nothing, nothing, jnp.bool_(False))
+
+
+def _flat(model: Mixture) -> Mixture:
+    """A mixture with one leading axis, of length 1 where it has none."""
+    return model if model.logits.ndim == 2 else jax.tree.map(lambda leaf: leaf[None], model)
+
+
+def _aligner(group, layout, keys, truth, capacity, coefficients, settings):
+    num_components, num_updates = group
+    reward = make_reward(settings.reward, truth)
+
+    def operation(is_base, start, reference, kl_coef):
+        model, record = align.align(
+            mixture.policy,
+            keys["kd_align"],
+            layout.unpack(start, num_components),
+            layout.unpack(reference, num_components),
+            reward,
+            coefficients._replace(kl_coef=kl_coef),
+            replace(settings.alignment, num_updates=num_updates),
+            truth=truth.modes,
+            on_target=lambda x: on_target(truth, x),
+        )
+        return model, record, jnp.float32(math.nan)
+
+    return operation
+
+
+def _distiller(group, layout, keys, truth, capacity, coefficients, settings):
+    """Maximum likelihood on draws; where the base is as large as the students, it is one operation with theirs."""
+    num_components, num_samples = group
+    student_keys = random.keys(keys["student"], 2)
+
+    def operation(is_base, teacher, _, temperature):
+        x = mixture.sample(
+            layout.unpack(teacher), _choose(is_base, keys["data"], student_keys[0]), num_samples, temperature
+        )
+        fit = mixture.fit(
+            _choose(is_base, keys["base"], student_keys[1]),
+            x,
+            num_components,
+            jnp.where(is_base, settings.base_components, capacity),
+            starts=jnp.where(is_base, settings.starts, settings.distillation_starts),
+            most_starts=max(settings.starts, settings.distillation_starts),
+            iterations=settings.iterations,
+            covariance_floor=settings.covariance_floor,
+        )
+        return fit.mixture, _no_record(), fit.log_likelihood
+
+    return operation
+
+
+def _sharpener(group, layout, keys, truth, capacity, coefficients, settings):
+    def operation(is_base, model, _, temperature):
+        return mixture.sharpen(layout.unpack(model), temperature), _no_record(), jnp.float32(math.nan)
+
+    return operation
+
+
+def _choose(first_one, first: jax.Array, second: jax.Array) -> jax.Array:
+    """One of two keys."""
+    data = jnp.where(first_one, jax.random.key_data(first), jax.random.key_data(second))
+    return jax.random.wrap_key_data(data)
+
+
+def _optima(bench, key, made: _Made, reward, points: Points) -> dict[str, Optimum]:
+    """What the base and every student allow as references."""
+    last = made.plan.rows["student"].stop
+    optima = jax.vmap(lambda row: _optimum(bench, made.layout.unpack(row), reward, key, points.kl_coef))(
+        made.rows[made.plan.rows[pipelines.ROOT].start : last]
+    )
+    return {
+        pipelines.ROOT: jax.tree.map(lambda leaf: leaf[0], optima),
+        "student": jax.tree.map(lambda leaf: leaf[1:], optima),
+    }
+
+
+def _measure(bench, key, made: _Made, names, reward, points: Points) -> Measured:
     """Measure the named models in one pass; a model's reference is what its alignment was held to."""
     lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
-    references, coefficients = [], []
-    for name in names:
-        axes, reference = pipelines.axes_of(name), pipelines.reference_of(name)
-        references.append(pipelines.at_all_points(models[reference], pipelines.axes_of(reference), axes, lengths))
-        count = math.prod(lengths[axis] for axis in axes)
-        has_coefficient = "kl_coef" in axes
-        coefficients.append(
-            pipelines.values_at_points("kl_coef", axes, points._asdict()) if has_coefficient else jnp.zeros(count)
-        )
+    own = np.concatenate([made.plan.rows[name] for name in names])
+    references = np.concatenate([pipelines.reference_rows(made.plan, name, lengths) for name in names])
+    places = np.concatenate([pipelines.places(name, lengths)[:, 1] for name in names])
+    has_coefficient = np.concatenate(
+        [np.full(len(made.plan.rows[name]), "kl_coef" in pipelines.axes_of(name)) for name in names]
+    )
+    kl_coefs = jnp.where(has_coefficient, points.kl_coef[places], 0.0)
 
     def evaluate(inputs):
-        model, reference, kl_coef = inputs
+        row, reference, kl_coef = inputs
+        model, reference = (
+            made.layout.unpack(lax.dynamic_index_in_dim(made.rows, i, keepdims=False)) for i in (row, reference)
+        )
         return metrics.evaluate(bench, key, model, reference, reward, kl_coef)
 
-    stacked = stack([pipelines.flatten(models[name], pipelines.axes_of(name)) for name in names])
     # One model's grid fits the cache, all of them together do not.
-    values, from_grid = lax.map(evaluate, (stacked, stack(references), jnp.concatenate(coefficients)))
-    recorded = [
-        _no_record(len(values)) if records.get(name) is None else jax.tree.map(jnp.ravel, records[name])
-        for name, values in zip(names, coefficients, strict=True)
-    ]
-    return Measured(stacked, values, from_grid, jax.tree.map(lambda *parts: jnp.concatenate(parts), *recorded))
-
-
-def _no_record(count: int) -> align.Record:
-    nothing = jnp.full(count, math.nan, jnp.float32)
-    return align.Record(nothing, nothing, nothing, jnp.zeros(count, bool))
+    values, from_grid = lax.map(evaluate, (jnp.asarray(own), jnp.asarray(references), kl_coefs))
+    kept = slice(int(own[0]), int(own[-1]) + 1)
+    return Measured(
+        made.layout.unpack(made.rows[kept]), values, from_grid, jax.tree.map(lambda leaf: leaf[kept], made.record)
+    )
 
 
 def pad_components(model: Mixture, num_components: int) -> Mixture:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from jaxkd import mixture, random
 from jaxkd.mixture import Mixture
@@ -189,7 +190,7 @@ def measure(sampling: Sampling, truth: Truth, kl_coef) -> Metrics:
     mode_mass = jnp.einsum("mp,p->m", own.field.inside, own.weight, precision="highest")
     true_weights = mixture.weights(truth.modes)
     # A mode of p* holds this share of its weight within its disc: the chi distribution of `dim` degrees of freedom.
-    disc_share = jax.scipy.stats.chi2.cdf(TARGET_RADIUS**2, truth.modes.dim)
+    disc_share = float(scipy.stats.chi2.cdf(TARGET_RADIUS**2, truth.modes.dim))
     present = true_weights > 0
     covered = (mode_mass >= COVERED_SHARE * disc_share * true_weights) & present
     target_mode_mass = jnp.where(truth.is_target, mode_mass, jnp.nan)
@@ -236,15 +237,18 @@ def make_bench(
     truth_key, target_key = random.keys(key, 2)
     truth_draws = mixture.sample(truth.modes, truth_key, num_draws)
     target_draws = mixture.sample(truth.target, target_key, num_draws)
+    drawn = field(truth, base, reward, jnp.concatenate([truth_draws, target_draws], axis=1))
+    of_truth = jax.tree.map(lambda leaf: leaf[..., :num_draws], drawn)
+    of_target = jax.tree.map(lambda leaf: leaf[..., num_draws:], drawn)
     return Bench(
         truth=truth,
         base=base,
         grid=grid,
         grid_field=None if grid is None else field(truth, base, reward, grid.x, grid.inside),
         truth_draws=truth_draws,
-        truth_field=field(truth, base, reward, truth_draws),
+        truth_field=of_truth,
         target_draws=target_draws,
-        target_field=field(truth, base, reward, target_draws),
+        target_field=of_target,
     )
 
 

@@ -470,7 +470,8 @@ def fit(
     num_components: int,
     capacity=None,
     *,
-    starts: int = 10,
+    starts=10,
+    most_starts: int | None = None,
     iterations: int = 60,
     diagonal: bool = False,
     covariance_floor=1e-6,
@@ -482,7 +483,8 @@ def fit(
       x: data, [dim, n].
       num_components: K, the padded width (static).
       capacity: how many components may be used, 1 … K; may be traced. None uses all.
-      starts: how many starts are tried (static).
+      starts: how many starts are tried; may be traced when `most_starts` is given, a bound on it (static).
+      most_starts: see `starts`.
       iterations: EM iterations of each start (static).
       diagonal: whether covariances are kept diagonal (static).
       covariance_floor: added to the diagonal of every covariance, in squared units of x.
@@ -490,17 +492,23 @@ def fit(
     Raises:
       ValueError: when a static argument, or a capacity that is a plain number, is out of range.
     """
-    _check_fit(x, num_components, capacity, starts, iterations)
+    most_starts = starts if most_starts is None else most_starts
+    _check_fit(x, num_components, capacity, most_starts, iterations)
+    keys = random.keys(key, most_starts)
 
-    def one(key):
-        start = seeded_start(key, x, num_components, capacity, diagonal, covariance_floor)
+    def one(index):
+        start = seeded_start(keys[index], x, num_components, capacity, diagonal, covariance_floor)
         return em(start, x, iterations, covariance_floor)
 
+    def better(index, best):
+        found = one(index)
+        held = jnp.where(jnp.isfinite(best.log_likelihood), best.log_likelihood, -jnp.inf)
+        takes = (index == 0) | (found.log_likelihood > held)
+        return jax.tree.map(lambda new, old: jnp.where(takes, new, old), found, best)
+
     # One start after another: the arrays of a single start already fill a core's cache.
-    fits = lax.map(one, random.keys(key, starts))
-    comparable = jnp.where(jnp.isfinite(fits.log_likelihood), fits.log_likelihood, -jnp.inf)
-    best = jnp.argmax(comparable)
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, best, keepdims=False), fits)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
+    return lax.fori_loop(0, starts, better, nothing)
 
 
 def _check_fit(x, num_components, capacity, starts, iterations):

@@ -1,17 +1,21 @@
 """The orders as data: which model is made from which, by distilling, aligning or sharpening.
 
-`STAGES` reads like the table of arms; a new order is one more line. `run` executes any such graph: each stage is
-computed once for every point of the axes that it depends on. The student does not depend on the KL
-coefficient and the aligned base does not depend on the temperature, so neither is ever computed twice.
+`STAGES` reads like the table of arms; a new order is one more line. `plan` lays any such graph out as instructions on
+a table of models, each stage once for every point of the axes that it depends on: the student does not depend on the KL
+coefficient and the aligned base does not depend on the temperature, so neither is ever computed twice. `run` carries
+the instructions out one after another, so that however many stages there are, each operation is compiled once.
 """
 
-import math
-from collections.abc import Callable, Hashable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 AXES = ("temperature", "kl_coef")
 """The axes that stages may depend on, in the order in which they lead every result."""
@@ -76,6 +80,10 @@ ARMS = tuple(name for name in STAGES if name not in ("student", "aligned_base"))
 """The arms of the comparison."""
 
 ROOT = "base"
+TRUTH = "truth"
+
+FIT = Distil(TRUTH, temperature=1.0)
+"""How the base is made: maximum likelihood on draws of p*. Not a stage of `STAGES`, for every order begins at it."""
 
 
 def reference_of(name: str, stages: Mapping[str, Stage] = STAGES) -> str:
@@ -112,104 +120,146 @@ def needed(names, stages: Mapping[str, Stage] = STAGES) -> dict[str, Stage]:
 
 def axes_of(name: str, stages: Mapping[str, Stage] = STAGES) -> tuple[str, ...]:
     """The axes that a stage depends on, by itself or through what it is made from."""
-    if name == ROOT:
+    if name in (ROOT, TRUTH):
         return ()
     stage = stages[name]
     inherited = {axis for model in stage.models for axis in axes_of(model, stages)}
     return tuple(axis for axis in AXES if axis in inherited | stage.axes)
 
 
-def at_all_points(model: Any, own_axes: tuple[str, ...], axes: tuple[str, ...], lengths: Mapping[str, int]) -> Any:
-    """A model that leads with some of the axes, repeated over all of them and flattened to one leading axis."""
+class Plan(NamedTuple):
+    """A graph of stages, laid out: one row of a table a model and point, and one instruction a row that is to be made.
 
-    def spread(leaf):
-        rest = leaf.shape[len(own_axes) :]
-        kept = [lengths[axis] if axis in own_axes else 1 for axis in axes]
-        full = [lengths[axis] for axis in axes]
-        return jnp.broadcast_to(leaf.reshape(*kept, *rest), (*full, *rest)).reshape(-1, *rest)
+    Attributes:
+      rows: where each model's points lie in the table, those given first; points in row-major order of the axes.
+      operations: what the instructions do, each `(kind of stage, group)` once.
+      operation: which of them each instruction does; int32[instructions].
+      parents: rows that it reads: what it starts from, and what it is held to (the same row where there is no other);
+        int32[instructions, 2].
+      stages: the stage that each instruction belongs to.
+      places: its place along each axis of `AXES` (0 along axes it does not depend on); int32[instructions, axes].
+    """
 
-    return jax.tree.map(spread, model)
+    rows: dict[str, range]
+    operations: tuple[tuple[type, Hashable], ...]
+    operation: np.ndarray
+    parents: np.ndarray
+    stages: tuple[Stage, ...]
+    places: np.ndarray
 
-
-def values_at_points(axis: str, axes: tuple[str, ...], points: Mapping[str, jax.Array]) -> jax.Array:
-    """The values of one axis at all points of several axes, flattened."""
-    grid = jnp.meshgrid(*(points[other] for other in axes), indexing="ij")
-    return grid[axes.index(axis)].reshape(-1)
-
-
-def flatten(model: Any, own_axes: tuple[str, ...]) -> Any:
-    """Merge a model's leading axes into one (of length 1 where it has none)."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(own_axes) :]), model)
-
-
-def split(stacked: Any, counts: list[int], shapes: list[tuple[int, ...]]) -> list[Any]:
-    """Undo a concatenation of flattened models: counts of points each, and the leading shapes to restore."""
-    pieces, offset = [], 0
-    for count, shape in zip(counts, shapes, strict=True):
-        begin, end = offset, offset + count
-        pieces.append(jax.tree.map(lambda leaf: leaf[begin:end].reshape(*shape, *leaf.shape[1:]), stacked))  # noqa: B023
-        offset = end
-    return pieces
+    @property
+    def size(self) -> int:
+        """Rows of the table."""
+        return max(rows.stop for rows in self.rows.values())
 
 
-def run(
+def plan(
     stages: Mapping[str, Stage],
-    models: Mapping[str, Any],
-    points: Mapping[str, jax.Array],
-    execute: Callable[..., tuple[Any, Any]],
-    stack: Callable[[list[Any]], Any],
+    given: Sequence[str],
+    lengths: Mapping[str, int],
     group_of: Callable[[str, Stage], Hashable] = lambda name, stage: None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute all stages from models that exist already.
-
-    Stages of one kind that are ready together run together: their points are stacked into one vmapped call, so an
-    algorithm is compiled once for all arms rather than once an arm.
+) -> Plan:
+    """Lay a graph of stages out as instructions, each stage once at every point of the axes that it depends on.
 
     Args:
       stages: stages by name, in an order in which they can be computed (`needed`).
-      models: models made before, by name, leading with the axes that `axes_of` says; "base" among them.
-      points: values of each axis, [length]; the axes that a result depends on lead it in the order of `AXES`.
-      execute: pure function of one point, `(kind, group, *models, value) -> (model, record)`: an `Align` is given
-        start, reference and KL coefficient, a `Distil` or `Sharpen` its teacher and temperature.
-      stack: concatenates models along their leading axis, after bringing those of several sizes to one (padding).
-      group_of: what of a stage is static, e.g. its number of updates; only stages that agree are stacked.
+      given: models that exist already; stages of their names are not computed.
+      lengths: length of each axis of `AXES`.
+      group_of: what of a stage is static, e.g. its number of updates; stages of one kind and group are one operation.
+    """
+    rows: dict[str, range] = {}
+    operations: dict[tuple, int] = {}
+    instructions = []
+
+    for name in [*given, *(name for name in stages if name not in given)]:
+        begin = max((taken.stop for taken in rows.values()), default=0)
+        along = places(name, lengths, stages)
+        rows[name] = range(begin, begin + len(along))
+        if name in given:
+            continue
+        stage = stages[name]
+        operation = operations.setdefault((type(stage), group_of(name, stage)), len(operations))
+        for place in along:
+            read = [_row_at(rows, model, place, lengths, stages) for model in stage.models]
+            instructions.append((operation, (read[0], read[-1]), stage, place))
+    chosen = tuple(zip(*instructions, strict=True)) or ((), (), (), ())
+    return Plan(
+        rows,
+        tuple(operations),
+        np.asarray(chosen[0], np.int32),
+        np.asarray(chosen[1], np.int32).reshape(-1, 2),
+        chosen[2],
+        np.asarray(chosen[3], np.int32).reshape(-1, len(AXES)),
+    )
+
+
+def places(name: str, lengths: Mapping[str, int], stages: Mapping[str, Stage] = STAGES) -> np.ndarray:
+    """Places of a model's points along each axis of `AXES`, 0 along those it does not depend on; [points, axes]."""
+    own = axes_of(name, stages)
+    return np.asarray([*itertools.product(*(range(lengths[axis] if axis in own else 1) for axis in AXES))], np.int32)
+
+
+def _row_at(rows, name: str, place, lengths, stages) -> int:
+    """The row of a model at a place of all axes."""
+    own = axes_of(name, stages)
+    shape = [lengths[axis] if axis in own else 1 for axis in AXES]
+    within = [where if axis in own else 0 for axis, where in zip(AXES, place, strict=True)]
+    return rows[name][int(np.ravel_multi_index(within, shape))]
+
+
+def reference_rows(
+    plan: Plan, name: str, lengths: Mapping[str, int], stages: Mapping[str, Stage] = STAGES
+) -> np.ndarray:
+    """The rows of what each point of a model was held to; int32[points]."""
+    reference = reference_of(name, stages)
+    along = places(name, lengths, stages)
+    return np.asarray([_row_at(plan.rows, reference, place, lengths, stages) for place in along], np.int32)
+
+
+def run(plan: Plan, given: Any, points: Mapping[str, jax.Array], execute: Callable[..., tuple[Any, Any]]):
+    """Carry out a plan: one instruction after another, every operation compiled once for all stages that need it.
+
+    Under `vmap` over runs the choice of the operation stays a branch, for it is the same in every run.
+
+    Args:
+      plan: from `plan`.
+      given: the models that exist already, a pytree whose leaves lead with their rows.
+      points: values of each axis, [length].
+      execute: pure function `(kind, group, row, start, reference, value) -> (model, record)`, of which kind and group
+        are static and `row` is where the model goes; an `Align` is given its KL coefficient as value, a `Distil` or
+        `Sharpen` its temperature. Models are rows of the table, records alike in all operations.
 
     Returns:
-      All models and all records, by name.
+      The table, rows as `plan.rows` says, and the records of the rows that were made, in their order.
     """
-    models, records = dict(models), {}
-    lengths = {axis: points[axis].shape[0] for axis in points}
-    waiting = {name: stage for name, stage in stages.items() if name not in models}
-    while waiting:
-        ready = {name: stage for name, stage in waiting.items() if all(model in models for model in stage.models)}
-        groups: dict[Hashable, list[str]] = {}
-        for name, stage in ready.items():
-            groups.setdefault((type(stage), group_of(name, stage)), []).append(name)
-        for (kind, group), names in groups.items():
-            axes = [axes_of(name, stages) for name in names]
-            parents = []
-            for position in range(len(stages[names[0]].models)):
-                own = [stages[name].models[position] for name in names]
-                spread = [
-                    at_all_points(models[model], axes_of(model, stages), over, lengths)
-                    for model, over in zip(own, axes, strict=True)
-                ]
-                parents.append(stack(spread))
-            values = [_value(stages[name], over, points) for name, over in zip(names, axes, strict=True)]
-            together = jax.vmap(lambda *inputs, kind=kind, group=group: execute(kind, group, *inputs))
-            results = together(*parents, jnp.concatenate(values))
-            shapes = [tuple(lengths[axis] for axis in over) for over in axes]
-            pieces = split(results, [math.prod(shape) for shape in shapes], shapes)
-            for name, (model, record) in zip(names, pieces, strict=True):
-                models[name], records[name] = model, record
-                del waiting[name]
-    return models, records
+    branches = [functools.partial(execute, kind, group) for kind, group in plan.operations]
+    made = len(plan.operation)
+    table = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, made)] + [(0, 0)] * (leaf.ndim - 1)), given)
+    first = plan.size - made
+
+    def step(table, instruction):
+        row, operation, parents, value = instruction
+        start, reference = (
+            jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, parents[i], keepdims=False), table)  # noqa: B023
+            for i in range(2)
+        )
+        model, record = lax.switch(operation, branches, row, start, reference, value)
+        table = jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, row, 0), table, model)
+        return table, record
+
+    instructions = (jnp.arange(first, plan.size), plan.operation, plan.parents, _values(plan, points))
+    return lax.scan(step, table, jax.tree.map(jnp.asarray, instructions))
 
 
-def _value(stage: Stage, axes: tuple[str, ...], points: Mapping[str, jax.Array]) -> jax.Array:
-    """The coefficient or temperature of a stage at each of its points."""
-    if isinstance(stage, Align):
-        return values_at_points("kl_coef", axes, points)
-    if stage.temperature == "temperature":
-        return values_at_points("temperature", axes, points)
-    return jnp.full(math.prod(points[axis].shape[0] for axis in axes), stage.temperature, points["temperature"].dtype)
+def _values(plan: Plan, points: Mapping[str, jax.Array]) -> jax.Array:
+    """The coefficient or temperature of every instruction."""
+    fixed = [stage.temperature for stage in plan.stages if isinstance(stage, Distil) and stage.temperature != AXES[0]]
+    pool = jnp.concatenate([*(points[axis] for axis in AXES), jnp.asarray(fixed, points[AXES[0]].dtype)])
+    begins = dict(zip(AXES, np.cumsum([0, points[AXES[0]].shape[0]]), strict=True))
+    fixed_ones = itertools.count(sum(points[axis].shape[0] for axis in AXES))
+    where = []
+    for stage, place in zip(plan.stages, plan.places, strict=True):
+        axis = AXES[1] if isinstance(stage, Align) else AXES[0]
+        varies = isinstance(stage, Align) or stage.temperature == AXES[0]
+        where.append(begins[axis] + place[AXES.index(axis)] if varies else next(fixed_ones))
+    return pool[np.asarray(where, np.int32)]

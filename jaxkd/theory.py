@@ -30,8 +30,34 @@ class Gibbs(NamedTuple):
     target_log_odds: jax.Array
 
 
-def _log_mean_exp(exponent, log_weight):
-    return jax.nn.logsumexp(exponent + log_weight) - jax.nn.logsumexp(log_weight)
+class _Tilted(NamedTuple):
+    """A reference tilted by exp(R/β), on the targets and off them, [2]: log of its weight, and its mean reward."""
+
+    log_weight: jax.Array
+    reward: jax.Array
+
+    @property
+    def log_total(self) -> jax.Array:
+        return jnp.logaddexp(*self.log_weight)
+
+    @property
+    def log_odds(self) -> jax.Array:
+        return self.log_weight[0] - self.log_weight[1]
+
+
+def _log_shares(inside: jax.Array) -> jax.Array:
+    """Logarithms of how much each point lies on a target and off it, [2, points]."""
+    return jnp.log(jnp.stack([inside, 1.0 - inside]))
+
+
+def _tilt(log_reference, reward, log_shares, inverse_coefficient) -> _Tilted:
+    """Sums over all points, on and off the targets each with its own largest exponent, so that neither underflows."""
+    joint = (log_reference + reward * inverse_coefficient)[None, :] + log_shares
+    largest = joint.max(axis=1)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weight = jnp.exp(joint - largest[:, None])
+    total, rewards = weight.sum(axis=1), (weight * reward[None, :]).sum(axis=1)
+    return _Tilted(largest + jnp.log(total), rewards / jnp.where(total > 0, total, 1.0))
 
 
 def gibbs(log_reference: jax.Array, reward: jax.Array, inside: jax.Array, kl_coef) -> Gibbs:
@@ -44,23 +70,22 @@ def gibbs(log_reference: jax.Array, reward: jax.Array, inside: jax.Array, kl_coe
       inside: how much each point lies on a target, [points], in [0, 1].
       kl_coef: β > 0; may be traced.
     """
-    tilt = reward / kl_coef
-    weight = jax.nn.softmax(log_reference + tilt)
-    objective = kl_coef * _log_mean_exp(tilt, log_reference)
-    mean_reward = (weight * reward).sum()
-    log_on = jax.nn.logsumexp(log_reference + tilt, b=inside)
-    log_off = jax.nn.logsumexp(log_reference + tilt, b=1.0 - inside)
+    log_shares = _log_shares(inside)
+    before, after = (_tilt(log_reference, reward, log_shares, inverse) for inverse in (0.0, 1.0 / kl_coef))
+    objective = kl_coef * (after.log_total - before.log_total)
+    target_mass = jax.nn.sigmoid(after.log_odds)
+    mean_reward = target_mass * after.reward[0] + (1.0 - target_mass) * after.reward[1]
     return Gibbs(
         reward=mean_reward,
-        target_mass=(weight * inside).sum(),
+        target_mass=target_mass,
         kl=(mean_reward - objective) / kl_coef,
         objective=objective,
-        target_log_odds=log_on - log_off,
+        target_log_odds=after.log_odds,
     )
 
 
 def half_mass_coefficient(
-    log_reference: jax.Array, reward: jax.Array, inside: jax.Array, *, lowest=1e-3, highest=1e3, iterations: int = 50
+    log_reference: jax.Array, reward: jax.Array, inside: jax.Array, *, lowest=1e-3, highest=1e3, iterations: int = 28
 ) -> jax.Array:
     """β_c, the coefficient at which the Gibbs policy puts half its mass on the target, by bisection of its log-odds.
 
@@ -77,9 +102,10 @@ def half_mass_coefficient(
       iterations: halvings of the interval of log β.
     """
 
+    log_shares = _log_shares(inside)
+
     def log_odds(log_coefficient):
-        joint = log_reference + reward / jnp.exp(log_coefficient)
-        return jax.nn.logsumexp(joint, b=inside) - jax.nn.logsumexp(joint, b=1.0 - inside)
+        return _tilt(log_reference, reward, log_shares, jnp.exp(-log_coefficient)).log_odds
 
     def halve(_, ends):
         low, high = ends
@@ -90,8 +116,8 @@ def half_mass_coefficient(
     ends = (jnp.log(jnp.float32(lowest)), jnp.log(jnp.float32(highest)))
     low, high = lax.fori_loop(0, iterations, halve, ends)
     root = jnp.exp(0.5 * (low + high))
-    never = log_odds(ends[0]) < 0
-    always = log_odds(ends[1]) > 0
+    # An end that the search never left: there is no root on that side of it.
+    never, always = low == ends[0], high == ends[1]
     return jnp.where(always, jnp.inf, jnp.where(never, 0.0, root))
 
 

@@ -54,8 +54,8 @@ class Grid:
       seeds: whole numbers from 0 to 2³¹ − 1.
       zips: axes that go together, by the name of the dimension that they share.
       static: axes that shape the program; a block holds one value of each.
-      split: dimensions of which a block holds one value although they are traced, so that it can have settings of its
-        own, for instance padding no wider than its capacity.
+      per_block: most values of a dimension in a block, by its name (1 or more), for instance so that a block can have a
+        padding no wider than its own capacities.
       runs_per_block: a block has at most so many runs; it is the unit of writing, of resuming and of sharing out.
 
     Raises:
@@ -67,7 +67,7 @@ class Grid:
     seeds: Sequence[int]
     zips: Mapping[str, Sequence[str]] = field(default_factory=dict)
     static: Sequence[str] = ()
-    split: Sequence[str] = ()
+    per_block: Mapping[str, int] = field(default_factory=dict)
     runs_per_block: int = 512
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class Grid:
             ("seeds", _plain(SEED, self.seeds)),
             ("zips", {dim: tuple(names) for dim, names in self.zips.items()}),
             ("static", tuple(self.static)),
-            ("split", tuple(self.split)),
+            ("per_block", dict(self.per_block)),
         ):
             object.__setattr__(self, name, value)
         self._check_names()
@@ -86,7 +86,7 @@ class Grid:
         zipped = [axis for names in self.zips.values() for axis in names]
         _known("zips", zipped, self.axes)
         _known("static", self.static, self.axes)
-        _known("split", self.split, self.dims[:-1])
+        _known("per_block", self.per_block, self.dims)
         if SEED in (*self.axes, *self.zips):
             raise ValueError(f"{SEED!r} is the name of the seeds' own axis: name the axis otherwise")
         if twice := [axis for axis in zipped if zipped.count(axis) > 1]:
@@ -117,6 +117,9 @@ class Grid:
                 twice = next(point for point in points if points.count(point) > 1)
                 shown = twice[0] if len(twice) == 1 else twice
                 raise ValueError(f"axis {dim!r} names the value {shown!r} twice: every value may stand once")
+        for dim, count in self.per_block.items():
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"per_block[{dim!r}] must be a whole number of at least 1, got {count!r}")
         if not isinstance(self.runs_per_block, int) or self.runs_per_block < 1:
             raise ValueError(f"runs_per_block must be a whole number of at least 1, got {self.runs_per_block!r}")
 
@@ -170,15 +173,16 @@ class Grid:
 
     @cached_property
     def block_shape(self) -> tuple[int, ...]:
-        """Lengths of a block: 1 along static and split dimensions, else as much as fits, the last dimensions first."""
+        """Lengths of a block: 1 along static dimensions, else as much as fits, the last dimensions first."""
         by_dim = self._axes_by_dim()
-        apart = {dim for dim, names in by_dim.items() if dim in self.split or set(names) & set(self.static)}
+        most = {**self.per_block, **{dim: 1 for dim, names in by_dim.items() if set(names) & set(self.static)}}
         room, lengths = self.runs_per_block, []
         # The seeds come last: a block holds whole slabs of the other dimensions where they fit.
-        for dim, length in zip(self.dims[-2::-1], self.shape[-2::-1], strict=True):
-            lengths.append(1 if dim in apart else min(length, max(room, 1)))
+        lengths_of = dict(zip(self.dims, self.shape, strict=True))
+        for dim in (*self.dims[-2::-1], SEED):
+            lengths.append(max(1, min(lengths_of[dim], most.get(dim, room), room)))
             room //= lengths[-1]
-        return (*lengths[::-1], min(self.shape[-1], max(room, 1)))
+        return (*lengths[-2::-1], lengths[-1])
 
     @property
     def blocks_shape(self) -> tuple[int, ...]:

@@ -31,7 +31,9 @@ def test_axes_multiply_and_zips_share_a_dimension():
 
 
 @pytest.mark.parametrize("runs_per_block", [1, 2, 5, 7, 8, 36, 1000])
-@pytest.mark.parametrize("changes", [{}, {"split": ("capacity",)}, {"zips": {"student": ("capacity", "temperature")}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"per_block": {"capacity": 1}}, {"zips": {"student": ("capacity", "temperature")}}]
+)
 def test_blocks_tile_the_grid_once_and_carry_its_values(runs_per_block, changes):
     whole = grid(runs_per_block=runs_per_block, **changes)
     seen = np.zeros(whole.shape, int)
@@ -48,7 +50,7 @@ def test_blocks_tile_the_grid_once_and_carry_its_values(runs_per_block, changes)
         for part, length in zip(region, whole.block_shape, strict=True):
             assert part.start % length == 0
             assert part.stop - part.start <= length
-        if "split" in changes:
+        if "per_block" in changes:
             assert len(set(block.axes["capacity"])) == 1
         for run, point in enumerate(points[region].ravel()):
             assert block.static["algorithm"] == point["algorithm"]
@@ -62,7 +64,9 @@ def test_blocks_tile_the_grid_once_and_carry_its_values(runs_per_block, changes)
 def test_a_block_holds_whole_slabs_before_it_holds_seeds():
     assert grid(runs_per_block=512).block_shape == (1, 3, 3, 2, 5)
     assert grid(runs_per_block=40).block_shape == (1, 3, 3, 2, 2)
-    assert grid(runs_per_block=40, split=("capacity",)).block_shape == (1, 1, 3, 2, 5)
+    assert grid(runs_per_block=40, per_block={"capacity": 1}).block_shape == (1, 1, 3, 2, 5)
+    assert grid(runs_per_block=24, per_block={"capacity": 2}).block_shape == (1, 2, 3, 2, 2)
+    assert grid(runs_per_block=512, per_block={"seed": 3}).block_shape == (1, 3, 3, 2, 3)
     assert grid(runs_per_block=4).block_shape == (1, 1, 2, 2, 1)
 
 
@@ -87,7 +91,7 @@ def test_the_fingerprint_is_of_names_values_zips_and_seeds():
     ]
     assert all(a.fingerprint != b.fingerprint for a, b in itertools.combinations(different, 2))
     # How it is cut into blocks, and the type that holds the values, are no part of it.
-    same = grid(runs_per_block=3, split=("capacity",), axes=AXES | {"capacity": np.array([1, 2, 4])})
+    same = grid(runs_per_block=3, per_block={"capacity": 1}, axes=AXES | {"capacity": np.array([1, 2, 4])})
     assert same.fingerprint == grid().fingerprint
 
 
@@ -102,7 +106,8 @@ def test_the_fingerprint_is_the_same_in_another_process():
     ("changes", "message"),
     [
         ({"static": ("algorithn",)}, "static names 'algorithn', which is no axis; the axes are algorithm, capacity"),
-        ({"split": ("seed",)}, "split names 'seed', which is no axis"),
+        ({"per_block": {"size": 2}}, "per_block names 'size', which is no axis"),
+        ({"per_block": {"capacity": 0}}, r"per_block\['capacity'\] must be a whole number of at least 1, got 0"),
         ({"zips": {"z": ("capacity", "tau")}}, "zips names 'tau', which is no axis"),
         ({"zips": {"z": ("capacity", "kl_coef")}}, r"of one length, got \{'capacity': 3, 'kl_coef': 2\}"),
         ({"zips": {"z": ("capacity",)}}, "two or more axes"),

@@ -29,7 +29,7 @@ GRID = Grid(
     {"algorithm": ("plus", "minus"), "capacity": (1, 2, 4), "scale": (0.5, 2.0)},
     range(7),
     static=("algorithm",),
-    split=("capacity",),
+    per_block={"capacity": 1},
     runs_per_block=6,
 )
 LABELS = {
@@ -187,10 +187,10 @@ def test_results_can_be_turned_into_variables_on_the_host(tmp_path):
         ({"devices": 5}, ValueError, "--devices .*this process has 4.* at most 4; got 5"),
         ({"configuration": {"steps": 5}}, FileExistsError, r"sweep \(steps: 4 there, 5 now\): give --overwrite"),
         ({"configuration": {}}, FileExistsError, "steps: 4 there, None now"),
-        ({"grid": Grid({**GRID.axes, "scale": (0.5, 3.0)}, GRID.seeds, {}, GRID.static, GRID.split, 6)},
+        ({"grid": Grid({**GRID.axes, "scale": (0.5, 3.0)}, GRID.seeds, {}, GRID.static, GRID.per_block, 6)},
          FileExistsError, r"\(axis scale: \[0.5, 2.0\] there, \[0.5, 3.0\] now\)"),
-        ({"grid": Grid(GRID.axes, range(8), {}, GRID.static, GRID.split, 6)}, FileExistsError, r"\(axis seed: "),
-        ({"grid": Grid(GRID.axes, GRID.seeds, {}, GRID.static, GRID.split, 4)}, FileExistsError, r"\(block shape: "),
+        ({"grid": Grid(GRID.axes, range(8), {}, GRID.static, GRID.per_block, 6)}, FileExistsError, r"\(axis seed: "),
+        ({"grid": Grid(GRID.axes, GRID.seeds, {}, GRID.static, GRID.per_block, 4)}, FileExistsError, r"\(block shape:"),
         ({"finish": lambda results, block: {"draws": results["draws"][:, :3]}}, FileExistsError, r"\(variables: "),
     ],
 )  # fmt: skip
