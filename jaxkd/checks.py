@@ -28,9 +28,16 @@ def whole(flag: str, value: int, *, least: int, most: int | None = None) -> None
         raise ValueError(f"{flag} must be a whole number of at least {least}{upper}; got {value}")
 
 
+def wholes(flag: str, values: Sequence[int], *, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless there are values, all different and each a whole number within its bounds."""
+    no_repeats(flag, values)
+    for value in values:
+        whole(flag, value, least=least, most=most)
+
+
 def numbers(flag: str, values: Sequence[float], **bounds) -> None:
     """Raise ValueError unless there are values, all different and each within its bounds."""
-    _no_repeats(flag, values)
+    no_repeats(flag, values)
     for value in values:
         number(flag, value, **bounds)
 
@@ -44,12 +51,13 @@ def name(flag: str, value: str, allowed: Iterable[str]) -> None:
 
 def names(flag: str, values: Sequence[str], allowed: Iterable[str]) -> None:
     """Raise ValueError unless there are values, all different and each one of those allowed."""
-    _no_repeats(flag, values)
+    no_repeats(flag, values)
     for value in values:
         name(flag, value, allowed)
 
 
-def _no_repeats(flag: str, values: Sequence) -> None:
+def no_repeats(flag: str, values: Sequence) -> None:
+    """Raise ValueError unless there are values, all different."""
     if len(values) == 0:
         raise ValueError(f"{flag} must name at least one value; got none")
     if len(set(values)) != len(values):

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import xarray as xr
 
-from jaxkd import mixture, pipelines, statistics
+from jaxkd import mixture, pipelines, statistics, theory
 from jaxkd.align import ALGORITHMS
-from jaxkd.laboratory import PREPARED, Measured, Points, Prepared, by_stage, pad_components
+from jaxkd.laboratory import PREPARED, Measured, Outcome, Points, Prepared, by_stage, pad_components
 from jaxkd.metrics import RECOVERED_MASS
+from jaxkd.sweep.store import Label
 
 DIMS = ("algorithm", "temperature", "kl_coef", "seed", "stage")
 
@@ -55,14 +56,84 @@ UNITS = {
 """Long name and unit of every variable."""
 
 
-def _lead(array, own_axes, lengths) -> np.ndarray:
-    """[seed, *own axes, …] → [temperature, kl_coef, seed, …], repeated over the axes that it does not depend on."""
+def _spread(array, own_axes, lengths) -> np.ndarray:
+    """[seed, *own axes, …] → [seed, temperature, kl_coef, …], repeated over the axes that it does not depend on."""
     array = np.asarray(array)
     tail = array.shape[1 + len(own_axes) :]
     kept = [lengths[axis] if axis in own_axes else 1 for axis in pipelines.AXES]
     full = [lengths[axis] for axis in pipelines.AXES]
-    spread = np.broadcast_to(array.reshape(array.shape[0], *kept, *tail), (array.shape[0], *full, *tail))
-    return np.moveaxis(spread, 0, len(full))
+    return np.broadcast_to(array.reshape(array.shape[0], *kept, *tail), (array.shape[0], *full, *tail))
+
+
+def _lead(array, own_axes, lengths) -> np.ndarray:
+    """As `_spread`, with the seeds after the axes."""
+    return np.moveaxis(_spread(array, own_axes, lengths), 0, len(pipelines.AXES))
+
+
+INNER_DIMS = ("temperature", "kl_coef", "stage")
+"""Dimensions that lie inside a run of a sweep."""
+
+_OF_A_SEED = ("base_failed", "base_log_likelihood")
+
+
+def labels() -> dict[str, Label]:
+    """Long names, units and inner dimensions of what `of_runs` makes, for `run_sweep`."""
+    truths_or_models = ("truth_", "component_")
+    variables = {
+        name: Label(long_name, unit, () if name in _OF_A_SEED else INNER_DIMS)
+        for name, (long_name, unit) in UNITS.items()
+        if not name.startswith(truths_or_models)
+    }
+    return variables | {
+        "temperature": Label("distillation temperature τ", "1"),
+        "kl_coef": Label("KL coefficient β", "reward/nat"),
+        "stage": Label("model: base, student, aligned base, or an arm by name"),
+    }
+
+
+def of_runs(outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algorithm: str) -> dict[str, np.ndarray]:
+    """All variables of a sweep's runs by name, [runs, temperature, kl_coef, stage] each, or [runs].
+
+    Args:
+      outcome: from `laboratory.run_seed`, runs leading.
+      names: `laboratory.every_model`.
+      temperatures: τ of the distillations, [temperatures].
+      kl_coefs: β, [coefficients].
+      algorithm: which one it was; the distance to the Gibbs policy is NaN where that is not its optimum.
+    """
+    lengths = {"temperature": len(temperatures), "kl_coef": len(kl_coefs)}
+    points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
+    runs = len(np.asarray(outcome.base_failed))
+    per_stage = by_stage(_quantities(outcome.measured), names, points, (runs,))
+
+    def at_all_points(value_of, axes_of):
+        return np.stack([_spread(value_of(name), axes_of(name), lengths) for name in names], axis=3)
+
+    found = {
+        quantity: at_all_points(lambda name, q=quantity: per_stage[name][q], pipelines.axes_of)
+        for quantity in per_stage[names[0]]
+    }
+    # The optimum of an arm is that of the model which its policy was held to.
+    optima = {name: outcome.optima[pipelines.reference_of(name)] for name in names}
+
+    def reference_axes(name):
+        return pipelines.axes_of(pipelines.reference_of(name))
+
+    for field in theory.Gibbs._fields:
+        found[f"gibbs_{field}"] = at_all_points(
+            lambda name, f=field: getattr(optima[name].gibbs, f), lambda name: (*reference_axes(name), "kl_coef")
+        )
+    found["half_mass_coefficient"] = at_all_points(lambda name: optima[name].half_mass_coefficient, reference_axes)
+    kl_coef = points.kl_coef[:, None]
+    found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
+    aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
+    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum
+    shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
+    found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
+    return found | {
+        "base_failed": np.asarray(outcome.base_failed),
+        "base_log_likelihood": np.asarray(outcome.log_likelihood),
+    }
 
 
 def to_dataset(
@@ -146,11 +217,7 @@ def _strings(values: list[str]) -> np.ndarray:
 
 def _columns(measured: Measured, num_components: int) -> dict[str, np.ndarray]:
     """All variables of a stack of models, each [seed, point of the stack, …]."""
-    values = {key: np.asarray(value) for key, value in measured.metrics._asdict().items()}
-    finite = np.all([np.isfinite(values[key]) for key in ("reward", "target_mass", "kl_to_base")], axis=0)
-    values["from_grid"] = np.asarray(measured.from_grid)
-    record = {key: np.asarray(value) for key, value in measured.record._asdict().items()}
-    values |= record | {"failed": ~finite | record["failed"]}
+    values = _quantities(measured)
     model = pad_components(measured.model, num_components)
     weights, covariances = jax.jit(jax.vmap(jax.vmap(lambda one: (mixture.weights(one), mixture.covariances(one)))))(
         model
@@ -159,6 +226,15 @@ def _columns(measured: Measured, num_components: int) -> dict[str, np.ndarray]:
     values["component_mean"] = np.asarray(model.means)
     values["component_covariance"] = np.asarray(covariances)
     return values
+
+
+def _quantities(measured: Measured) -> dict[str, np.ndarray]:
+    """What was measured and recorded, [seed, point of the stack] each."""
+    values = {key: np.asarray(value) for key, value in measured.metrics._asdict().items()}
+    finite = np.all([np.isfinite(values[key]) for key in ("reward", "target_mass", "kl_to_base")], axis=0)
+    values["from_grid"] = np.asarray(measured.from_grid)
+    record = {key: np.asarray(value) for key, value in measured.record._asdict().items()}
+    return values | record | {"failed": ~finite | record["failed"]}
 
 
 def _optima(prepared: Prepared, stages, lengths) -> dict[str, tuple]:

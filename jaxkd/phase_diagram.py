@@ -1,0 +1,659 @@
+"""Phase diagrams and what belongs to them: rates, paired tests and figures, from finished stores alone.
+
+A store holds `capacity`, `temperature`, `kl_coef`, `seed`, `stage` and whatever else was varied as dimensions; see
+`experiments/phase_diagram.py`. Recovery means that more than half of a model's draws lie on the target.
+"""
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.lines import Line2D
+
+from jaxkd import pipelines, statistics
+from jaxkd.align import AlignmentSettings
+from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE
+from jaxkd.metrics import RECOVERED_MASS
+
+BASELINE, CHALLENGER = "kd_align", "align_kd"
+SMALLEST_MASS = 1e-12
+"""Floor of a target mass before its logarithm: quadrature in single precision knows no smaller one."""
+
+# --- rates and paired tests ------------------------------------------------------------------------------------------
+
+
+def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
+    """Rates, paired differences and what theory needs, over every dimension but seed and stage.
+
+    A pair of which either run failed leaves both rates of the comparison. `significant` marks McNemar tests that pass
+    at a false-discovery rate over all cells of the data set.
+
+    Args:
+      dataset: a finished sweep.
+      rate: the false-discovery rate.
+
+    Returns:
+      `recovery`, `recovery_low`, `recovery_high` [cells, stage]; `recovery_baseline`, `recovery_challenger`,
+      `difference`, `p_value` and `significant` [cells]; medians over seeds of the student's target recall, bounded
+      recall, target mass and β_c as `student_…` and `half_mass_coefficient` [cells].
+    """
+    dims = tuple(dim for dim in dataset.target_mass.dims if dim not in ("seed", "stage"))
+    cells = dataset[["target_mass", "failed"]].transpose(*dims, "stage", "seed").load()
+    recovered, failed = cells.target_mass.values > RECOVERED_MASS, cells.failed.values.astype(bool)
+    stages = [str(name) for name in dataset.stage.values]
+    shape = recovered.shape[: len(dims)]
+    own = {name: np.full((*shape, len(stages)), np.nan) for name in ("recovery", "recovery_low", "recovery_high")}
+    paired_names = ("recovery_baseline", "recovery_challenger", "difference", "p_value")
+    paired = {name: np.full(shape, np.nan) for name in paired_names}
+    baseline, challenger = stages.index(BASELINE), stages.index(CHALLENGER)
+    for cell in np.ndindex(shape):
+        for stage in range(len(stages)):
+            found = statistics.recovery_rate(recovered[cell][stage], failed[cell][stage])
+            for name, value in zip(own, (found.rate, found.low, found.high), strict=True):
+                own[name][cell][stage] = value
+        (a, b), (failed_a, failed_b) = (values[cell][[challenger, baseline]] for values in (recovered, failed))
+        pair = statistics.mcnemar(a, b, failed_a, failed_b)
+        if pair.pairs:
+            rates = ((pair.both + pair.only_b) / pair.pairs, (pair.both + pair.only_a) / pair.pairs)
+            for name, value in zip(paired_names, (*rates, pair.difference, pair.p_value), strict=True):
+                paired[name][cell] = value
+    summary = xr.Dataset({name: ((*dims, "stage"), values) for name, values in own.items()})
+    summary = summary.assign({name: (dims, values) for name, values in paired.items()})
+    summary["significant"] = (dims, statistics.false_discovery(paired["p_value"], rate))
+    student = dataset.sel(stage="student").drop_vars("stage")
+    for name in ("target_recall", "bounded_recall", "target_mass"):
+        summary[f"student_{name}"] = student[name].median("seed").transpose(*dims)
+    summary["half_mass_coefficient"] = student.half_mass_coefficient.median("seed").transpose(*dims)
+    return summary.assign_coords({name: dataset[name] for name in (*dims, "stage")})
+
+
+def rows_of(summary: xr.Dataset) -> list[dict]:
+    """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there."""
+    dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
+    arms = [str(name) for name in summary.stage.values if name in (*pipelines.ARMS, "aligned_base")]
+    rows = []
+    for place in itertools.product(*(range(summary.sizes[dim]) for dim in dims)):
+        cell = summary.isel(dict(zip(dims, place, strict=True)))
+        settings = {dim: cell[dim].item() for dim in dims}
+        test = {"difference": float(cell.difference), "mcnemar_p": float(cell.p_value)}
+        test["significant"] = bool(cell.significant)
+        for arm in arms:
+            one = cell.sel(stage=arm)
+            rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
+            rows.append(settings | {"arm": arm} | rates | test)
+    return rows
+
+
+def write_csv(rows: Sequence[Mapping], path: Path) -> None:
+    """Write all rows; numbers with six digits."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def format_table(summary: xr.Dataset) -> str:
+    """For a terminal: a line a setting, its last two dimensions across; each cell KD→Align / Align→KD."""
+    dims = [dim for dim in summary.difference.dims if summary.sizes[dim] > 1]
+    across = "temperature" if "temperature" in dims else (dims or list(summary.difference.dims))[-1]
+    down = [dim for dim in summary.difference.dims if dim != across and (summary.sizes[dim] > 1 or dim == "kl_coef")]
+    down = [*(dim for dim in down if dim != "capacity"), *(dim for dim in down if dim == "capacity")]
+    fixed = [dim for dim in summary.difference.dims if dim not in (across, *down)]
+    one = summary.isel(dict.fromkeys(fixed, 0))
+    heads = [f"{_told(value)}" for value in one[across].values]
+    lines = ["recovered after KD→Align / after Align→KD; * differ at a false-discovery rate of 0.05"]
+    lines.append("  ".join(f"{name:>16}" for name in down) + f"  {across}: " + "".join(f"{h:>12}" for h in heads))
+    for place in itertools.product(*(range(one.sizes[dim]) for dim in down)):
+        row = one.isel(dict(zip(down, place, strict=True)))
+        told = "  ".join(f"{_told(row[dim].item()):>16}" for dim in down)
+        cells = [
+            f"{a:.2f}/{b:.2f}{'*' if star else ' '}"
+            for a, b, star in zip(
+                row.recovery_baseline.values, row.recovery_challenger.values, row.significant.values, strict=True
+            )
+        ]
+        lines.append(told + " " * (len(across) + 4) + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _told(value) -> str:
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def verdict(summary: xr.Dataset) -> str:
+    """What the cells say, in one sentence."""
+    gain = (summary.significant & (summary.difference > 0)).sum()
+    loss = (summary.significant & (summary.difference < 0)).sum()
+    either = (np.fmax(summary.recovery_baseline, summary.recovery_challenger) > 0.5).sum()
+    return (
+        f"Align→KD recovers more often than KD→Align in {int(gain)} of {summary.difference.size} cells and less often "
+        f"in {int(loss)} (McNemar, false-discovery rate 0.05); in {int(either)} cells at least one order recovers in "
+        "more than half of the seeds."
+    )
+
+
+# --- critical mass ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class References:
+    """Alignments at one KL coefficient, one point a run.
+
+    Attributes:
+      mass: measured target mass of the reference, floored at `SMALLEST_MASS`, [runs].
+      log_odds: of the target under the reference's exact Gibbs policy, [runs].
+      half_mass_coefficient: β_c of the reference, [runs].
+      outcome: target mass of the aligned policy, [runs].
+      failed: [runs].
+      seed: [runs].
+      is_base: whether the reference was the base (else a student), [runs].
+    """
+
+    mass: np.ndarray
+    log_odds: np.ndarray
+    half_mass_coefficient: np.ndarray
+    outcome: np.ndarray
+    failed: np.ndarray
+    seed: np.ndarray
+    is_base: np.ndarray
+
+
+def references(datasets: Sequence[xr.Dataset], kl_coef: float) -> References:
+    """Every alignment that was held to its own start: students of more than one component, and each base once.
+
+    A student of one component fails for a reason of its own (one Gaussian cannot sit on one of eight modes and on the
+    others), whatever its mass, so it is left out.
+    """
+    parts = []
+    for dataset in datasets:
+        chosen = dataset.sel(kl_coef=kl_coef)
+        kept = chosen.sel(capacity=chosen.capacity > 1)
+        parts.append(_columns(kept, BASELINE, "student"))
+        if "aligned_base" in dataset.stage.values:
+            # Neither capacity nor temperature of the student touches the base.
+            parts.append(_columns(chosen.isel(capacity=slice(1), temperature=slice(1)), "aligned_base", "base"))
+    return References(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _columns(dataset: xr.Dataset, aligned: str, reference: str) -> tuple[np.ndarray, ...]:
+    one, other = dataset.sel(stage=aligned), dataset.sel(stage=reference)
+    seeds = dataset.seed.broadcast_like(one.target_mass).transpose(*one.target_mass.dims)
+    columns = (
+        np.maximum(other.target_mass.values, SMALLEST_MASS),
+        one.gibbs_target_log_odds.values,
+        one.half_mass_coefficient.values,
+        one.target_mass.values,
+        one.failed.values.astype(bool),
+        seeds.values,
+        np.full(seeds.shape, reference == "base"),
+    )
+    return tuple(column.ravel() for column in columns)
+
+
+@dataclass(frozen=True)
+class CriticalMass:
+    """Where recovery tips at one KL coefficient.
+
+    Attributes:
+      kl_coef: β.
+      by_mass: recovery against log10 of the reference's target mass.
+      by_log_odds: recovery against the Gibbs policy's log-odds, whose own boundary is 0.
+      gibbs_mass: the target mass at which the references' β_c equals β; NaN where none of them is near.
+    """
+
+    kl_coef: float
+    by_mass: statistics.RecoveryCurve
+    by_log_odds: statistics.RecoveryCurve
+    gibbs_mass: float
+
+    def __str__(self):
+        curve = self.by_mass
+        if not math.isfinite(curve.critical):
+            word = {True: "all runs recover", False: "no mass seen suffices"}[curve.critical == -math.inf]
+            found = f"no critical mass ({word})"
+        else:
+            low, high = curve.critical_interval
+            found = f"critical mass {10**curve.critical:.2g} (95 % interval {10**low:.2g} to {10**high:.2g})"
+        predicted = f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
+        return f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds; Gibbs says {predicted}"
+
+
+def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) -> CriticalMass:
+    """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters."""
+    recovered = points.outcome > RECOVERED_MASS
+    log_odds = np.clip(points.log_odds, -60, 60)
+
+    def fit(abscissa):
+        return statistics.recovery_curve(
+            abscissa, recovered, points.seed, num_resamples=num_resamples, failed=points.failed
+        )
+
+    return CriticalMass(kl_coef, fit(np.log10(points.mass)), fit(log_odds), gibbs_mass(points, kl_coef))
+
+
+def gibbs_mass(points: References, kl_coef: float) -> float:
+    """The mass at which the references' own β_c crosses β: medians of the runs next to the crossing, on both sides."""
+    apart = np.log(np.clip(points.half_mass_coefficient, 1e-6, 1e6) / kl_coef)
+    below, above = apart < 0, apart >= 0
+    if not below.any() or not above.any():
+        return math.nan
+    near = [np.argsort(np.abs(np.where(side, apart, np.inf)))[: min(20, side.sum())] for side in (below, above)]
+    return float(10 ** np.mean([np.median(np.log10(points.mass[which])) for which in near]))
+
+
+# --- Figure 1: the plane ---------------------------------------------------------------------------------------------
+
+_BOUNDARIES = {
+    "half_mass": ("white", "-", "β_c = β: the student's Gibbs policy has half its mass on the target"),
+    "seen_at_once": ("#F0E442", "--", "n·m = 1: a hit is expected in the first step"),
+    "seen_ever": ("#F0E442", ":", "n·T·m = 1: a hit is expected at all"),
+}
+_PANELS = (
+    ("student_target_recall", "a   student: target recall (nat)", "viridis", None),
+    ("student_bounded_recall", "a   student: bounded recall", "viridis", (0.0, 1.0)),
+    ("recovery_baseline", "b   recovered, KD→Align", "cividis", (0.0, 1.0)),
+    ("recovery_challenger", "c   recovered, Align→KD", "cividis", (0.0, 1.0)),
+    ("difference", "d   Align→KD − KD→Align", "PuOr_r", (-1.0, 1.0)),
+)
+
+
+def draw_plane(summary: xr.Dataset, alignment: AlignmentSettings, *paths: Path) -> None:
+    """Draw the phase diagram, a row of panels for each KL coefficient.
+
+    Args:
+      summary: from `summarise`, over kl_coef, capacity and temperature alone.
+      alignment: gives n and T of the sampling boundaries.
+      paths: files to write; their endings choose the formats.
+    """
+    rows = summary.sizes["kl_coef"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows,
+            len(_PANELS),
+            figsize=(13.0, 2.9 * rows + 0.8),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for row, kl_coef in zip(axes, summary.kl_coef.values, strict=True):
+            one = summary.sel(kl_coef=kl_coef)
+            for axis, (name, title, colours, limits) in zip(row, _PANELS, strict=True):
+                image = _plane(axis, one[name], colours, limits)
+                _boundaries(axis, one, alignment, float(kl_coef))
+                axis.set_title(title if row is axes[0] else "", loc="left")
+                figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
+            _marks(row[-1], one)
+            row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
+        for axis in axes[-1]:
+            axis.set_xlabel("distillation temperature τ")
+        figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
+        save(figure, paths)
+
+
+def save(figure, paths: Sequence[Path]) -> None:
+    """Write and close a figure; the same store gives the same bytes."""
+    for path in paths:
+        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        # Laid out once: finding the layout takes longer than drawing.
+        figure.set_layout_engine("none")
+    plt.close(figure)
+
+
+def _heights(capacity: np.ndarray) -> np.ndarray:
+    """Where each capacity's row of cells lies: K = 1, which fails for a reason of its own, is set apart."""
+    return np.arange(len(capacity)) + np.where(capacity > 1, 0.4 * (capacity.min() == 1), 0.0)
+
+
+def _plane(axis, values: xr.DataArray, colours: str, limits):
+    capacity = values.capacity.values
+    values = values.transpose("capacity", "temperature").sortby("temperature", ascending=False)
+    data = values.values
+    low, high = limits or (np.nanmin(data), np.nanmax(data))
+    norm = TwoSlopeNorm(0.0, low, high) if limits and low < 0 < high else plt.Normalize(low, high)
+    edges = np.arange(data.shape[1] + 1) - 0.5
+    for height, line in zip(_heights(capacity), data, strict=True):
+        image = axis.pcolormesh(
+            edges, [height - 0.5, height + 0.5], line[None, :], cmap=colours, norm=norm, rasterized=True
+        )
+    axis.set_yticks(_heights(capacity), [f"{k}" for k in capacity])
+    axis.set_xticks(range(data.shape[1]), [f"{t:g}" for t in values.temperature.values], rotation=60)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: float) -> None:
+    """Contours at which the median student crosses what theory says, over the capacities beyond 1."""
+    ordered = one.sortby("temperature", ascending=False).transpose("capacity", "temperature", ...)
+    beyond = ordered.sel(capacity=ordered.capacity > 1)
+    if min(beyond.sizes["capacity"], beyond.sizes["temperature"]) < 2:
+        return
+    heights = _heights(one.capacity.values)[one.capacity.values > 1]
+    mass = np.log10(np.maximum(beyond.student_target_mass.values, SMALLEST_MASS))
+    draws = alignment.batch_size
+    for name, values, level in (
+        ("half_mass", np.log(np.clip(beyond.half_mass_coefficient.values, 1e-3, 1e3)), math.log(kl_coef)),
+        ("seen_at_once", mass, -math.log10(draws)),
+        ("seen_ever", mass, -math.log10(draws * alignment.num_steps)),
+    ):
+        colour, line, _ = _BOUNDARIES[name]
+        if np.nanmin(values) < level < np.nanmax(values):
+            # A dark edge under a light line shows on every colour.
+            for shade, width in (("black", 3.0), (colour, 1.4)):
+                axis.contour(
+                    np.arange(mass.shape[1]), heights, values, levels=[level], colors=shade, linewidths=width,
+                    linestyles=["-" if shade == "black" and line == "-" else line],
+                )  # fmt: skip
+
+
+def _marks(axis, one: xr.Dataset) -> None:
+    ordered = one.significant.transpose("capacity", "temperature").sortby("temperature", ascending=False)
+    for height, line in zip(_heights(one.capacity.values), ordered.values, strict=True):
+        where = np.flatnonzero(line)
+        axis.plot(where, np.full(where.size, height), "o", color="black", mec="white", mew=0.5, ms=3.5)
+
+
+def _legend() -> list[Line2D]:
+    handles = [
+        Line2D([], [], color="#888888" if colour == "white" else colour, ls=line, lw=1.6, label=text)
+        for colour, line, text in _BOUNDARIES.values()
+    ]
+    mark = Line2D([], [], color="black", marker="o", ms=3.5, ls="", label="d: passes at a false-discovery rate of 0.05")
+    return [*handles, mark]
+
+
+# --- Figure 2: the critical mass -------------------------------------------------------------------------------------
+
+
+def draw_critical_mass(by_coefficient: Mapping[float, tuple[References, CriticalMass]], *paths: Path) -> None:
+    """Draw recovery against the reference's measured target mass, and against the exact Gibbs log-odds.
+
+    Args:
+      by_coefficient: by KL coefficient, from `references` and `critical_mass`.
+      paths: files to write; their endings choose the formats.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2,
+            len(by_coefficient),
+            figsize=(4.6 * len(by_coefficient) + 0.4, 6.4),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for (upper, lower), (kl_coef, (points, found)) in zip(axes.T, by_coefficient.items(), strict=True):
+            upper.set_title(f"β = {kl_coef:g}")
+            _curve(upper, np.log10(points.mass), points, found.by_mass)
+            upper.set_xlabel("log₁₀ of the reference's measured target mass m")
+            if math.isfinite(found.gibbs_mass):
+                upper.axvline(math.log10(found.gibbs_mass), color="black", ls="--", lw=1.2)
+            _curve(lower, np.clip(points.log_odds, -60, 60), points, found.by_log_odds)
+            lower.axvline(0.0, color="black", ls="--", lw=1.2)
+            lower.set_xlabel("log-odds of the target under the reference's Gibbs policy (nat)")
+        for row in axes:
+            row[0].set_ylabel("target mass after alignment; probability of recovery")
+        points = {"ls": "", "ms": 4, "mew": 0}
+        figure.legend(
+            handles=[
+                Line2D([], [], color=COLOURS["kd_align"], marker="o", label="reference: student (K > 1)", **points),
+                Line2D([], [], color=COLOURS["align_kd"], marker="^", label="reference: base", **points),
+                Line2D([], [], color="black", lw=1.6, label="penalised logistic curve, 95 % band (seeds as clusters)"),
+                Line2D([], [], color="#CC79A7", lw=1.6, label="critical mass with its 95 % interval"),
+                Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction"),
+            ],
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+        )
+        save(figure, paths)
+
+
+def _curve(axis, abscissa: np.ndarray, points: References, curve: statistics.RecoveryCurve) -> None:
+    for is_base, colour, marker in ((False, COLOURS["kd_align"], "o"), (True, COLOURS["align_kd"], "^")):
+        shown = (points.is_base == is_base) & ~points.failed
+        axis.plot(
+            abscissa[shown], points.outcome[shown], marker, color=colour, ms=2.4, mew=0, alpha=0.35, rasterized=True
+        )
+    line = np.linspace(abscissa.min(), abscissa.max(), 300)
+    low, high = curve.band(line)
+    axis.fill_between(line, low, high, color="black", alpha=0.18, lw=0)
+    axis.plot(line, curve.probability(line), color="black", lw=1.6)
+    axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
+    if math.isfinite(curve.critical):
+        axis.axvline(curve.critical, color="#CC79A7", lw=1.6)
+        axis.axvspan(*np.clip(curve.critical_interval, line[0], line[-1]), color="#CC79A7", alpha=0.3, lw=0)
+    axis.set_ylim(-0.04, 1.04)
+
+
+# --- readers' questions: recovery along one axis ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """How the store of a preset is drawn.
+
+    Attributes:
+      along: the dimension on the abscissa.
+      label: what it is, with its unit.
+      logarithmic: whether the abscissa is.
+      styles: a dimension of two values that are told apart by the line, filled and hollow markers.
+      also: quantities shown in rows of their own, by name: ("target_balance", ...).
+    """
+
+    along: str
+    label: str
+    logarithmic: bool = False
+    styles: str | None = None
+    also: tuple[str, ...] = ()
+
+
+VIEWS = {
+    "noise": View("label_noise", "share of preference labels flipped"),
+    "two-targets": View("temperature", "distillation temperature τ", styles="num_targets", also=("target_balance",)),
+    "rescue": View("temperature", "distillation temperature τ"),
+    "target-weight": View("target_weight", "weight of the target in p*", logarithmic=True),
+    "base-data": View("base_samples", "points that the base was fitted to", logarithmic=True, also=("base_failed",)),
+    "base-em": View("temperature", "distillation temperature τ", styles="starts"),
+    "reward": View("reward", "reward"),
+    "cost": View("capacity", "capacity K of the student", styles="match_component_evaluations"),
+}
+
+_STYLE_LABELS = {
+    "num_targets": "{} target(s)",
+    "starts": "base: best of {} start(s)",
+    "match_component_evaluations": "matched on component evaluations: {}",
+}
+_ALSO_LABELS = {
+    "target_balance": "smallest / largest\ntarget mass (median)",
+    "base_failed": "bases that miss a mode",
+}
+
+
+def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Path) -> None:
+    """Draw recovery with Wilson's intervals along one axis: a column a coefficient, a row a remaining setting."""
+    arms = [name for name in ("aligned_base", *pipelines.ARMS) if name in summary.stage.values]
+    taken = {view.along, view.styles, "kl_coef", "stage"}
+    rest = [dim for dim in summary.recovery.dims if dim not in taken]
+    rows = [dict(zip(rest, values, strict=True)) for values in itertools.product(*(summary[d].values for d in rest))]
+    told = [dim for dim in rest if summary.sizes[dim] > 1]
+    columns = summary.kl_coef.values
+    count = len(rows) + len(view.also) * len(rows)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            count,
+            len(columns),
+            figsize=(3.7 * len(columns) + 0.6, 2.15 * count + 1.0),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for place, row in enumerate(rows):
+            name = "\n".join(f"{_SHORT.get(dim, dim)} {_name_of(row[dim])}" for dim in told)
+            for axis, kl_coef in zip(axes[place], columns, strict=True):
+                _recovery_lines(axis, summary.sel({**row, "kl_coef": kl_coef}), view, arms)
+                axis.set_ylim(-0.04, 1.04)
+                if place == 0:
+                    axis.set_title(f"β = {kl_coef:g}")
+            axes[place, 0].set_ylabel(f"{name}\nrecovered" if name else "recovered")
+            for also, quantity in enumerate(view.also):
+                lower = axes[len(rows) * (1 + also) + place]
+                for axis, kl_coef in zip(lower, columns, strict=True):
+                    own = {**row, "kl_coef": kl_coef}
+                    values = dataset[quantity].sel({dim: own[dim] for dim in own if dim in dataset[quantity].dims})
+                    _quantity_lines(axis, values, view, arms)
+                    axis.set_ylim(-0.04, 1.04)
+                lower[0].set_ylabel(f"{name}\n{_ALSO_LABELS[quantity]}" if name else _ALSO_LABELS[quantity])
+        for axis in axes[-1]:
+            axis.set_xlabel(view.label)
+        figure.legend(handles=_arm_handles(arms, summary, view), loc="outside lower center", ncols=3, frameon=False)
+        save(figure, paths)
+
+
+_SHORT = {"temperature": "τ =", "algorithm": "", "capacity": "K =", "target_weight": "weight"}
+
+
+def _name_of(value) -> str:
+    text = _told(value)
+    return ALGORITHM_LABELS.get(text, text).replace("\n", " ")
+
+
+def _abscissa(values: np.ndarray) -> np.ndarray:
+    return np.arange(len(values)) if values.dtype.kind not in "biuf" else values.astype(float)
+
+
+def _style_values(one, view: View) -> Iterator[tuple[dict, dict]]:
+    """Selections by the value of the style's dimension, each with how its line looks."""
+    if view.styles is None or view.styles not in one.dims:
+        yield {}, {"ls": "-"}
+        return
+    for index, value in enumerate(one[view.styles].values):
+        yield {view.styles: value}, ({"ls": "-"} if index == 0 else {"ls": "--", "mfc": "white"})
+
+
+def _recovery_lines(axis, one: xr.Dataset, view: View, arms) -> None:
+    x = _abscissa(one[view.along].values)
+    for chosen, style in _style_values(one, view):
+        for index, arm in enumerate(arms):
+            line = one.sel(chosen).sel(stage=arm)
+            order = np.argsort(x)
+            rate, low, high = (line[n].values[order] for n in ("recovery", "recovery_low", "recovery_high"))
+            shown = _nudged(x[order], index - (len(arms) - 1) / 2, view)
+            axis.errorbar(
+                shown, rate, yerr=[np.maximum(rate - low, 0), np.maximum(high - rate, 0)], color=COLOURS[arm],
+                marker=MARKERS.get(arm, "x"), ms=4, lw=1.0, elinewidth=0.6, **style,
+            )  # fmt: skip
+    _ticks(axis, one, view, x)
+
+
+def _quantity_lines(axis, one: xr.DataArray, view: View, arms) -> None:
+    x = _abscissa(one[view.along].values)
+    order = np.argsort(x)
+    for chosen, style in _style_values(one, view):
+        line = one.sel(chosen)
+        if "stage" not in line.dims:
+            axis.plot(
+                x[order], line.mean("seed").values.ravel()[order], color="black", marker="x", ms=4, lw=1.0, **style
+            )
+            continue
+        for arm in arms:
+            values = line.sel(stage=arm).median("seed").values[order]
+            axis.plot(x[order], values, color=COLOURS[arm], marker=MARKERS.get(arm, "x"), ms=4, lw=1.0, **style)
+    _ticks(axis, one, view, x)
+
+
+def _nudged(x: np.ndarray, place: float, view: View) -> np.ndarray:
+    """Beside one another, so that equal rates do not hide behind the last arm drawn."""
+    if view.logarithmic:
+        return x * 10 ** (0.02 * place * np.ptp(np.log10(x)) / 2)
+    return x + 0.008 * place * max(np.ptp(x), 1e-9)
+
+
+def _ticks(axis, one, view: View, x: np.ndarray) -> None:
+    if view.logarithmic:
+        axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(x, [_told(value) for value in one[view.along].values], rotation=45 if len(x) > 4 else 0)
+    if view.along == "temperature":
+        axis.set_xlim(max(x) + 0.04, min(x) - 0.04)
+
+
+def _arm_handles(arms, summary, view: View) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=COLOURS[arm], marker=MARKERS.get(arm, "x"), ms=4, label=LABELS[arm].replace("\n", " "))
+        for arm in arms
+    ]
+    for chosen, style in _style_values(summary, view):
+        if chosen:
+            label = _STYLE_LABELS[view.styles].format(_told(chosen[view.styles]))
+            handles.append(Line2D([], [], color="black", marker="o", ms=4, label=label, **style))
+    return handles
+
+
+# --- everything of a store -------------------------------------------------------------------------------------------
+
+
+def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
+    """Draw all figures of a finished sweep into a folder, write its table and say what it means.
+
+    Args:
+      stores: "sweep", and for the plane "more_weights", opened.
+      folder: where figures and tables go.
+
+    Raises:
+      ValueError: when there is no store named "sweep", or it is not finished.
+    """
+    if "sweep" not in stores:
+        raise ValueError(f"{folder} holds no store sweep.zarr; it holds {', '.join(stores) or 'none'}")
+    for name, dataset in stores.items():
+        if not bool((dataset.done == 1).all()):
+            raise ValueError(f"{name}.zarr is not finished: repeat the command that made it")
+    dataset = stores["sweep"].drop_vars("done").load()
+    configuration = json.loads(dataset.attrs["configuration"])
+    preset = configuration["preset"]
+    summary = summarise(dataset)
+    write_csv(rows_of(summary), folder / f"{preset}.csv")
+    told = [format_table(summary)]
+    if preset == "plane":
+        told += _report_plane(dataset, summary, stores, configuration, folder)
+    else:
+        draw_along(dataset, summary, VIEWS[preset], folder / f"{preset}.png", folder / f"{preset}.pdf")
+        told += [
+            "",
+            verdict(summary),
+            f"Bases that miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
+        ]
+    failed = int(dataset.failed.sum())
+    told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
+    names = sorted(path.name for path in folder.iterdir() if not path.name.endswith((".old", ".partial")))
+    return "\n".join([*told, f"Wrote {', '.join(names)} to {folder}"])
+
+
+def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list[str]:
+    others = [d for d in summary.difference.dims if d not in ("kl_coef", "capacity", "temperature")]
+    told = []
+    for place in itertools.product(*(summary[dim].values for dim in others)):
+        at = dict(zip(others, place, strict=True))
+        suffix = "".join(f"_{_told(at[dim])}" for dim in others if summary.sizes[dim] > 1)
+        alignment = AlignmentSettings(algorithm=str(at["algorithm"]), num_updates=configuration["steps"])
+        paths = [folder / f"phase_diagram{suffix}.{ending}" for ending in ("png", "pdf")]
+        draw_plane(summary.sel(at), alignment, *paths)
+    chosen = {dim: dataset[dim].values[0] for dim in others if dim not in ("target_weight",)}
+    beside = [other.drop_vars("done").load() for name, other in stores.items() if name != "sweep"]
+    points = [one.sel(chosen) for one in (dataset, *beside)]
+    found = {}
+    for kl_coef in dataset.kl_coef.values:
+        runs = references(points, kl_coef)
+        found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
+    draw_critical_mass(found, *(folder / f"critical_mass.{ending}" for ending in ("png", "pdf")))
+    told += ["", verdict(summary)]
+    told.append("An alignment recovers in half of the runs " + "; ".join(str(one) for _, one in found.values()) + ".")
+    return told
