@@ -233,8 +233,6 @@ def grid_of(settings: Settings):
     wide = [capacity for capacity in settings.capacities if capacity > LARGEST_CAPACITY // 2]
     apart = wide and len(wide) < len(settings.capacities) and len(settings.capacities) % 2 == 0
     per_block = {"capacity": len(settings.capacities) // 2 if apart and len(settings.capacities) > 2 else 8}
-    if len(settings.capacities) > 1:
-        per_block["target_weight"] = 1
     return Grid(axes, range(settings.seeds), static=static, per_block=per_block, runs_per_block=32)
 
 
@@ -314,12 +312,14 @@ def sweep(config: Config, settings: Settings, name: str):
 def more_weights(settings: Settings, quick: bool) -> Settings:
     """Other target weights for the plane, so that the base's recall varies too; for the critical mass alone.
 
-    Seeds and capacities fill blocks of the same size as the plane's, so that the compiled program is used again.
+    They fill blocks of the same size as the plane's, so that its compiled program is used again.
     """
-    weights = (0.003, 0.1) if quick else (0.003, 0.01, 0.03, 0.1)
+    weights = (0.003, 0.1) if quick else (0.003, 0.01, 0.1, 0.3)
     weights = tuple(weight for weight in weights if weight not in settings.target_weights)
     capacities = tuple(capacity for capacity in (4, 8) if capacity in settings.capacities) or settings.capacities[-1:]
-    return replace(settings, target_weights=weights, capacities=capacities, seeds=min(settings.seeds, 16))
+    return replace(
+        settings, target_weights=weights, capacities=capacities, seeds=min(settings.seeds, 4 if quick else 8)
+    )
 
 
 def main(config: Config) -> None:

@@ -71,7 +71,9 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     student = dataset.sel(stage="student").drop_vars("stage")
     for name in ("target_recall", "bounded_recall", "target_mass"):
         summary[f"student_{name}"] = student[name].median("seed").transpose(*dims)
-    summary["half_mass_coefficient"] = student.half_mass_coefficient.median("seed").transpose(*dims)
+    # What holds for the student as a reference stands with the arm that was held to it.
+    held_to_student = dataset.half_mass_coefficient.sel(stage=BASELINE).drop_vars("stage")
+    summary["half_mass_coefficient"] = held_to_student.median("seed").transpose(*dims)
     return summary.assign_coords({name: dataset[name] for name in (*dims, "stage")})
 
 
@@ -285,12 +287,13 @@ def draw_plane(summary: xr.Dataset, alignment: AlignmentSettings, *paths: Path) 
             squeeze=False,
             layout="constrained",
         )
+        for axis, (_, title, _, _) in zip(axes[0], _PANELS, strict=True):
+            axis.set_title(title, loc="left")
         for row, kl_coef in zip(axes, summary.kl_coef.values, strict=True):
             one = summary.sel(kl_coef=kl_coef)
-            for axis, (name, title, colours, limits) in zip(row, _PANELS, strict=True):
+            for axis, (name, _, colours, limits) in zip(row, _PANELS, strict=True):
                 image = _plane(axis, one[name], colours, limits)
                 _boundaries(axis, one, alignment, float(kl_coef))
-                axis.set_title(title if row is axes[0] else "", loc="left")
                 figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
             _marks(row[-1], one)
             row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
@@ -374,11 +377,14 @@ def _legend() -> list[Line2D]:
 # --- Figure 2: the critical mass -------------------------------------------------------------------------------------
 
 
-def draw_critical_mass(by_coefficient: Mapping[float, tuple[References, CriticalMass]], *paths: Path) -> None:
+def draw_critical_mass(
+    by_coefficient: Mapping[float, tuple[References, CriticalMass]], alignment: AlignmentSettings, *paths: Path
+) -> None:
     """Draw recovery against the reference's measured target mass, and against the exact Gibbs log-odds.
 
     Args:
       by_coefficient: by KL coefficient, from `references` and `critical_mass`.
+      alignment: gives n and T of the sampling boundaries.
       paths: files to write; their endings choose the formats.
     """
     with plt.rc_context(STYLE):
@@ -396,11 +402,13 @@ def draw_critical_mass(by_coefficient: Mapping[float, tuple[References, Critical
             upper.set_xlabel("log₁₀ of the reference's measured target mass m")
             if math.isfinite(found.gibbs_mass):
                 upper.axvline(math.log10(found.gibbs_mass), color="black", ls="--", lw=1.2)
+            upper.axvline(-math.log10(alignment.batch_size), color="#009E73", ls="-.", lw=1.2)
+            upper.axvline(-math.log10(alignment.batch_size * alignment.num_steps), color="#009E73", ls=":", lw=1.2)
             _curve(lower, np.clip(points.log_odds, -60, 60), points, found.by_log_odds)
             lower.axvline(0.0, color="black", ls="--", lw=1.2)
             lower.set_xlabel("log-odds of the target under the reference's Gibbs policy (nat)")
         for row in axes:
-            row[0].set_ylabel("target mass after alignment; probability of recovery")
+            row[0].set_ylabel("target mass after alignment (points),\nprobability of recovery (curve)")
         points = {"ls": "", "ms": 4, "mew": 0}
         figure.legend(
             handles=[
@@ -408,7 +416,9 @@ def draw_critical_mass(by_coefficient: Mapping[float, tuple[References, Critical
                 Line2D([], [], color=COLOURS["align_kd"], marker="^", label="reference: base", **points),
                 Line2D([], [], color="black", lw=1.6, label="penalised logistic curve, 95 % band (seeds as clusters)"),
                 Line2D([], [], color="#CC79A7", lw=1.6, label="critical mass with its 95 % interval"),
-                Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction"),
+                Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction (β_c = β)"),
+                Line2D([], [], color="#009E73", ls="-.", lw=1.2, label="n·m = 1: a hit is expected in the first step"),
+                Line2D([], [], color="#009E73", ls=":", lw=1.2, label="n·T·m = 1: a hit is expected at all"),
             ],
             loc="outside lower center",
             ncols=3,
@@ -653,7 +663,7 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
     for kl_coef in dataset.kl_coef.values:
         runs = references(points, kl_coef)
         found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
-    draw_critical_mass(found, *(folder / f"critical_mass.{ending}" for ending in ("png", "pdf")))
+    draw_critical_mass(found, alignment, *(folder / f"critical_mass.{ending}" for ending in ("png", "pdf")))
     told += ["", verdict(summary)]
     told.append("An alignment recovers in half of the runs " + "; ".join(str(one) for _, one in found.values()) + ".")
     return told

@@ -69,6 +69,25 @@ def leaves_equal(first, second):
     )
 
 
+def test_one_program_for_a_seed_makes_what_its_parts_make(prepared, measured):
+    @jax.jit
+    def run(key, target_weight, capacity, points, coefficients):
+        truth = with_target_weight(TRUTH, target_weight)
+        return laboratory.run_seed(key, truth, capacity, points, coefficients, GRID, settings())
+
+    outcome = run(jax.random.key(0), jnp.float32(0.1), jnp.int32(3), POINTS, COEFFICIENTS)
+    together = laboratory.by_stage(outcome.measured, laboratory.every_model(settings()), POINTS)
+    assert set(together) == {"base", "student", *measured}
+    for name, apart in {**prepared[1], **measured}.items():
+        for quantity in ("target_mass", "reward", "bounded_recall", "kl_to_base"):
+            got, expected = (np.asarray(getattr(one[name].metrics, quantity)) for one in (together, {name: apart}))
+            np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3, err_msg=f"{name} {quantity}")
+    np.testing.assert_allclose(outcome.log_likelihood, prepared[0].log_likelihood, rtol=1e-5)
+    for reference in ("base", "student"):
+        got, expected = outcome.optima[reference], prepared[0].optima[reference]
+        np.testing.assert_allclose(got.gibbs.objective, expected.gibbs.objective, rtol=1e-3, atol=1e-3)
+
+
 # --- what is made ----------------------------------------------------------------------------------------------------
 
 
