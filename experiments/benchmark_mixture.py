@@ -36,38 +36,87 @@ class Benchmark:
         checks.numbers("--batch-sizes", self.batch_sizes, least=1)
 
 
-def reference_run(key, truth, grid):
-    """One run of the reference workload; returns the metrics of its five models."""
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one run; the defaults are the reference workload."""
+
+    components: int = 8
+    """Components of the base and of every student."""
+    points: int = 2048
+    """Points that each of the three EM fits is given."""
+    iterations: int = 60
+    """Iterations of each EM fit."""
+    steps: int = 400
+    """Policy-gradient updates of each of the two alignments."""
+    samples: int = 256
+    """Draws in an update."""
+    grid: int = 121
+    """Points along each side of the grid on which five models are measured."""
+
+    def __post_init__(self):
+        from jaxkd import checks
+
+        for name, least in (("components", 1), ("points", 2), ("iterations", 1), ("steps", 1), ("samples", 4)):
+            checks.whole(f"--workload.{name}", getattr(self, name), least=least)
+        checks.whole("--workload.grid", self.grid, least=2)
+        if self.samples % 2:
+            raise ValueError(f"--workload.samples must be even; got {self.samples}")
+
+
+LEARNING_RATE = 0.03
+KL_COEF = 1.0
+TEMPERATURE = 0.25
+COVARIANCE_FLOOR = 1e-4
+
+
+def make_problem(workload: Workload):
+    """What all runs share: the truth and its grid."""
+    from jaxkd import metrics
+    from jaxkd.truth import make_truth
+
+    truth = make_truth()
+    return truth, metrics.make_grid(truth, points=workload.grid)
+
+
+def run_of(workload: Workload):
+    """One run of a workload as a pure function `(key, truth, grid) -> Metrics` of five models, [5] each."""
     import jax
     import jax.numpy as jnp
 
     from jaxkd import align, distill, metrics, mixture, rewards
 
-    data_key, fit_key, align_key, bench_key = jax.random.split(key, 4)
-    reward = rewards.target_density(truth.target)
-    settings = align.AlignmentSettings(algorithm="reinforce", num_updates=400, batch_size=256)
+    settings = align.AlignmentSettings(algorithm="reinforce", num_updates=workload.steps, batch_size=workload.samples)
 
     def fit(key, x):
-        return mixture.fit(key, x, 8, starts=1, iterations=60, covariance_floor=1e-4).mixture
+        fitted = mixture.fit(
+            key, x, workload.components, starts=1, iterations=workload.iterations, covariance_floor=COVARIANCE_FLOOR
+        )
+        return fitted.mixture
 
-    def distilled(teacher, temperature):
-        return distill.sequence_level(mixture.policy, fit_key, teacher, temperature, 2048, fit)
+    def run(key, truth, grid):
+        data_key, fit_key, align_key, bench_key = jax.random.split(key, 4)
+        reward = rewards.target_density(truth.target)
 
-    def aligned(model):
-        coefficients = align.Coefficients(learning_rate=0.03, kl_coef=1.0)
-        return align.align(mixture.policy, align_key, model, model, reward, coefficients, settings)[0]
+        def distilled(teacher, temperature):
+            return distill.sequence_level(mixture.policy, fit_key, teacher, temperature, workload.points, fit)
 
-    base = fit(fit_key, mixture.sample(truth.modes, data_key, 2048))
-    student = distilled(base, 0.25)
-    # Both alignments and all measurements are stacked, as the laboratory does it.
-    pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student)
-    both = jax.vmap(aligned)(pair)
-    aligned_base = jax.tree.map(lambda leaf: leaf[0], both)
-    kd_align = jax.tree.map(lambda leaf: leaf[1], both)
-    align_kd = distilled(aligned_base, 1.0)
-    bench = metrics.make_bench(bench_key, truth, base, reward, grid, num_draws=16)
-    models = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student, aligned_base, kd_align, align_kd)
-    return jax.lax.map(lambda model: metrics.quadrature(bench, model, base, 1.0)[0], models)
+        def aligned(model):
+            coefficients = align.Coefficients(learning_rate=LEARNING_RATE, kl_coef=KL_COEF)
+            return align.align(mixture.policy, align_key, model, model, reward, coefficients, settings)[0]
+
+        base = fit(fit_key, mixture.sample(truth.modes, data_key, workload.points))
+        student = distilled(base, TEMPERATURE)
+        # Both alignments and all measurements are stacked, as the laboratory does it.
+        pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student)
+        both = jax.vmap(aligned)(pair)
+        aligned_base = jax.tree.map(lambda leaf: leaf[0], both)
+        kd_align = jax.tree.map(lambda leaf: leaf[1], both)
+        align_kd = distilled(aligned_base, 1.0)
+        bench = metrics.make_bench(bench_key, truth, base, reward, grid, num_draws=16)
+        models = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student, aligned_base, kd_align, align_kd)
+        return jax.lax.map(lambda model: metrics.quadrature(bench, model, base, KL_COEF)[0], models)
+
+    return run
 
 
 def timed(call, repetitions: int, runs: int) -> dict:
@@ -86,11 +135,8 @@ def main(benchmark: Benchmark) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxkd import metrics
-    from jaxkd.truth import make_truth
-
-    truth = make_truth()
-    grid = metrics.make_grid(truth)
+    truth, grid = make_problem(Workload())
+    reference_run = run_of(Workload())
     keys = jax.vmap(jax.random.key)(jnp.arange(max(benchmark.runs, benchmark.loop_runs)))
 
     begin = time.perf_counter()
