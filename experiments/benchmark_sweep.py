@@ -297,6 +297,15 @@ def measure_growth(benchmark: Benchmark, chunk: int, devices: int, tell) -> dict
     return growth
 
 
+def count_steps(benchmark: Benchmark, counts: tuple[int, ...]) -> int:
+    """How often progress is told: once a form that is made, and once a repetition of it."""
+    forms = len(counts) * len(benchmark.chunks) + 2
+    timed = forms - 1 if benchmark.torch_runs == 0 or importlib.util.find_spec("torch") is None else forms
+    # The largest size of the three other axes is the smallest number of runs.
+    growth = 0 if not benchmark.growth else 2 if benchmark.quick else len(FACTORS) + 3 * (len(FACTORS) - 1)
+    return forms + growth + benchmark.repetitions * (timed + growth)
+
+
 def measure(benchmark: Benchmark) -> dict:
     """Everything, as plain JSON."""
     from tqdm import tqdm
@@ -307,10 +316,10 @@ def measure(benchmark: Benchmark) -> dict:
     counts = device_counts(benchmark)
     configuration = json.loads(json.dumps(asdict(benchmark), default=str))
     results = {"provenance": store.provenance(configuration), "cores": len(os.sched_getaffinity(0)), "growth": {}}
-    with tqdm(desc="benchmark_sweep", unit=" timings", file=sys.stderr, smoothing=0) as bar:
+    with tqdm(desc="benchmark_sweep", total=count_steps(benchmark, counts), unit="step", file=sys.stderr) as bar:
 
         def tell(what):
-            bar.set_postfix_str(what)
+            bar.set_postfix_str(what, refresh=False)
             bar.update()
 
         results |= measure_forms(benchmark, counts, tell)

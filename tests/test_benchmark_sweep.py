@@ -148,7 +148,9 @@ def test_a_benchmark_ends_in_json_figure_and_ratios(script, tiny, tmp_path, caps
         runs=4, chunks=(1, 2), devices=(2,), loop_runs=2, repetitions=2, growth=False, workload=tiny, out=tmp_path / "o"
     )
     bench.main(settings)
-    told = capsys.readouterr().out
+    told, progress = capsys.readouterr()
+    steps = bench.count_steps(settings, (2,))
+    assert f"{steps}/{steps}" in progress.splitlines()[-1]
     assert "PyTorch is not installed" in told
     assert "times the runs a second of the jitted loop" in told
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
