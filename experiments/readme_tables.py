@@ -141,7 +141,12 @@ def learning_rates() -> str:
     return _table(["algorithm", *rates], body)
 
 
-_MADE = (sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
+def plane() -> str:
+    """What `experiments/phase_diagram.py` said of the plane: its table and the sentences under it."""
+    return f"```\n{(ROOT / 'figures' / 'plane.txt').read_text().rstrip()}\n```"
+
+
+_MADE = (plane, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
 TABLES = {function.__name__: function for function in _MADE}
 
 

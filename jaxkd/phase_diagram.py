@@ -612,7 +612,7 @@ def _arm_handles(arms, summary, view: View) -> list[Line2D]:
 
 
 def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
-    """Draw all figures of a finished sweep into a folder, write its table and say what it means.
+    """Draw all figures of a finished sweep into a folder, write its table (CSV, text) and say what it means.
 
     Args:
       stores: "sweep", and for the plane "more_weights", opened.
@@ -643,6 +643,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
         ]
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
+    (folder / f"{preset}.txt").write_text("\n".join(told) + "\n")
     names = sorted(path.name for path in folder.iterdir() if not path.name.endswith((".old", ".partial")))
     return "\n".join([*told, f"Wrote {', '.join(names)} to {folder}"])
 

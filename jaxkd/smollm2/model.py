@@ -13,6 +13,7 @@ keep an axis (K, or F) along which tensor parallelism can cut them without separ
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -228,6 +229,7 @@ class Model:
     unroll: bool = False
     remat: Remat = "none"
 
+    @partial(jax.jit, static_argnums=0)
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, a nested dict of arrays."""
         rngs = nnx.Rngs(params=key)

@@ -4,18 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
-from jaxkd.smollm2 import generate, policy
+from jaxkd.smollm2 import generate
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.generate import Sampling
-from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.model import Model, make_model
+
+logits = jax.jit(Model.logits, static_argnums=0)
 
 
 @cache
 def _model(**changes):
-    model = make_model(Config.tiny(**({"eos_ids": ()} | changes)))
-    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, model.init(jax.random.key(0)))
-    return model, params | {"embedding": params["embedding"] * 5}
+    model = make_model(Config.tiny(**({"eos_ids": (), "num_layers": 2} | changes)))
+    return model, random_params(model, embedding=0.1)
 
 
 PROMPTS = np.asarray([[5, 6, 7, 8], [9, 10, 0, 0]])
@@ -32,27 +34,30 @@ def test_greedy_is_the_likeliest_token_of_the_whole_text():
     drawn = _generate(model, params, temperature=0)
     for row, length in enumerate(MASK.sum(axis=1)):
         text = np.concatenate([PROMPTS[row, :length], drawn.tokens[row]])
-        logits = model.logits(params, jnp.asarray(text)[None])[0, length - 1 : -1]
-        np.testing.assert_array_equal(drawn.tokens[row], logits.argmax(axis=-1))
+        # One shape for both rows; what follows the text is not seen.
+        padded = np.pad(text, (0, 14 - len(text)))
+        following = logits(model, params, padded[None])[0, length - 1 : len(text) - 1]
+        np.testing.assert_array_equal(drawn.tokens[row], following.argmax(axis=-1))
 
 
 def test_log_probs_are_the_policys_at_temperature_one():
     model, params = _model()
     drawn = _generate(model, params, temperature=0.5, top_k=20, top_p=0.9, min_p=0.01)
     tokens = jnp.concatenate([jnp.asarray(PROMPTS[:1]), drawn.tokens[:1]], axis=1)
-    np.testing.assert_allclose(policy.token_log_probs(model, params, tokens)[:, 3:], drawn.log_probs[:1], atol=1e-4)
+    expected = jax.nn.log_softmax(logits(model, params, tokens)[0, 3:-1])
+    expected = jnp.take_along_axis(expected, drawn.tokens[0][:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(drawn.log_probs[0], expected, atol=1e-4)
 
 
 def test_a_draw_depends_on_no_neighbour_and_no_padding():
     model, params = _model()
     together = _generate(model, params)
-    alone = _generate(model, params, PROMPTS[1:, :2], MASK[1:, :2], KEYS[1:])
-    left = _generate(model, params, np.roll(PROMPTS[1:], 2, axis=1), np.roll(MASK[1:], 2, axis=1), KEYS[1:])
-    wide = _generate(model, params, np.pad(PROMPTS, ((0, 0), (0, 20))), np.pad(MASK, ((0, 0), (0, 20))))
-    for other in (alone, left):
-        np.testing.assert_array_equal(other.tokens[0], together.tokens[1])
-        np.testing.assert_allclose(other.log_probs[0], together.log_probs[1], atol=1e-4)
-    np.testing.assert_array_equal(wide.tokens, together.tokens)
+    # Wide enough for a longer bucket, padded on the right, on the left and on both sides.
+    for padding in ((0, 18), (18, 0), (7, 11)):
+        prompt, mask = (np.pad(array[1:, :2], ((0, 0), padding)) for array in (PROMPTS, MASK))
+        alone = _generate(model, params, prompt, mask, KEYS[1:])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[1], atol=1e-4)
 
 
 def test_ends_when_all_have_and_masks_what_follows():
@@ -82,7 +87,7 @@ def test_settings_and_lengths_share_one_program():
 def _frequencies(logits, n=20000, **settings):
     sampling = generate.at_temperature(Sampling(**settings))
     uniforms = jax.random.uniform(jax.random.key(0), (n, 2))
-    tokens, _ = generate.draw(jnp.broadcast_to(logits, (n, logits.size)), uniforms, sampling)
+    tokens, _ = jax.jit(generate.draw)(jnp.broadcast_to(logits, (n, logits.size)), uniforms, sampling)
     return np.bincount(tokens, minlength=logits.size) / n
 
 
@@ -120,7 +125,7 @@ def test_tokens_tied_at_the_threshold_stay_together():
 def test_a_token_without_probability_is_never_drawn():
     weights = jnp.zeros((4, 300)).at[:, 130].set(1e-30)
     uniforms = jnp.asarray([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24], [0.0, 1 - 2**-24]], jnp.float32)
-    np.testing.assert_array_equal(generate._inverse_cdf(weights, uniforms), [130] * 4)
+    np.testing.assert_array_equal(jax.jit(generate._inverse_cdf)(weights, uniforms), [130] * 4)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from jaxkd.smollm2.config import Config
-from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.model import Model, make_model
+
+CONFIG = Config.tiny(num_layers=2)
+logits = jax.jit(Model.logits, static_argnums=0)
 
 
 @cache
 def _tiny(**changes):
-    model = make_model(Config.tiny(), **changes)
-    # Weights ten times as large as fresh ones, so that attention is not uniform.
-    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, model.init(jax.random.key(0)))
-    return model, params
+    model = make_model(CONFIG, **changes)
+    return model, random_params(model)
 
 
 def _tokens(b=2, t=12, seed=1):
@@ -39,11 +41,11 @@ def test_parameters_are_counted():
 def test_padding_on_either_side_changes_nothing():
     model, params = _tiny()
     tokens, length = _tokens(), 7
-    alone = model.logits(params, tokens[:, :length])
+    alone = logits(model, params, tokens[:, :length])
     ones, zeros = jnp.ones((2, length), bool), jnp.zeros((2, 5), bool)
-    right = model.logits(params, tokens, jnp.concatenate([ones, zeros], axis=1))[:, :length]
+    right = logits(model, params, tokens, jnp.concatenate([ones, zeros], axis=1))[:, :length]
     left_tokens = jnp.concatenate([tokens[:, length:], tokens[:, :length]], axis=1)
-    left = model.logits(params, left_tokens, jnp.concatenate([zeros, ones], axis=1))[:, 5:]
+    left = logits(model, params, left_tokens, jnp.concatenate([zeros, ones], axis=1))[:, 5:]
     np.testing.assert_allclose(right, alone, atol=2e-5)
     np.testing.assert_allclose(left, alone, atol=2e-5)
 
@@ -52,21 +54,21 @@ def test_no_position_sees_what_follows():
     model, params = _tiny()
     tokens = _tokens()
     changed = tokens.at[:, 8:].set((tokens[:, 8:] + 1) % 264)
-    before, after = model.logits(params, tokens), model.logits(params, changed)
+    before, after = logits(model, params, tokens), logits(model, params, changed)
     np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-5)
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-2
 
 
+@cache
+def _value_and_gradient(**changes):
+    _, params = _tiny()
+    model, tokens = make_model(CONFIG, **changes), _tokens()
+    return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.sin(model.logits(p, tokens)))))(params)
+
+
 @pytest.mark.parametrize("changes", [{"unroll": True}, {"remat": "layers"}, {"remat": "products"}])
 def test_forms_of_running_the_layers_agree(changes):
-    model, params = _tiny()
-    other = make_model(Config.tiny(), **changes)
-    tokens = _tokens()
-
-    def loss(model):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.sin(model.logits(p, tokens)))))(params)
-
-    (value, gradient), (other_value, other_gradient) = loss(model), loss(other)
+    (value, gradient), (other_value, other_gradient) = _value_and_gradient(), _value_and_gradient(**changes)
     np.testing.assert_allclose(value, other_value, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, other_gradient)
 
@@ -82,13 +84,13 @@ def test_the_products_written_gradient_is_automatic_differentiations():
     def plain(x, kernel):
         return jnp.sin(jnp.einsum("bti,igo->btgo", x, kernel)).sum()
 
-    ours, plain = (jax.grad(f, argnums=(0, 1))(x, kernel) for f in (ours, plain))
+    ours, plain = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
 
 
 def test_tied_embeddings_get_gradients_from_both_ends():
     model, params = _tiny()
-    gradient = jax.grad(lambda p: model.logits(p, jnp.zeros((1, 2), jnp.int32))[0, -1, 5])(params)
+    gradient = jax.jit(jax.grad(lambda p: model.logits(p, jnp.zeros((1, 2), jnp.int32))[0, -1, 5]))(params)
     # Token 0 was read, token 5 was scored.
     assert np.abs(gradient["embedding"][0]).max() > 0 and np.abs(gradient["embedding"][5]).max() > 0
     assert "head" not in params
@@ -96,7 +98,8 @@ def test_tied_embeddings_get_gradients_from_both_ends():
 
 def test_bfloat16_computes_nearly_the_same_in_float32():
     model, params = _tiny()
-    low, exact = _tiny(compute_dtype="bfloat16")[0].logits(params, _tokens()), model.logits(params, _tokens())
+    low = logits(make_model(CONFIG, compute_dtype="bfloat16"), params, _tokens())
+    exact = logits(model, params, _tokens())
     assert low.dtype == jnp.float32
     assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
 
@@ -104,7 +107,7 @@ def test_bfloat16_computes_nearly_the_same_in_float32():
 def test_parameters_may_be_bfloat16():
     model, params = _tiny()
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    gradient = jax.grad(lambda p: model.logits(p, _tokens()).mean())(low)
+    gradient = jax.eval_shape(jax.grad(lambda p: model.logits(p, _tokens()).mean()), low)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
 
 

@@ -1,9 +1,10 @@
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from jaxkd.losses import divergence as naive
 from jaxkd.smollm2 import policy
@@ -21,8 +22,7 @@ def small_blocks(monkeypatch):
 @cache
 def _model(seed=0, tied=True):
     model = make_model(Config.tiny(num_layers=1, tie_embeddings=tied))
-    params = jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, model.init(jax.random.key(seed)))
-    return model, params
+    return model, random_params(model, seed, embedding=0.2)
 
 
 TOKENS = jax.random.randint(jax.random.key(3), (3, 9), 0, 264)
@@ -40,15 +40,16 @@ def _naive_log_probs(model, params):
 def test_streamed_log_probs_and_gradient_are_the_naive_ones(tied):
     model, params = _model(tied=tied)
 
-    def value_and_gradient(log_probs):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(WEIGHTS * log_probs(p))))(params)
+    def with_gradient(log_probs):
+        def loss(params):
+            values = log_probs(params)
+            return jnp.sum(WEIGHTS * values), values
 
-    ours = value_and_gradient(lambda p: policy.token_log_probs(model, p, TOKENS, MASK))
-    plain = value_and_gradient(lambda p: _naive_log_probs(model, p))
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    ours = with_gradient(lambda p: policy.token_log_probs(model, p, TOKENS, MASK))
+    plain = with_gradient(lambda p: _naive_log_probs(model, p))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, plain)
-    np.testing.assert_allclose(
-        policy.token_log_probs(model, params, TOKENS, MASK), _naive_log_probs(model, params), atol=1e-4
-    )
 
 
 def _naive_divergence(name, coefficient, log_p, log_q):
@@ -57,45 +58,75 @@ def _naive_divergence(name, coefficient, log_p, log_q):
     return function(log_p, log_q, *extra)
 
 
+def _naive_comparison(name, coefficient, logits, taught, targets):
+    """`Comparison` from whole logits [n, V]."""
+    log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(taught)
+    picked = [jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (log_q, log_p)]
+    normalizers = [jax.nn.logsumexp(x, axis=-1) for x in (logits, taught)]
+    divergence = _naive_divergence(name, coefficient, log_p, log_q)
+    return policy.Comparison(divergence, picked[0], normalizers[0], picked[1], normalizers[1])
+
+
+def _weighed(fields, weights):
+    """A number that all fields with a gradient enter."""
+    return jnp.sum(weights * (fields.divergence + 0.5 * fields.log_prob + 0.1 * fields.log_normalizer))
+
+
+def _close(a, b):
+    np.testing.assert_allclose(a, b, rtol=3e-4, atol=3e-4)
+
+
 @pytest.mark.parametrize(
-    ("name", "coefficient"),
+    ("name", "coefficients"),
     [
-        ("forward_kl", 0.5),
-        ("reverse_kl", 0.5),
-        ("generalized_jensen_shannon", 0.3),
-        ("generalized_jensen_shannon", 0.0),
-        ("skew_kl", 0.1),
-        ("skew_kl", 0.0),
-        ("skew_reverse_kl", 0.1),
+        ("forward_kl", [0.5]),
+        ("reverse_kl", [0.5]),
+        ("generalized_jensen_shannon", [0.3, 0.0]),
+        ("skew_kl", [0.1, 0.0]),
+        ("skew_reverse_kl", [0.1]),
     ],
 )
-def test_streamed_comparison_and_gradient_are_the_naive_ones(name, coefficient):
+def test_streamed_divergences_and_gradients_are_the_naive_ones(name, coefficients):
+    keys = jax.random.split(jax.random.key(5), 4)
+    n, d, v = 19, 6, 264
+    hidden, head, taught, teacher_head = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, [(n, d), (v, d)] * 2, strict=True)
+    )
+    targets, weights = jnp.arange(n, dtype=jnp.int32) * 13, jnp.cos(jnp.arange(n, dtype=jnp.float32))
+    dtypes = (jnp.dtype("float32"),) * 2
+
+    def ours(hidden, head, coefficient):
+        fields = policy.Comparison(
+            *policy.compare_hidden(hidden, head, taught, teacher_head, targets, coefficient, name, dtypes)
+        )
+        return _weighed(fields, weights), fields
+
+    def plain(hidden, head, coefficient):
+        fields = _naive_comparison(name, coefficient, hidden @ head.T, taught @ teacher_head.T, targets)
+        return _weighed(fields, weights), fields
+
+    ours, plain = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True)) for f in (ours, plain))
+    for coefficient in coefficients:
+        jax.tree.map(_close, ours(hidden, head, jnp.float32(coefficient)), plain(hidden, head, coefficient))
+
+
+def test_models_are_compared_as_their_logits_are():
     model, params = _model()
     teacher, teacher_params = _model(seed=7)
     counted = MASK[:, 1:] & MASK[:, :-1]
 
     def ours(p):
-        fields = policy.compare(
-            model, p, teacher, teacher_params, TOKENS, MASK, divergence=name, coefficient=coefficient
-        )
-        return jnp.sum(WEIGHTS * (fields.divergence + 0.5 * fields.log_prob + 0.1 * fields.log_normalizer)), fields
+        fields = policy.compare(model, p, teacher, teacher_params, TOKENS, MASK, divergence="skew_kl", coefficient=0.1)
+        return _weighed(fields, WEIGHTS), fields
 
     def plain(p):
-        logits, taught = (m.logits(q, TOKENS, MASK)[:, :-1] for m, q in ((model, p), (teacher, teacher_params)))
-        log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(taught)
-        picked = [jnp.take_along_axis(x, TOKENS[:, 1:, None], axis=-1)[..., 0] for x in (log_q, log_p)]
-        fields = policy.Comparison(
-            _naive_divergence(name, coefficient, log_p, log_q),
-            picked[0],
-            jax.nn.logsumexp(logits, axis=-1),
-            picked[1],
-            jax.nn.logsumexp(taught, axis=-1),
-        )
-        fields = policy.Comparison(*(jnp.where(counted, field, 0.0) for field in fields))
-        return jnp.sum(WEIGHTS * (fields.divergence + 0.5 * fields.log_prob + 0.1 * fields.log_normalizer)), fields
+        flat = [m.logits(q, TOKENS, MASK)[:, :-1].reshape(-1, 264) for m, q in ((model, p), (teacher, teacher_params))]
+        fields = _naive_comparison("skew_kl", 0.1, *flat, TOKENS[:, 1:].reshape(-1))
+        fields = policy.Comparison(*(jnp.where(counted, field.reshape(counted.shape), 0.0) for field in fields))
+        return _weighed(fields, WEIGHTS), fields
 
     (results, plain_results) = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (ours, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-4, atol=3e-4), results, plain_results)
+    jax.tree.map(_close, results, plain_results)
 
 
 def test_nothing_of_the_size_of_all_logits_is_made():
@@ -110,38 +141,46 @@ def test_nothing_of_the_size_of_all_logits_is_made():
 
 
 def test_every_divergence_from_itself_is_zero():
-    model, params = _model()
-    for name in policy.DIVERGENCES:
-        fields = policy.compare(model, params, model, params, TOKENS, MASK, divergence=name, coefficient=0.4)
-        np.testing.assert_allclose(fields.divergence, 0.0, atol=1e-5)
+    hidden, head = (jax.random.normal(jax.random.key(i), (n, 6)) for i, n in enumerate((19, 264)))
+    targets, dtypes = jnp.zeros((19,), jnp.int32), (jnp.dtype("float32"),) * 2
+
+    @jax.jit
+    def divergences(hidden, head):
+        compared = partial(policy.compare_hidden, hidden, head, hidden, head, targets, jnp.float32(0.4))
+        return [compared(name, dtypes)[0] for name in policy.DIVERGENCES]
+
+    for divergence in divergences(hidden, head):
+        np.testing.assert_allclose(divergence, 0.0, atol=1e-5)
 
 
 def test_as_a_policy():
     model, params = _model()
     prompts, mask = np.asarray([[5, 6, 7], [0, 8, 9]]), np.asarray([[True] * 3, [False, True, True]])
     ours = policy.make_policy(model, prompts, mask, max_new_tokens=6)
-    few, many = (ours.sample(params, jax.random.key(2), n, 1.0) for n in (2, 5))
+    sample = jax.jit(ours.sample, static_argnums=2)
+    few, many = (sample(params, jax.random.key(2), n, 1.0) for n in (2, 5))
     assert many.tokens.shape == (5, 9)
     np.testing.assert_array_equal(few.tokens, many.tokens[:2])
-    log_probs = ours.log_prob(params, many)
+    log_probs = jax.jit(ours.log_prob)(params, many)
     assert log_probs.shape == (5, 8)
     assert not log_probs[~many.completion_mask[:, 1:]].any()
     np.testing.assert_array_equal(ours.num_steps(many), many.completion_mask.sum(axis=1))
-    assert ours.sequence_log_prob(params, many).shape == (5,)
+    assert jax.eval_shape(ours.sequence_log_prob, params, many).shape == (5,)
 
 
 def test_samples_at_a_traced_temperature():
     model, params = _model()
     ours = policy.make_policy(model, [[5]], [[True]], max_new_tokens=4)
-    drawn = jax.jit(lambda t: ours.sample(params, jax.random.key(0), 3, t).tokens)(jnp.float32(0.7))
-    np.testing.assert_array_equal(drawn, ours.sample(params, jax.random.key(0), 3, 0.7).tokens)
+    sample = jax.jit(lambda t: ours.sample(params, jax.random.key(0), 3, t).tokens)
+    np.testing.assert_array_equal(sample(jnp.float32(0.7)), ours.sample(params, jax.random.key(0), 3, 0.7).tokens)
+    assert (sample(jnp.float32(1e-4)) != sample(jnp.float32(50.0))).any()
 
 
 def test_refuses():
     model, params = _model()
     other = make_model(Config.tiny(vocab_size=300))
     with pytest.raises(ValueError, match="264 and 300"):
-        policy.compare(model, params, other, other.init(jax.random.key(0)), TOKENS)
+        policy.compare(model, params, other, random_params(other), TOKENS)
     with pytest.raises(ValueError, match="divergence must be one of"):
         policy.compare(model, params, model, params, TOKENS, divergence="total_variation")
     with pytest.raises(ValueError, match="coefficient"):
