@@ -30,6 +30,8 @@ def run(monkeypatch, capsys):
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        # Messages are boxed: at the width of a terminal a long path would break them anywhere.
+        monkeypatch.setenv("COLUMNS", "400")
         code = 0
         try:
             runpy.run_path(str(script), run_name="__main__")
