@@ -29,7 +29,7 @@ from jaxkd.sweep import engine, hosts
 LARGEST_CAPACITY = 8
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.1)
 BOTH_ORDERS = ("kd_align", "align_kd", "align_kd_sharpened")
-STATIC_AXES = ("algorithm", "reward", "num_targets", "base_samples", "starts", "match_component_evaluations")
+STATIC_AXES = ("algorithm", "reward_name", "num_targets", "base_samples", "starts", "match_component_evaluations")
 TRACED_AXES = ("target_weight", "label_noise", "capacity")
 ALWAYS_AXES = ("algorithm", "target_weight", "capacity")
 
@@ -209,7 +209,7 @@ def axes_of(settings: Settings) -> dict[str, tuple]:
     """Values by axis: those that always are dimensions of the store, and those that hold several values."""
     return {
         "algorithm": settings.algorithms,
-        "reward": settings.rewards,
+        "reward_name": settings.rewards,
         "num_targets": settings.num_targets,
         "base_samples": settings.base_samples,
         "starts": settings.starts,
@@ -251,7 +251,7 @@ def function_of(settings: Settings):
         chosen = laboratory.LaboratorySettings(
             alignment=AlignmentSettings(algorithm=own["algorithm"], num_updates=settings.steps),
             arms=settings.arms,
-            reward=own["reward"],
+            reward=own["reward_name"],
             student_components=student_components,
             num_samples=own["base_samples"],
             distillation_samples=2048,

@@ -473,7 +473,7 @@ VIEWS = {
     "target-weight": View("target_weight", "weight of the target in p*", logarithmic=True),
     "base-data": View("base_samples", "points that the base was fitted to", logarithmic=True, also=("base_failed",)),
     "base-em": View("temperature", "distillation temperature τ", styles="starts"),
-    "reward": View("reward", "reward"),
+    "reward": View("reward_name", "reward"),
     "cost": View("capacity", "capacity K of the student", styles="match_component_evaluations"),
 }
 

@@ -147,7 +147,7 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
         "target-weight": {"target_weight": [0.01, 0.03, 0.3]},
         "base-data": {"base_samples": [64, 1024]},
         "base-em": {"starts": [1, 10]},
-        "reward": {"reward": ["density", "disc"]},
+        "reward": {"reward_name": ["density", "disc"]},
         "cost": {"match_component_evaluations": [False, True]},
     }.get(preset, {})
     dataset = finished(**axes)
