@@ -138,6 +138,7 @@ def settings_of(config: Config, algorithm: str):
         student_components=config.capacity,
         starts=config.starts,
         match_component_evaluations=config.match_component_evaluations,
+        uniform_padding=config.seeds <= QUICK_SEEDS,
     )
 
 

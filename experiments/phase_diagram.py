@@ -17,7 +17,6 @@ two sentences, and figures that `experiments/replot.py` redraws from the store a
 Several hosts share the work when the same command runs on each (SLURM, GKE and TPU pods are found by jax itself).
 """
 
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ LARGEST_CAPACITY = 8
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.1)
 BOTH_ORDERS = ("kd_align", "align_kd", "align_kd_sharpened")
 STATIC_AXES = ("algorithm", "reward_name", "num_targets", "base_samples", "starts", "match_component_evaluations")
-TRACED_AXES = ("target_weight", "label_noise", "capacity")
 ALWAYS_AXES = ("algorithm", "target_weight", "capacity")
 
 
@@ -55,29 +53,25 @@ class Settings:
     steps: int = 400
 
 
-PLANE = Settings(capacities=(1, 2, 3, 4, 5, 6, 7, 8), temperatures=TEMPERATURES)
-
 PRESETS = {
-    "plane": PLANE,
+    "plane": Settings(capacities=(1, 2, 3, 4, 5, 6, 7, 8), temperatures=TEMPERATURES),
     "noise": Settings(
         algorithms=("online_dpo", "offline_dpo_data"),
         label_noise=(0.0, 0.1, 0.2, 0.3, 0.4),
         arms=("kd_align", "align_kd"),
-        seeds=32,
     ),
-    "two-targets": Settings(num_targets=(1, 2), temperatures=TEMPERATURES, seeds=32),
+    "two-targets": Settings(num_targets=(1, 2), temperatures=TEMPERATURES),
     "rescue": Settings(
         capacities=(8,),
         temperatures=(1.0, 0.8, 0.6, 0.5, 0.35, 0.25),
         kl_coefs=(0.1, 0.3, 1.0),
         arms=("kd_align", "align_kd", "kd_align_anchored", "base_start_student_reference"),
-        seeds=32,
     ),
-    "target-weight": Settings(target_weights=(0.003, 0.01, 0.03, 0.1, 0.3), seeds=32),
-    "base-data": Settings(base_samples=(64, 256, 1024, 4096, 16384), seeds=32),
+    "target-weight": Settings(target_weights=(0.003, 0.01, 0.03, 0.1, 0.3)),
+    "base-data": Settings(base_samples=(64, 256, 1024, 4096, 16384)),
     "base-em": Settings(starts=(1, 10), temperatures=TEMPERATURES, seeds=64),
-    "reward": Settings(rewards=("density", "bump", "disc", "reflected", "clipped"), seeds=32),
-    "cost": Settings(match_component_evaluations=(False, True), capacities=(2, 4, 6, 8), seeds=32),
+    "reward": Settings(rewards=("density", "bump", "disc", "reflected", "clipped")),
+    "cost": Settings(match_component_evaluations=(False, True), capacities=(2, 4, 6, 8)),
 }
 
 QUICK = {
@@ -206,7 +200,7 @@ def check(settings: Settings) -> None:
 
 
 def axes_of(settings: Settings) -> dict[str, tuple]:
-    """Values by axis: those that always are dimensions of the store, and those that hold several values."""
+    """Values by axis; those of one value are no dimensions of the store, but for `ALWAYS_AXES`."""
     return {
         "algorithm": settings.algorithms,
         "reward_name": settings.rewards,
@@ -230,19 +224,17 @@ def grid_of(settings: Settings):
     values = axes_of(settings)
     axes = {name: value for name, value in values.items() if len(value) > 1 or name in ALWAYS_AXES}
     static = [name for name in STATIC_AXES if name in axes]
-    wide = [capacity for capacity in settings.capacities if capacity > LARGEST_CAPACITY // 2]
-    apart = wide and len(wide) < len(settings.capacities) and len(settings.capacities) % 2 == 0
-    per_block = {"capacity": len(settings.capacities) // 2 if apart and len(settings.capacities) > 2 else 8}
+    per_block = {"capacity": LARGEST_CAPACITY // 2}
     return Grid(axes, range(settings.seeds), static=static, per_block=per_block, runs_per_block=32)
 
 
-def function_of(settings: Settings):
+def function_of(settings: Settings, quick: bool):
     """One run, and the static keywords of a block that are no axes."""
     from jaxkd import laboratory
     from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients
     from jaxkd.truth import with_target_weight
 
-    fixed = {name: value[0] for name, value in axes_of(settings).items() if name in STATIC_AXES + TRACED_AXES}
+    fixed = {name: value[0] for name, value in axes_of(settings).items()}
 
     def run(key, hyperparameters, truths, points, grid, *, student_components, **static):
         import jax.numpy as jnp
@@ -258,6 +250,7 @@ def function_of(settings: Settings):
             starts=own["starts"],
             distillation_starts=settings.distillation_starts,
             match_component_evaluations=own["match_component_evaluations"],
+            uniform_padding=quick,
         )
         rate = ALGORITHMS[own["algorithm"]].learning_rate
         coefficients = Coefficients(learning_rate=rate, flip_rate=own["label_noise"])
@@ -285,7 +278,7 @@ def sweep(config: Config, settings: Settings, name: str):
     from jaxkd.sweep.engine import run_sweep
     from jaxkd.truth import make_truth
 
-    run, of_block = function_of(settings)
+    run, of_block = function_of(settings, config.quick)
     names = laboratory.every_model(laboratory.LaboratorySettings(arms=settings.arms))
     truths = {count: make_truth(num_targets=count) for count in settings.num_targets}
     points = laboratory.Points(jnp.asarray(settings.temperatures), jnp.asarray(settings.kl_coefs))
@@ -297,7 +290,7 @@ def sweep(config: Config, settings: Settings, name: str):
         shared=(truths, points, metrics.make_grid(next(iter(truths.values())))),
         settings=of_block,
         finish=lambda outcome, block: results.of_runs(
-            outcome, names, settings.temperatures, settings.kl_coefs, block.static.get("algorithm")
+            outcome, names, settings.temperatures, settings.kl_coefs, block.static["algorithm"]
         ),
         labels=results.labels(),
         coordinates={"temperature": settings.temperatures, "kl_coef": settings.kl_coefs, "stage": names},
@@ -306,6 +299,7 @@ def sweep(config: Config, settings: Settings, name: str):
         devices=config.devices,
         overwrite=config.overwrite,
         compile_cache=config.compile_cache,
+        quick_compile=config.quick,
     )
 
 
@@ -340,7 +334,7 @@ def main(config: Config) -> None:
     print("\n".join(map(str, reports)))
     stores = {path.stem: xr.open_zarr(path) for path in sorted(config.folder.glob("*.zarr"))}
     print(phase_diagram.report(stores, config.folder))
-    print(f"in {time.perf_counter() - begin:.0f} s", file=sys.stdout)
+    print(f"in {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Figures, each drawn from a finished store alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -81,12 +82,16 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
         _models_of_one_seed(parts[0], dataset, arms, temperature)
         _outcomes(parts[1], dataset, arms, temperature)
         _frontier(parts[2], dataset, arms, temperature)
-        for path in paths:
-            # No time stamp in the file: the same store gives the same bytes.
-            figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-            # Laid out once: finding the layout takes longer than drawing.
-            figure.set_layout_engine("none")
-        plt.close(figure)
+        save(figure, paths)
+
+
+def save(figure, paths: Sequence[Path]) -> None:
+    """Write and close a figure; without a time stamp, so that the same results give the same bytes."""
+    for path in paths:
+        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        # Laid out once: finding the layout takes longer than drawing.
+        figure.set_layout_engine("none")
+    plt.close(figure)
 
 
 def _middle(values: np.ndarray) -> float:

@@ -493,6 +493,8 @@ def fit(
       ValueError: when a static argument, or a capacity that is a plain number, is out of range.
     """
     most_starts = starts if most_starts is None else most_starts
+    if isinstance(starts, int) and not 1 <= starts <= most_starts:
+        raise ValueError(f"starts must be from 1 to {max(most_starts, 1)}, got {starts}")
     _check_fit(x, num_components, capacity, most_starts, iterations)
     keys = random.keys(key, most_starts)
 
@@ -502,8 +504,8 @@ def fit(
 
     def better(index, best):
         found = one(index)
-        held = jnp.where(jnp.isfinite(best.log_likelihood), best.log_likelihood, -jnp.inf)
-        takes = (index == 0) | (found.log_likelihood > held)
+        new, held = (jnp.where(jnp.isfinite(fit.log_likelihood), fit.log_likelihood, -jnp.inf) for fit in (found, best))
+        takes = (index == 0) | (new > held)
         return jax.tree.map(lambda new, old: jnp.where(takes, new, old), found, best)
 
     # One start after another: the arrays of a single start already fill a core's cache.

@@ -4,7 +4,6 @@ A store holds `capacity`, `temperature`, `kl_coef`, `seed`, `stage` and whatever
 `experiments/phase_diagram.py`. Recovery means that more than half of a model's draws lie on the target.
 """
 
-import csv
 import itertools
 import json
 import math
@@ -17,10 +16,11 @@ import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
 
-from jaxkd import pipelines, statistics
+from jaxkd import pipelines, results, statistics
 from jaxkd.align import AlignmentSettings
-from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE
+from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.metrics import RECOVERED_MASS
 
 BASELINE, CHALLENGER = "kd_align", "align_kd"
@@ -90,17 +90,9 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
         for arm in arms:
             one = cell.sel(stage=arm)
             rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
-            rows.append(settings | {"arm": arm} | rates | test)
+            row = settings | {"arm": arm} | rates | test
+            rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
-
-
-def write_csv(rows: Sequence[Mapping], path: Path) -> None:
-    """Write all rows; numbers with six digits."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
 def format_table(summary: xr.Dataset) -> str:
@@ -172,8 +164,7 @@ class References:
 def references(datasets: Sequence[xr.Dataset], kl_coef: float) -> References:
     """Every alignment that was held to its own start: students of more than one component, and each base once.
 
-    A student of one component fails for a reason of its own (one Gaussian cannot sit on one of eight modes and on the
-    others), whatever its mass, so it is left out.
+    A student of one component fails for a reason of its own, its family, whatever its mass: it is left out.
     """
     parts = []
     for dataset in datasets:
@@ -287,29 +278,21 @@ def draw_plane(summary: xr.Dataset, alignment: AlignmentSettings, *paths: Path) 
             squeeze=False,
             layout="constrained",
         )
+        drawn: set[str] = set()
         for axis, (_, title, _, _) in zip(axes[0], _PANELS, strict=True):
             axis.set_title(title, loc="left")
         for row, kl_coef in zip(axes, summary.kl_coef.values, strict=True):
             one = summary.sel(kl_coef=kl_coef)
             for axis, (name, _, colours, limits) in zip(row, _PANELS, strict=True):
                 image = _plane(axis, one[name], colours, limits)
-                _boundaries(axis, one, alignment, float(kl_coef))
+                drawn |= _boundaries(axis, one, alignment, float(kl_coef))
                 figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
             _marks(row[-1], one)
             row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
         for axis in axes[-1]:
             axis.set_xlabel("distillation temperature τ")
-        figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles=_legend(drawn), loc="outside lower center", ncols=2, frameon=False)
         save(figure, paths)
-
-
-def save(figure, paths: Sequence[Path]) -> None:
-    """Write and close a figure; the same store gives the same bytes."""
-    for path in paths:
-        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-        # Laid out once: finding the layout takes longer than drawing.
-        figure.set_layout_engine("none")
-    plt.close(figure)
 
 
 def _heights(capacity: np.ndarray) -> np.ndarray:
@@ -334,12 +317,13 @@ def _plane(axis, values: xr.DataArray, colours: str, limits):
     return image
 
 
-def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: float) -> None:
-    """Contours at which the median student crosses what theory says, over the capacities beyond 1."""
+def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: float) -> set[str]:
+    """Draw contours at which the median student beyond K = 1 crosses what theory says; returns which there are."""
     ordered = one.sortby("temperature", ascending=False).transpose("capacity", "temperature", ...)
     beyond = ordered.sel(capacity=ordered.capacity > 1)
+    drawn: set[str] = set()
     if min(beyond.sizes["capacity"], beyond.sizes["temperature"]) < 2:
-        return
+        return drawn
     heights = _heights(one.capacity.values)[one.capacity.values > 1]
     mass = np.log10(np.maximum(beyond.student_target_mass.values, SMALLEST_MASS))
     draws = alignment.batch_size
@@ -350,12 +334,14 @@ def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: fl
     ):
         colour, line, _ = _BOUNDARIES[name]
         if np.nanmin(values) < level < np.nanmax(values):
+            drawn.add(name)
             # A dark edge under a light line shows on every colour.
             for shade, width in (("black", 3.0), (colour, 1.4)):
                 axis.contour(
                     np.arange(mass.shape[1]), heights, values, levels=[level], colors=shade, linewidths=width,
                     linestyles=["-" if shade == "black" and line == "-" else line],
                 )  # fmt: skip
+    return drawn
 
 
 def _marks(axis, one: xr.Dataset) -> None:
@@ -365,10 +351,14 @@ def _marks(axis, one: xr.Dataset) -> None:
         axis.plot(where, np.full(where.size, height), "o", color="black", mec="white", mew=0.5, ms=3.5)
 
 
-def _legend() -> list[Line2D]:
+def _legend(drawn: set[str]) -> list[Line2D]:
+    """The boundaries, edged as in the panels; one that the plane does not hold is said to be so."""
+    edge = [Stroke(linewidth=3.0, foreground="black"), Normal()]
     handles = [
-        Line2D([], [], color="#888888" if colour == "white" else colour, ls=line, lw=1.6, label=text)
-        for colour, line, text in _BOUNDARIES.values()
+        Line2D([], [], color=colour, ls=line, lw=1.4, path_effects=edge, label=text)
+        if name in drawn
+        else Line2D([], [], ls="", label=f"not within this plane: {text}")
+        for name, (colour, line, text) in _BOUNDARIES.items()
     ]
     mark = Line2D([], [], color="black", marker="o", ms=3.5, ls="", label="d: passes at a false-discovery rate of 0.05")
     return [*handles, mark]
@@ -478,8 +468,8 @@ VIEWS = {
 }
 
 _STYLE_LABELS = {
-    "num_targets": "{} target(s)",
-    "starts": "base: best of {} start(s)",
+    "num_targets": "targets: {}",
+    "starts": "EM starts of the base: {}",
     "match_component_evaluations": "matched on component evaluations: {}",
 }
 _ALSO_LABELS = {
@@ -630,12 +620,12 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     configuration = json.loads(dataset.attrs["configuration"])
     preset = configuration["preset"]
     summary = summarise(dataset)
-    write_csv(rows_of(summary), folder / f"{preset}.csv")
+    results.write_csv(rows_of(summary), folder / f"{preset}.csv")
     told = [format_table(summary)]
     if preset == "plane":
         told += _report_plane(dataset, summary, stores, configuration, folder)
     else:
-        draw_along(dataset, summary, VIEWS[preset], folder / f"{preset}.png", folder / f"{preset}.pdf")
+        draw_along(dataset, summary, VIEWS[preset], *_paths(folder, preset))
         told += [
             "",
             verdict(summary),
@@ -649,22 +639,35 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
 
 
 def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list[str]:
-    others = [d for d in summary.difference.dims if d not in ("kl_coef", "capacity", "temperature")]
-    told = []
-    for place in itertools.product(*(summary[dim].values for dim in others)):
-        at = dict(zip(others, place, strict=True))
-        suffix = "".join(f"_{_told(at[dim])}" for dim in others if summary.sizes[dim] > 1)
-        alignment = AlignmentSettings(algorithm=str(at["algorithm"]), num_updates=configuration["steps"])
-        paths = [folder / f"phase_diagram{suffix}.{ending}" for ending in ("png", "pdf")]
-        draw_plane(summary.sel(at), alignment, *paths)
-    chosen = {dim: dataset[dim].values[0] for dim in others if dim not in ("target_weight",)}
+    inner = ("kl_coef", "capacity", "temperature")
+    others = [dim for dim in summary.difference.dims if dim not in inner]
+    for at, suffix in _settings(summary, others):
+        draw_plane(summary.sel(at), _alignment(at, configuration), *_paths(folder, f"phase_diagram{suffix}"))
     beside = [other.drop_vars("done").load() for name, other in stores.items() if name != "sweep"]
-    points = [one.sel(chosen) for one in (dataset, *beside)]
-    found = {}
-    for kl_coef in dataset.kl_coef.values:
-        runs = references(points, kl_coef)
-        found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
-    draw_critical_mass(found, alignment, *(folder / f"critical_mass.{ending}" for ending in ("png", "pdf")))
-    told += ["", verdict(summary)]
-    told.append("An alignment recovers in half of the runs " + "; ".join(str(one) for _, one in found.values()) + ".")
+    told = ["", verdict(summary)]
+    # Target weights make the references differ in mass: all of them are in one picture.
+    for at, suffix in _settings(summary, [dim for dim in others if dim != "target_weight"]):
+        found = {}
+        for kl_coef in dataset.kl_coef.values:
+            runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
+            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
+        draw_critical_mass(found, _alignment(at, configuration), *_paths(folder, f"critical_mass{suffix}"))
+        where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
+        masses = "; ".join(str(one) for _, one in found.values())
+        told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")
     return told
+
+
+def _settings(summary: xr.Dataset, dims: Sequence[str]) -> Iterator[tuple[dict, str]]:
+    """Every combination of the values of some dimensions, with what tells its files apart."""
+    for place in itertools.product(*(summary[dim].values for dim in dims)):
+        at = dict(zip(dims, place, strict=True))
+        yield at, "".join(f"_{_told(at[dim])}" for dim in dims if summary.sizes[dim] > 1)
+
+
+def _alignment(at: Mapping, configuration: Mapping) -> AlignmentSettings:
+    return AlignmentSettings(algorithm=str(at["algorithm"]), num_updates=configuration["steps"])
+
+
+def _paths(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}.{ending}" for ending in ("png", "pdf")]

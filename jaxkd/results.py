@@ -65,9 +65,17 @@ def _spread(array, own_axes, lengths) -> np.ndarray:
     return np.broadcast_to(array.reshape(array.shape[0], *kept, *tail), (array.shape[0], *full, *tail))
 
 
-def _lead(array, own_axes, lengths) -> np.ndarray:
-    """As `_spread`, with the seeds after the axes."""
-    return np.moveaxis(_spread(array, own_axes, lengths), 0, len(pipelines.AXES))
+def _by_point(values: dict[str, np.ndarray], names: Sequence[str], points: Points) -> dict[str, np.ndarray]:
+    """Values of a stack of models, [seed, row, …] each, as [seed, temperature, kl_coef, stage, …]."""
+    lengths = {axis: len(along) for axis, along in points._asdict().items()}
+    seeds = len(next(iter(values.values())))
+    per_stage = by_stage(values, names, points, (seeds,))
+    return {
+        quantity: np.stack(
+            [_spread(per_stage[name][quantity], pipelines.axes_of(name), lengths) for name in names], axis=3
+        )
+        for quantity in values
+    }
 
 
 INNER_DIMS = ("temperature", "kl_coef", "stage")
@@ -101,29 +109,25 @@ def of_runs(outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algo
       kl_coefs: β, [coefficients].
       algorithm: which one it was; the distance to the Gibbs policy is NaN where that is not its optimum.
     """
-    lengths = {"temperature": len(temperatures), "kl_coef": len(kl_coefs)}
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
-    runs = len(np.asarray(outcome.base_failed))
-    per_stage = by_stage(_quantities(outcome.measured), names, points, (runs,))
-
-    def at_all_points(value_of, axes_of):
-        return np.stack([_spread(value_of(name), axes_of(name), lengths) for name in names], axis=3)
-
-    found = {
-        quantity: at_all_points(lambda name, q=quantity: per_stage[name][q], pipelines.axes_of)
-        for quantity in per_stage[names[0]]
-    }
+    lengths = {axis: len(along) for axis, along in points._asdict().items()}
+    found = _by_point(_quantities(outcome.measured), names, points)
     # The optimum of an arm is that of the model which its policy was held to.
     optima = {name: outcome.optima[pipelines.reference_of(name)] for name in names}
 
-    def reference_axes(name):
-        return pipelines.axes_of(pipelines.reference_of(name))
+    def of_reference(value_of, *own_axes):
+        return np.stack(
+            [
+                _spread(value_of(optima[name]), (*pipelines.axes_of(pipelines.reference_of(name)), *own_axes), lengths)
+                for name in names
+            ],
+            axis=3,
+        )
 
     for field in theory.Gibbs._fields:
-        found[f"gibbs_{field}"] = at_all_points(
-            lambda name, f=field: getattr(optima[name].gibbs, f), lambda name: (*reference_axes(name), "kl_coef")
-        )
-    found["half_mass_coefficient"] = at_all_points(lambda name: optima[name].half_mass_coefficient, reference_axes)
+        found[f"gibbs_{field}"] = of_reference(lambda optimum, f=field: getattr(optimum.gibbs, f), "kl_coef")
+    found["half_mass_coefficient"] = of_reference(lambda optimum: optimum.half_mass_coefficient)
+    # Models without a coefficient of their own are valued at every coefficient of the axis.
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
@@ -158,27 +162,22 @@ def to_dataset(
       seeds: [seeds].
       num_components: K to which stored mixtures are padded.
     """
-    lengths = {"temperature": len(temperatures), "kl_coef": len(kl_coefs)}
     stages = [*PREPARED, *made]
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
-
-    def by_name(measured, names):
-        return by_stage(_columns(measured, num_components), names, points, (len(seeds),))
-
     columns: dict[str, list] = {}
     for algorithm, measured in by_algorithm.items():
-        per_stage = by_name(shared, PREPARED) | by_name(measured, made)
-        for quantity in per_stage["base"]:
-            spread = [_lead(per_stage[name][quantity], pipelines.axes_of(name), lengths) for name in stages]
-            columns.setdefault(quantity, []).append(np.stack(spread, axis=3))
-        columns.setdefault("_gibbs_applies", []).append(ALGORITHMS[algorithm].has_gibbs_optimum)
-    applies = np.asarray(columns.pop("_gibbs_applies"))
-    extra_dims = {
-        "component_weight": ("component",),
-        "component_mean": ("coordinate", "component"),
-        "component_covariance": ("coordinate", "other_coordinate", "component"),
+        padded = [one._replace(model=pad_components(one.model, num_components)) for one in (shared, measured)]
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
+        outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
+        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm)
+        for name, values in (found | _by_point(_components(whole.model), stages, points)).items():
+            of_a_seed = name in _OF_A_SEED
+            columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
+    data = {
+        # What the algorithm does not change is kept once.
+        name: (_dims_of(name), parts[0] if "algorithm" not in _dims_of(name) else np.stack(parts))
+        for name, parts in columns.items()
     }
-    data = {name: ((*DIMS, *extra_dims.get(name, ())), np.stack(parts)) for name, parts in columns.items()}
     dataset = xr.Dataset(
         data,
         coords={
@@ -189,21 +188,12 @@ def to_dataset(
             "stage": _strings(stages),
         },
     )
-    dataset = dataset.assign(_optima(prepared, stages, lengths))
     truth = prepared.truth
     # Every seed carries the same truth; the first one's is kept.
     dataset["truth_weight"] = ("mode", np.asarray(mixture.weights(mixture.Mixture(*(leaf[0] for leaf in truth.modes)))))
     dataset["truth_mean"] = (("coordinate", "mode"), np.asarray(truth.modes.means[0]))
     dataset["truth_variance"] = ((), np.exp(2 * np.asarray(truth.modes.log_scales[0])).mean())
     dataset["truth_is_target"] = ("mode", np.asarray(truth.is_target[0]))
-    dataset["base_failed"] = ("seed", np.asarray(prepared.base_failed))
-    dataset["base_log_likelihood"] = ("seed", np.asarray(prepared.log_likelihood))
-    # Models without a coefficient of their own are valued at every coefficient of the axis.
-    dataset["objective"] = (dataset.reward - dataset.kl_coef * dataset.kl_to_reference).astype(np.float32)
-    aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in stages]
-    shortfall = (dataset.gibbs_objective - dataset.objective) / dataset.kl_coef
-    meaningful = xr.DataArray(applies, dims="algorithm") & xr.DataArray(aligned, dims="stage")
-    dataset["distance_to_gibbs"] = shortfall.where(meaningful).transpose(*DIMS).astype(np.float32)
     for name, (long_name, unit) in UNITS.items():
         dataset[name].attrs = {"long_name": long_name, "units": unit}
     dataset.temperature.attrs = {"long_name": "distillation temperature τ", "units": "1"}
@@ -215,17 +205,32 @@ def _strings(values: list[str]) -> np.ndarray:
     return np.asarray(values, dtype=np.dtypes.StringDType())
 
 
-def _columns(measured: Measured, num_components: int) -> dict[str, np.ndarray]:
-    """All variables of a stack of models, each [seed, point of the stack, …]."""
-    values = _quantities(measured)
-    model = pad_components(measured.model, num_components)
+_COMPONENT_DIMS = {
+    "component_weight": ("component",),
+    "component_mean": ("coordinate", "component"),
+    "component_covariance": ("coordinate", "other_coordinate", "component"),
+}
+
+
+def _dims_of(name: str) -> tuple[str, ...]:
+    """Dimensions of a variable of `to_dataset`."""
+    if name in _OF_A_SEED:
+        return ("seed",)
+    if name.startswith("gibbs_") or name == "half_mass_coefficient":
+        return DIMS[1:]
+    return (*DIMS, *_COMPONENT_DIMS.get(name, ()))
+
+
+def _components(model: mixture.Mixture) -> dict[str, np.ndarray]:
+    """Parameters of a stack of mixtures in the form that readers know, [seed, row, …] each."""
     weights, covariances = jax.jit(jax.vmap(jax.vmap(lambda one: (mixture.weights(one), mixture.covariances(one)))))(
         model
     )
-    values["component_weight"] = np.asarray(weights)
-    values["component_mean"] = np.asarray(model.means)
-    values["component_covariance"] = np.asarray(covariances)
-    return values
+    return {
+        "component_weight": np.asarray(weights),
+        "component_mean": np.asarray(model.means),
+        "component_covariance": np.asarray(covariances),
+    }
 
 
 def _quantities(measured: Measured) -> dict[str, np.ndarray]:
@@ -235,19 +240,6 @@ def _quantities(measured: Measured) -> dict[str, np.ndarray]:
     values["from_grid"] = np.asarray(measured.from_grid)
     record = {key: np.asarray(value) for key, value in measured.record._asdict().items()}
     return values | record | {"failed": ~finite | record["failed"]}
-
-
-def _optima(prepared: Prepared, stages, lengths) -> dict[str, tuple]:
-    columns: dict[str, list] = {}
-    for name in stages:
-        # The optimum of an arm is that of the model which its policy was held to.
-        reference = pipelines.reference_of(name)
-        own_axes = pipelines.axes_of(reference)
-        optimum = prepared.optima[reference]
-        for field, value in optimum.gibbs._asdict().items():
-            columns.setdefault(f"gibbs_{field}", []).append(_lead(value, (*own_axes, "kl_coef"), lengths))
-        columns.setdefault("half_mass_coefficient", []).append(_lead(optimum.half_mass_coefficient, own_axes, lengths))
-    return {name: (DIMS[1:], np.stack(parts, axis=3)) for name, parts in columns.items()}
 
 
 _ALSO_READ = ("failed", "target_variance", "distance_to_gibbs", "objective", "gibbs_objective", "from_grid")

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxkd.figures import STYLE
+from jaxkd.figures import STYLE, save
 
 _GROWTH = {
     "runs": ("runs", "#0072B2", "o"),
@@ -99,9 +99,7 @@ def draw(results: Mapping, *paths: Path) -> None:
         figure, (rates, growth) = plt.subplots(1, 2, figsize=(7.2, 3.1), layout="constrained")
         _draw_rates(rates, results)
         _draw_growth(growth, results)
-        for path in paths:
-            figure.savefig(path, dpi=200, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-        plt.close(figure)
+        save(figure, paths)
 
 
 def _draw_rates(axis, results: Mapping) -> None:

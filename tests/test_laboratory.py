@@ -88,6 +88,36 @@ def test_one_program_for_a_seed_makes_what_its_parts_make(prepared, measured):
         np.testing.assert_allclose(got.gibbs.objective, expected.gibbs.objective, rtol=1e-3, atol=1e-3)
 
 
+def test_uniform_padding_is_one_operation_a_kind_and_changes_no_result(prepared, measured):
+    def run(key, prepared, capacity, points, coefficients):
+        own = settings(uniform_padding=True)
+        found = laboratory.run_arms(key, prepared, capacity, points, coefficients, GRID, own)
+        return laboratory.by_stage(found, laboratory.made_by(own), points)
+
+    padded = jax.jit(run)(jax.random.key(0), prepared[0], jnp.int32(3), POINTS, COEFFICIENTS)
+    for name, apart in measured.items():
+        for quantity in ("target_mass", "reward", "kl_to_base"):
+            got, expected = (getattr(one.metrics, quantity) for one in (padded[name], apart))
+            np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3, err_msg=f"{name} {quantity}")
+    branches = {}
+    for uniform in (False, True):
+        own = settings(uniform_padding=uniform)
+        program = jax.make_jaxpr(
+            lambda key, capacity, own=own: laboratory.run_arms(
+                key, prepared[0], capacity, POINTS, COEFFICIENTS, GRID, own
+            )
+        )(jax.random.key(0), jnp.int32(3))
+        [branches[uniform]] = {
+            len(equation.params["branches"])
+            for scan in program.eqns
+            if scan.primitive.name == "scan"
+            for equation in scan.params["jaxpr"].eqns
+            if equation.primitive.name == "cond"
+        }
+    # Aligning at 4 and at 8 components, distilling and sharpening; or one of each.
+    assert branches == {False: 4, True: 3}
+
+
 # --- what is made ----------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from jaxkd.smollm2 import json_file
+
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """The special tokens that have a part to play, under the names of tokenizer_config.json."""
 
@@ -166,15 +168,7 @@ def _content(token: str | dict) -> str:
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file, or {} where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object, got {type(content).__name__}")
-    return content
+    return json_file.read_object(path) if path.is_file() else {}
 
 
 def _chat_template(directory: Path, config: dict) -> str | None:

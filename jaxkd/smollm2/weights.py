@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.policy import Params
+from jaxkd.smollm2 import json_file
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -137,7 +138,7 @@ class SafetensorsReader:
     """A folder with config.json and safetensors."""
 
     def __init__(self, directory: Path):
-        self.config = Config.from_hf(_read_json(directory / "config.json"))
+        self.config = Config.from_hf(json_file.read_object(directory / "config.json"))
         self._files, self.shapes = {}, {}
         for path, wanted in _safetensors_files(directory).items():
             self._open(path, wanted)
@@ -170,7 +171,7 @@ def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
     """The files of a checkpoint, and the tensors that the index, where there is one, says each has."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        where = _read_json(index).get("weight_map")
+        where = json_file.read_object(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise ValueError(f"{index} has no weight_map")
         return {
@@ -182,18 +183,6 @@ def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     hint = f"; {', '.join(pickled)} would have to be unpickled, which is never done" if pickled else ""
     raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json{hint}")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object, got {type(content).__name__}")
-    return content
 
 
 _GGUF_NAMES = {

@@ -202,6 +202,7 @@ def run_sweep(
     devices: int | None = None,
     overwrite: bool = False,
     compile_cache: Path | bool = True,
+    quick_compile: bool = False,
     progress: bool = True,
 ) -> Report:
     """Run a function at every point of a grid and keep the results in a store; called again, go on where it was.
@@ -228,6 +229,7 @@ def run_sweep(
       devices: how many of this process's devices to use; by default all.
       overwrite: replace a store of another sweep, or begin this one anew.
       compile_cache: folder of the persistent compile cache; True for the usual one, False for none.
+      quick_compile: as for `compile_runs`.
       progress: show runs done, runs a second and time left on stderr.
 
     Raises:
@@ -240,7 +242,7 @@ def run_sweep(
     if chunk is not None:
         checks.whole("--chunk", chunk, least=1)
     cache = use_compile_cache(compile_cache)
-    sweep = _Sweep(function, grid, shared, settings, finish, chosen)
+    sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
     template = Template(grid, sweep.variables(), labels or {}, coordinates or {})
     opened = _open(sweep, template, Path(store), dict(configuration or {}), chunk, overwrite)
     with hosts.together("finish the sweep"):
@@ -269,8 +271,8 @@ def _choose_devices(count: int | None) -> list[jax.Device]:
 class _Sweep:
     """A function over a grid: its programs, each compiled once, and its results by name."""
 
-    def __init__(self, function, grid, shared, settings, finish, devices):
-        self.grid, self.devices = grid, devices
+    def __init__(self, function, grid, shared, settings, finish, devices, quick_compile):
+        self.grid, self.devices, self._quick_compile = grid, devices, quick_compile
         self.programs: dict[tuple, Future[Compiled]] = {}
         self.first_compile_seconds = 0.0
         self._function, self._settings = function, settings
@@ -321,7 +323,13 @@ class _Sweep:
                 lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape[1:]), leaf.dtype), (block.axes, block.seeds)
             )
             self.programs[key] = self._pool.submit(
-                compile_runs, self.one_run(static), shapes, self._shared, batch_size=chunk, devices=self.devices
+                compile_runs,
+                self.one_run(static),
+                shapes,
+                self._shared,
+                batch_size=chunk,
+                devices=self.devices,
+                quick_compile=self._quick_compile,
             )
         return self.programs[key]
 
