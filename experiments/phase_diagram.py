@@ -83,7 +83,7 @@ QUICK = {
     "base-data": {"base_samples": (64, 2048)},
     "base-em": {"temperatures": (1.0, 0.25)},
     "reward": {"rewards": ("density", "disc")},
-    "cost": {"capacities": (2, 8)},
+    "cost": {"capacities": (2,)},
 }
 """What --quick changes of a preset, beside the number of seeds."""
 
@@ -218,13 +218,15 @@ def grid_of(settings: Settings):
     """The runs: one a seed, capacity and setting; temperatures and coefficients lie inside a run.
 
     A block's padding is no wider than its own capacities need, so small and large students are in blocks of their own.
+    Alignments that are matched on component evaluations make more updates the smaller the student is: then every
+    capacity is in a block, and a program, of its own.
     """
     from jaxkd.sweep.grid import Grid
 
     values = axes_of(settings)
     axes = {name: value for name, value in values.items() if len(value) > 1 or name in ALWAYS_AXES}
     static = [name for name in STATIC_AXES if name in axes]
-    per_block = {"capacity": LARGEST_CAPACITY // 2}
+    per_block = {"capacity": 1 if True in settings.match_component_evaluations else LARGEST_CAPACITY // 2}
     return Grid(axes, range(settings.seeds), static=static, per_block=per_block, runs_per_block=32)
 
 

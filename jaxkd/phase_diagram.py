@@ -486,7 +486,15 @@ def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Pat
     rows = [dict(zip(rest, values, strict=True)) for values in itertools.product(*(summary[d].values for d in rest))]
     told = [dim for dim in rest if summary.sizes[dim] > 1]
     columns = summary.kl_coef.values
-    count = len(rows) + len(view.also) * len(rows)
+    # A quantity has a panel for each setting that it depends on, and no more.
+    below = [
+        (quantity, dict(own))
+        for quantity in view.also
+        for own in dict.fromkeys(
+            tuple((dim, value) for dim, value in row.items() if dim in dataset[quantity].dims) for row in rows
+        )
+    ]
+    count = len(rows) + len(below)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             count,
@@ -496,22 +504,27 @@ def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Pat
             squeeze=False,
             layout="constrained",
         )
+
+        def name_of(row):
+            return "".join(f"{_SHORT.get(dim, dim)} {_name_of(row[dim])}\n" for dim in told if dim in row)
+
         for place, row in enumerate(rows):
-            name = "\n".join(f"{_SHORT.get(dim, dim)} {_name_of(row[dim])}" for dim in told)
             for axis, kl_coef in zip(axes[place], columns, strict=True):
                 _recovery_lines(axis, summary.sel({**row, "kl_coef": kl_coef}), view, arms)
                 axis.set_ylim(-0.04, 1.04)
                 if place == 0:
                     axis.set_title(f"β = {kl_coef:g}")
-            axes[place, 0].set_ylabel(f"{name}\nrecovered" if name else "recovered")
-            for also, quantity in enumerate(view.also):
-                lower = axes[len(rows) * (1 + also) + place]
-                for axis, kl_coef in zip(lower, columns, strict=True):
-                    own = {**row, "kl_coef": kl_coef}
-                    values = dataset[quantity].sel({dim: own[dim] for dim in own if dim in dataset[quantity].dims})
-                    _quantity_lines(axis, values, view, arms)
-                    axis.set_ylim(-0.04, 1.04)
-                lower[0].set_ylabel(f"{name}\n{_ALSO_LABELS[quantity]}" if name else _ALSO_LABELS[quantity])
+            axes[place, 0].set_ylabel(f"{name_of(row)}recovered")
+        for line, (quantity, row) in zip(axes[len(rows) :], below, strict=True):
+            varies = "kl_coef" in dataset[quantity].dims
+            for axis, kl_coef in zip(line, columns, strict=True):
+                if not varies and axis is not line[0]:
+                    axis.set_visible(False)
+                    continue
+                values = dataset[quantity].sel({**row, "kl_coef": kl_coef} if varies else row)
+                _quantity_lines(axis, values, view, arms)
+                axis.set_ylim(-0.04, 1.04)
+            line[0].set_ylabel(f"{name_of(row)}{_ALSO_LABELS[quantity]}" + ("" if varies else "\n(any β)"))
         for axis in axes[-1]:
             axis.set_xlabel(view.label)
         figure.legend(handles=_arm_handles(arms, summary, view), loc="outside lower center", ncols=3, frameon=False)
@@ -528,6 +541,11 @@ def _name_of(value) -> str:
 
 def _abscissa(values: np.ndarray) -> np.ndarray:
     return np.arange(len(values)) if values.dtype.kind not in "biuf" else values.astype(float)
+
+
+def _line_width(one, view: View) -> float:
+    """No line between names: there is nothing from one to the next."""
+    return 1.0 if one[view.along].dtype.kind in "biuf" else 0.0
 
 
 def _style_values(one, view: View) -> Iterator[tuple[dict, dict]]:
@@ -549,7 +567,7 @@ def _recovery_lines(axis, one: xr.Dataset, view: View, arms) -> None:
             shown = _nudged(x[order], index - (len(arms) - 1) / 2, view)
             axis.errorbar(
                 shown, rate, yerr=[np.maximum(rate - low, 0), np.maximum(high - rate, 0)], color=COLOURS[arm],
-                marker=MARKERS.get(arm, "x"), ms=4, lw=1.0, elinewidth=0.6, **style,
+                marker=MARKERS.get(arm, "x"), ms=4, lw=_line_width(one, view), elinewidth=0.6, **style,
             )  # fmt: skip
     _ticks(axis, one, view, x)
 

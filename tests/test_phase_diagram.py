@@ -1,5 +1,7 @@
 import csv
 import json
+import runpy
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -162,6 +164,23 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
     cells = phase_diagram.summarise(dataset).difference.size
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
+
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "phase_diagram.py"))
+
+
+@pytest.mark.parametrize("preset", SCRIPT["PRESETS"])
+def test_padding_is_that_of_a_blocks_own_capacities(preset):
+    for config in (SCRIPT["Config"](preset), SCRIPT["Config"](preset, quick=True)):
+        chosen = config.settings()
+        _, of_block = SCRIPT["function_of"](chosen, config.quick)
+        grid = SCRIPT["grid_of"](chosen)
+        assert grid.shape[-1] == chosen.seeds and grid.dims[-2:] == ("capacity", "seed")
+        for block in grid.blocks():
+            capacities = set(block.axes["capacity"].tolist())
+            assert of_block(block) == {"student_components": max(capacities)}
+            # The number of updates is one a program: where it depends on the capacity, so must the program.
+            assert len(capacities) == 1 or True not in chosen.match_component_evaluations
 
 
 def test_an_unfinished_or_missing_store_is_refused(dataset, tmp_path):
