@@ -314,7 +314,8 @@ def measure(benchmark: Benchmark) -> dict:
     from jaxkd.sweep import store
 
     counts = device_counts(benchmark)
-    configuration = json.loads(json.dumps(asdict(benchmark), default=str))
+    # Where the files go is no part of what was measured.
+    configuration = {name: value for name, value in asdict(benchmark).items() if name != "out"}
     results = {"provenance": store.provenance(configuration), "cores": len(os.sched_getaffinity(0)), "growth": {}}
     with tqdm(desc="benchmark_sweep", total=count_steps(benchmark, counts), unit="step", file=sys.stderr) as bar:
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tyro
 
+from jaxkd import throughput
+
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {
     "kd_align": "KD→Align",
@@ -146,7 +148,14 @@ def plane() -> str:
     return f"```\n{(ROOT / 'figures' / 'plane.txt').read_text().rstrip()}\n```"
 
 
-_MADE = (plane, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
+def speed() -> str:
+    """The table of `experiments/benchmark_sweep.py`, made from its JSON."""
+    measured = json.loads((ROOT / "figures" / "benchmark_sweep.json").read_text())
+    ratios = [f"{name}: {ratio:.1f} times its runs a second" for name, ratio in measured["ratios"].items()]
+    return f"```\n{throughput.table(measured)}\n\njaxkd against {', '.join(ratios)}\n```"
+
+
+_MADE = (plane, speed, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
 TABLES = {function.__name__: function for function in _MADE}
 
 
