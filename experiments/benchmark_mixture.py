@@ -83,7 +83,7 @@ def run_of(workload: Workload):
     import jax
     import jax.numpy as jnp
 
-    from jaxkd import align, distill, metrics, mixture, rewards
+    from jaxkd import align, distill, loops, metrics, mixture, rewards
 
     settings = align.AlignmentSettings(algorithm="reinforce", num_updates=workload.steps, batch_size=workload.samples)
 
@@ -114,7 +114,7 @@ def run_of(workload: Workload):
         align_kd = distilled(aligned_base, 1.0)
         bench = metrics.make_bench(bench_key, truth, base, reward, grid, num_draws=16)
         models = jax.tree.map(lambda *leaves: jnp.stack(leaves), base, student, aligned_base, kd_align, align_kd)
-        return jax.lax.map(lambda model: metrics.quadrature(bench, model, base, KL_COEF)[0], models)
+        return loops.map_carried(lambda model: metrics.quadrature(bench, model, base, KL_COEF)[0], models)
 
     return run
 

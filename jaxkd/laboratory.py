@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkd import align, metrics, mixture, pipelines, random, rewards, theory
+from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, on_target
@@ -531,14 +531,11 @@ def _measure(bench, key, made: _Made, names, reward, points: Points) -> Measured
     kl_coefs = jnp.where(has_coefficient, points.kl_coef[places], 0.0)
 
     def evaluate(inputs):
-        row, reference, kl_coef = inputs
-        model, reference = (
-            made.layout.unpack(lax.dynamic_index_in_dim(made.rows, i, keepdims=False)) for i in (row, reference)
-        )
-        return metrics.evaluate(bench, key, model, reference, reward, kl_coef)
+        model, reference, kl_coef = inputs
+        return metrics.evaluate(bench, key, *map(made.layout.unpack, (model, reference)), reward, kl_coef)
 
     # One model's grid fits the cache, all of them together do not.
-    values, from_grid = lax.map(evaluate, (jnp.asarray(own), jnp.asarray(references), kl_coefs))
+    values, from_grid = loops.map_carried(evaluate, (made.rows[own], made.rows[references], kl_coefs))
     kept = slice(int(own[0]), int(own[-1]) + 1)
     return Measured(
         made.layout.unpack(made.rows[kept]), values, from_grid, jax.tree.map(lambda leaf: leaf[kept], made.record)

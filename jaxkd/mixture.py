@@ -22,10 +22,6 @@ from jaxkd.policy import Policy
 INACTIVE_LOGIT = -1e9
 LOG_TWO_PI = math.log(2 * math.pi)
 
-_FEW_DRAWS = 1024
-"""Up to here XLA's one kernel for a whole log-density is the faster form (by half), beyond it a reduction is (7 times).
-"""
-
 
 class Mixture(NamedTuple):
     """A Gaussian mixture; component k has covariance L Lᵀ with L lower triangular.
@@ -168,9 +164,15 @@ def log_density(mixture: Mixture, x: jax.Array) -> jax.Array:
     The gradient is written out: it needs only the weighted moments of x under the responsibilities, and they come from
     one matrix product. Automatic differentiation takes half as long again.
     """
-    if x.shape[-1] > _FEW_DRAWS:
-        return jax.nn.logsumexp(component_log_densities(mixture, x), axis=0)
     return _log_density_forward(mixture, x)[0]
+
+
+def _largest_component(joint: jax.Array) -> jax.Array:
+    """Maximum over the leading axis, spelled as a comparison: on CPUs XLA hands a plain maximum, with the exponentials
+    that follow it, to a library that takes twice as long. The least float starts it, so that −inf stays −inf.
+    """
+    least = np.finfo(joint.dtype).min
+    return lax.reduce(joint, jnp.asarray(least, joint.dtype), lambda a, b: lax.select(a > b, a, b), (0,))
 
 
 def _sum_over_components(values: jax.Array) -> jax.Array:
@@ -184,7 +186,7 @@ def _sum_over_components(values: jax.Array) -> jax.Array:
 
 def _log_density_forward(mixture, x):
     joint = component_log_densities(mixture, x)
-    largest = joint.max(axis=0)
+    largest = _largest_component(joint)
     unnormalised = jnp.exp(joint - largest[None, :])
     total = _sum_over_components(unnormalised)
     return largest + jnp.log(total), (mixture, x, unnormalised, total)
@@ -192,7 +194,7 @@ def _log_density_forward(mixture, x):
 
 def _log_density_backward(residuals, cotangent):
     mixture, x, unnormalised, total = residuals
-    moments = _weighted_moments(mixture, x, unnormalised * (cotangent / total)[None, :])
+    moments = _weighted_moments(mixture, x, unnormalised, cotangent / total)
     gradient = _gradient_from_moments(mixture, moments)
     return gradient, _gradient_of_draws(mixture, x, unnormalised * (cotangent / total)[None, :])
 
@@ -208,21 +210,19 @@ class Moments(NamedTuple):
     second: jax.Array
 
 
-def _weighted_moments(mixture: Mixture, x: jax.Array, responsibilities: jax.Array) -> Moments:
-    """Moments of `x: [dim, n]` about the means of the mixture, weighted by `responsibilities: [K, n]`.
+def _weighted_moments(mixture: Mixture, x: jax.Array, shares: jax.Array, weights: jax.Array) -> Moments:
+    """Moments of `x: [dim, n]` about the means of the mixture, weighted by `shares: [K, n]` times `weights: [n]`.
 
-    Monomials about a common centre are shared by all components, so all sums over n are one matrix product; moving to
+    Monomials about the mean of x are shared by all components, so all sums over n are one matrix product; moving to
     each mean afterwards costs about eps·(distance / scale)² in relative accuracy, 1e-4 for modes 40 scales away.
     """
     dim = mixture.dim
-    active = is_active(mixture)
-    centre = lax.stop_gradient(
-        jnp.where(active[None, :], mixture.means, 0.0).sum(axis=1) / active.sum().astype(x.dtype)
-    )
+    centre = lax.stop_gradient(x.mean(axis=1))
     centred = x - centre[:, None]
     pairs = [(d, e) for d in range(dim) for e in range(d + 1)]
     monomials = [jnp.ones_like(x[0]), *centred, *(centred[d] * centred[e] for d, e in pairs)]
-    sums = jnp.einsum("mn,kn->mk", jnp.stack(monomials), responsibilities, precision="highest")
+    monomials = jnp.stack(monomials) * weights[None, :]
+    sums = jnp.einsum("mn,kn->mk", monomials, shares, precision="highest")
     mass, raw_first, raw_pairs = sums[0], sums[1 : dim + 1], dict(zip(pairs, sums[dim + 1 :], strict=True))
     offset = mixture.means - centre[:, None]
     first = raw_first - offset * mass[None, :]
@@ -411,7 +411,7 @@ def em(initial: Mixture, x: jax.Array, iterations: int, covariance_floor=1e-6) -
 
     def iteration(mixture, _):
         log_likelihood, (_, _, unnormalised, total) = _log_density_forward(mixture, x)
-        moments = _weighted_moments(mixture, x, unnormalised / (n * total)[None, :])
+        moments = _weighted_moments(mixture, x, unnormalised, 1 / (n * total))
         return _from_moments(mixture, moments, covariance_floor), log_likelihood.mean()
 
     mixture, log_likelihoods = lax.scan(iteration, initial, length=iterations)
@@ -460,8 +460,8 @@ def seeded_start(
     distance = ((x[:, None, :] - seeds[:, :, None]) ** 2).sum(axis=0)
     distance = jnp.where(active[:, None], distance, jnp.inf)
     nearest = (distance == distance.min(axis=0)[None, :]).astype(x.dtype)
-    responsibilities = nearest / nearest.sum(axis=0)[None, :] / n
-    return _from_moments(about_seeds, _weighted_moments(about_seeds, x, responsibilities), covariance_floor)
+    moments = _weighted_moments(about_seeds, x, nearest, 1 / (n * nearest.sum(axis=0)))
+    return _from_moments(about_seeds, moments, covariance_floor)
 
 
 def fit(
