@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
