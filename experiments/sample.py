@@ -131,15 +131,18 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
     sampling = generate.Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     size = min(config.batch_size, config.samples_per_shard, len(prompts.tokens) * config.samples)
 
+    cache = generate.make_cache(model, size, prompts.tokens.shape[1], config.max_new_tokens)
+
     @jax.jit
     def keys_of(prompt, sample):
         one = jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), p), s))
         return one(prompt, sample)
 
     def draw(numbers: list[int]) -> Iterator[dict]:
+        nonlocal cache
         filled = np.resize(np.asarray(numbers), size)
         prompt, sample = filled // config.samples, filled % config.samples
-        drawn = generate.generate(
+        drawn, cache = generate.generate(
             model,
             params,
             prompts.tokens[prompt],
@@ -147,6 +150,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
             keys_of(prompt.astype(np.uint32), sample.astype(np.uint32)),
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
+            cache=cache,
         )
         tokens, mask, log_probs = (np.asarray(array) for array in drawn)
         for i in range(len(numbers)):

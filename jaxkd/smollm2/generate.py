@@ -77,6 +77,31 @@ class Completions(NamedTuple):
     log_probs: jax.Array
 
 
+Cache = list[tuple[jax.Array, jax.Array]]
+"""Keys and values of every layer, float32[B, W, K, N] each; W holds prompts and completions in their buckets."""
+
+
+def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int) -> Cache:
+    """An empty cache for `generate`: a caller that keeps it saves its allocation with every call.
+
+    Args:
+      model: the model's functions.
+      batch: B, sequences at a time.
+      prompt_length: the most tokens of a prompt, with padding.
+      max_new_tokens: the most tokens of a completion.
+    """
+    return _empty(model, batch, bucket(prompt_length) + bucket(max_new_tokens))
+
+
+def _empty(model: Model, batch: int, width: int) -> Cache:
+    return [(jnp.zeros(shape), jnp.zeros(shape)) for shape in _cache_shapes(model, batch, width)]
+
+
+def _cache_shapes(model: Model, batch: int, width: int) -> list[tuple[int, ...]]:
+    config = model.config
+    return [(batch, width, config.num_kv_heads, config.head_dim)] * config.num_layers
+
+
 def bucket(length: int) -> int:
     """The smallest of `BUCKETS` that holds a length."""
     return next((size for size in BUCKETS if size >= length), length)
@@ -91,7 +116,8 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-) -> Completions:
+    cache: Cache | None = None,
+) -> Completions | tuple[Completions, Cache]:
     """Continue prompts until each has ended or has `max_new_tokens`.
 
     Args:
@@ -102,6 +128,10 @@ def generate(
       keys: B random keys, one a sequence.
       max_new_tokens: C.
       sampling: how tokens are drawn; plain draws at temperature 1 by default.
+      cache: from `make_cache` or from an earlier call with the same buckets. It is donated: use the one returned.
+
+    Returns:
+      The completions; with a cache given, the completions and the cache to be given to the next call.
 
     Raises:
       ValueError: shapes that do not fit, an empty prompt, a token outside the vocabulary, or a prompt too long to be
@@ -111,17 +141,35 @@ def generate(
     tokens, mask = check_prompts(model, tokens, mask, max_new_tokens)
     if keys.shape != tokens.shape[:1]:
         raise ValueError(f"there must be one key a sequence, [{tokens.shape[0]}]; got {list(keys.shape)}")
+    if cache is not None:
+        _check_cache(model, cache, tokens.shape, max_new_tokens)
     return continue_prompts(
-        model, params, jnp.asarray(tokens), jnp.asarray(mask), keys, max_new_tokens, at_temperature(sampling)
+        model, params, jnp.asarray(tokens), jnp.asarray(mask), keys, max_new_tokens, at_temperature(sampling), cache
     )
 
 
-def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling) -> Completions:
+def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling, cache=None):
     """`generate` without its checks, for arrays that may be traced and for sampling from `at_temperature`."""
     widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
     tokens, mask = jnp.pad(tokens, widen), jnp.pad(mask, widen)
-    drawn = _generate(model, params, tokens, mask, keys, prepared, max_new_tokens, room=bucket(max_new_tokens))
-    return Completions(*(array[:, :max_new_tokens] for array in drawn))
+    given, room = (model, params, tokens, mask, keys, prepared, max_new_tokens), bucket(max_new_tokens)
+    if cache is None:
+        return _cut(_generate(*given, room=room), max_new_tokens)
+    drawn, cache = _generate_into(*given, cache, room=room)
+    return _cut(drawn, max_new_tokens), cache
+
+
+def _cut(drawn: Completions, length: int) -> Completions:
+    return Completions(*(array[:, :length] for array in drawn))
+
+
+def _check_cache(model: Model, cache: Cache, shape: tuple[int, int], max_new_tokens: int) -> None:
+    wanted = _cache_shapes(model, shape[0], bucket(shape[1]) + bucket(max_new_tokens))
+    if [layer[0].shape for layer in cache] != wanted:
+        raise ValueError(
+            f"the cache must hold {len(wanted)} layers of {list(wanted[0])}; it holds {len(cache)} of "
+            f"{list(cache[0][0].shape) if cache else []}: make_cache(model, {shape[0]}, {shape[1]}, {max_new_tokens})"
+        )
 
 
 def check_prompts(model: Model, tokens, mask, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -272,9 +320,20 @@ class _State(NamedTuple):
 @partial(jax.jit, static_argnames=("model", "room"))
 def _generate(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, *, room: int) -> Completions:
     """Prompts int32[B, P] to completions int32[B, room], of which `limit` steps are drawn."""
+    return _decode(model, params, tokens, mask, keys, sampling, limit, None, room).drawn
+
+
+@partial(jax.jit, static_argnames=("model", "room"), donate_argnames="cache")
+def _generate_into(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, cache: Cache, *, room: int):
+    """`_generate` in a cache that is there already, which is returned too."""
+    state = _decode(model, params, tokens, mask, keys, sampling, limit, cache, room)
+    return state.drawn, state.caches
+
+
+def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Cache | None, room: int) -> "_State":
     width = tokens.shape[1]
     tokens, mask = _to_the_right(tokens, mask)
-    state = _prefill(model, params, tokens, mask, keys, sampling, room)
+    state = _prefill(model, params, tokens, mask, keys, sampling, cache, room)
     layers = model.unstacked(params)
 
     def go_on(state):
@@ -289,7 +348,7 @@ def _generate(model: Model, params, tokens, mask, keys, sampling: Sampling, limi
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
         return _extend(model, params, hidden[:, -1], keys, sampling, state)
 
-    return lax.while_loop(go_on, step, state).drawn
+    return lax.while_loop(go_on, step, state)
 
 
 def _to_the_right(tokens, mask):
@@ -298,15 +357,18 @@ def _to_the_right(tokens, mask):
     return jnp.take_along_axis(tokens, order, axis=-1), jnp.take_along_axis(mask, order, axis=-1)
 
 
-def _prefill(model: Model, params, tokens, mask, keys, sampling, room) -> _State:
+def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) -> _State:
     b = tokens.shape[0]
 
     def attend(q, k, v, cache):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], is_causal=True), (k, v)
 
     hidden, (k, v) = model.apply(params, tokens, positions_of(mask), attend)
-    more = ((0, 0), (0, room), (0, 0), (0, 0))
-    caches = [(jnp.pad(k[i], more), jnp.pad(v[i], more)) for i in range(model.config.num_layers)]
+    # What stands behind the prompts is masked until it is written over.
+    caches = [
+        tuple(lax.dynamic_update_slice(old, new[i], (0, 0, 0, 0)) for old, new in zip(layer, (k, v), strict=True))
+        for i, layer in enumerate(_empty(model, b, tokens.shape[1] + room) if cache is None else cache)
+    ]
     nothing = Completions(
         jnp.full((b, room), _pad_id(model), jnp.int32), jnp.zeros((b, room), bool), jnp.zeros((b, room), jnp.float32)
     )

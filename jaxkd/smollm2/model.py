@@ -51,13 +51,17 @@ FEW_ROWS = 64
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x: float32[..., I] times kernel: [I, …] in the given type, accumulated in float32, as float32[..., …]."""
-    flat = x.reshape(-1, x.shape[-1])
-    y = _product(flat, kernel.reshape(kernel.shape[0], -1), jnp.dtype(dtype))
-    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    """x: float32[…, I] times kernel: [I, …] in the given type, accumulated in float32, as float32[…, outputs].
+
+    The kernel may have its inputs or its outputs on several axes. It is flattened inside, so that what the backward
+    pass keeps is the kernel itself: flattened outside, a scan over layers would keep a copy of all weights.
+    """
+    y = _product(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _plain_product(x, kernel, dtype):
+    kernel = kernel.reshape(x.shape[-1], -1)
     if x.shape[0] <= FEW_ROWS:
         return jnp.matmul(kernel.astype(dtype).T, x.astype(dtype).T, preferred_element_type=jnp.float32).T
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
@@ -81,11 +85,12 @@ def _product_forward(x, kernel, dtype):
 def _product_backward(dtype, residuals, cotangent):
     x, kernel = residuals
     cotangent = cotangent.astype(dtype)
-    toward_x = jnp.matmul(cotangent, kernel.astype(dtype).T, preferred_element_type=jnp.float32)
+    flat = kernel.reshape(x.shape[-1], -1)
+    toward_x = jnp.matmul(cotangent, flat.astype(dtype).T, preferred_element_type=jnp.float32)
     # The CPU's matrix product is a third faster on a transpose that lies in memory than on one it reads across.
     transposed = lax.optimization_barrier(x.astype(dtype).T)
     toward_kernel = jnp.matmul(transposed, cotangent, preferred_element_type=jnp.float32)
-    return toward_x, toward_kernel.astype(kernel.dtype)
+    return toward_x, toward_kernel.astype(kernel.dtype).reshape(kernel.shape)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -128,12 +133,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
         """x: float32[B, T, D]."""
-        b, t, d = x.shape
+        b, t, _ = x.shape
         k, g, n, _ = self.out.shape
-        qkv = product(x, self.qkv[...], self.dtype)
+        qkv = product(x, self.qkv[...], self.dtype).reshape(b, t, k, g + 2, n)
         q = qkv[..., :g, :].reshape(b, t, k * g, n)
         mixed, kept = attend(rotate(q, rotation), rotate(qkv[..., g, :], rotation), qkv[..., g + 1, :])
-        return product(mixed.reshape(b, t, -1), self.out[...].reshape(-1, d), self.dtype), kept
+        return product(mixed.reshape(b, t, -1), self.out[...], self.dtype), kept
 
 
 class MLP(nnx.Module):
@@ -146,8 +151,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float32[B, T, D]."""
-        both = product(x, self.gate_up[...], self.dtype)
-        return product(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down[...], self.dtype)
+        gate, up = jnp.split(product(x, self.gate_up[...], self.dtype), 2, axis=-1)
+        return product(jax.nn.silu(gate) * up, self.down[...], self.dtype)
 
 
 class Layer(nnx.Module):

@@ -1,7 +1,8 @@
 """SmolLM2 as a policy, and its comparison with a teacher, by a head that is streamed.
 
 The head. n positions times V tokens of logits are never kept. Blocks of at most `TOKEN_CHUNK` positions by
-`VOCAB_BLOCK` tokens are made, summed and dropped; what is kept for the backward pass is one number a position, and the
+`VOCAB_BLOCK` tokens, or as many numbers of fewer positions by the whole vocabulary where two models are compared, are
+made, summed and dropped; what is kept for the backward pass is one number a position, and the
 backward pass makes each block again. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and q = softmax(z),
 ∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered on the way forward.
 
@@ -190,10 +191,10 @@ def _chunked(array: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(-1, chunk, *array.shape[1:])
 
 
-def _over_chunks(function: Callable, *arrays: jax.Array):
+def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     """Apply a function of [chunk, …] arrays to [n, …] arrays chunk by chunk, and put the results together."""
     n = arrays[0].shape[0]
-    chunk = min(TOKEN_CHUNK, n)
+    chunk = min(chunk, n)
     out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
@@ -236,7 +237,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
     chunk = min(TOKEN_CHUNK, n)
     chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
-    toward_head = jnp.zeros(head.shape, head.dtype)
+    toward_head = []
     for block in _blocks(head.shape[0]):
         rows = head[block[0] : block[1]].astype(dtype)
 
@@ -248,8 +249,8 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
 
         toward_rows, toward_part = lax.scan(one_chunk, jnp.zeros(rows.shape, jnp.float32), chunks)
         toward_hidden += toward_part
-        toward_head = lax.dynamic_update_slice(toward_head, toward_rows.astype(head.dtype), (block[0], 0))
-    return toward_hidden.reshape(-1, hidden.shape[-1])[:n], toward_head
+        toward_head.append(toward_rows.astype(head.dtype))
+    return toward_hidden.reshape(-1, hidden.shape[-1])[:n], jnp.concatenate(toward_head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -265,7 +266,9 @@ def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dty
     Returns:
       Two float32[n].
     """
-    normalizer, target = _over_chunks(lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets)
+    normalizer, target = _over_chunks(
+        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
+    )
     return target - normalizer, normalizer
 
 
@@ -340,19 +343,20 @@ def _term_and_slope(divergence: str, log_p, log_q, coefficient):
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
-    def one_chunk(hidden, taught, targets):
-        normalizer, target = _normalizer_and_target(hidden, targets, head, dtypes[0])
-        teacher_normalizer, teacher_target = _normalizer_and_target(taught, targets, teacher_head, dtypes[1])
-        value, slope = jnp.zeros_like(normalizer), jnp.zeros_like(normalizer)
-        for block in _blocks(head.shape[0]):
-            log_q = _logits(hidden, head, block, dtypes[0]) - normalizer[:, None]
-            log_p = _logits(taught, teacher_head, block, dtypes[1]) - teacher_normalizer[:, None]
-            term, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
-            value, slope = value + term.sum(axis=-1), slope + toward_q.sum(axis=-1)
-        results = (value, target - normalizer, normalizer, teacher_target - teacher_normalizer, teacher_normalizer)
-        return results, slope
+    vocabulary = (0, head.shape[0])
 
-    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets)
+    def one_chunk(hidden, taught, targets):
+        logits = _logits(hidden, head, vocabulary, dtypes[0])
+        teacher_logits = _logits(taught, teacher_head, vocabulary, dtypes[1])
+        normalizer, teacher_normalizer = (jax.nn.logsumexp(z, axis=-1) for z in (logits, teacher_logits))
+        log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
+        value, slope = (x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient))
+        log_prob, teacher_log_prob = (jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (log_q, log_p))
+        return (value, log_prob, normalizer, teacher_log_prob, teacher_normalizer), slope
+
+    # The whole vocabulary of fewer positions: the divergence needs both sums before its first term.
+    positions = max(1, TOKEN_CHUNK * VOCAB_BLOCK // head.shape[0])
+    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets, chunk=positions)
     residuals = (hidden, head, teacher_hidden, teacher_head, targets, coefficient, results[2], results[4], slope)
     return results, residuals
 

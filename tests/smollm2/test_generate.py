@@ -76,6 +76,27 @@ def test_fewer_new_tokens_are_a_prefix():
     np.testing.assert_array_equal(_generate(model, params, n=3).tokens, _generate(model, params, n=10).tokens[:, :3])
 
 
+def test_a_cache_is_filled_again_without_a_trace_of_what_was_in_it():
+    model, params = _model()
+    fresh = _generate(model, params)
+    cache = generate.make_cache(model, 2, PROMPTS.shape[1], 10)
+    first = [layer[0] for layer in cache]
+    _, cache = generate.generate(
+        model, params, PROMPTS + 1, np.ones_like(MASK), KEYS[::-1], max_new_tokens=10, cache=cache
+    )
+    assert all(array.is_deleted() for array in first)
+    again, _ = generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
+    for expected, got in zip(fresh, again, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_cache_of_another_shape_is_refused():
+    model, params = _model()
+    cache = generate.make_cache(model, 3, PROMPTS.shape[1], 10)
+    with pytest.raises(ValueError, match=r"cache must hold 2 layers of \[2, 32"):
+        generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
+
+
 def test_settings_and_lengths_share_one_program():
     model, params = _model()
     _generate(model, params, temperature=0.8, top_p=0.9)
