@@ -459,7 +459,11 @@ def draw(result: dict, path: Path) -> None:
         labels = [f"{row['what']}\n{row['dtype']}" for row in passes]
         _bars(axes[0], labels, [row["seconds"] for row in passes], "{:.2f}")
         shape = f"{passes[0]['batch']} × {passes[0]['length']} tokens"
-        axes[0].set(title=f"Forward, and log-probability with gradient\n{shape}", ylabel="seconds (less is better)")
+        axes[0].set(
+            title=f"Forward, and log-probability with gradient\n{shape}",
+            ylabel="seconds (less is better)",
+            yscale="log",
+        )
         _lines(axes[1], [row for row in timed if row["what"] == "decode"])
         weighed = [row for row in result["tasks"] if "memory_bytes" in row and row["what"] != "decode"]
         if weighed:

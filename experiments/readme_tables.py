@@ -155,7 +155,34 @@ def speed() -> str:
     return f"```\n{throughput.table(measured)}\n\njaxkd against {', '.join(ratios)}\n```"
 
 
-_MADE = (plane, speed, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
+def smollm2_speed() -> str:
+    """Seconds, tokens a second and memory of SmolLM2 beside transformers on torch, from the benchmark's JSON."""
+    rows = json.loads((ROOT / "figures" / "smollm2_benchmark.json").read_text())["tasks"]
+    sides = ("jaxkd", "torch", "torch medium")
+    body = []
+    for row in rows:
+        seconds, faster = row.get("seconds", {}), row.get("times_faster_than", {})
+        rates = row.get("tokens_a_second")
+        measured = [_number(rates, side, "{:.0f} tokens/s") if rates else _number(seconds, side, "{:.2f} s")
+                    for side in sides]  # fmt: skip
+        peaks = {side: memory["peak"] / 2**30 for side, memory in row.get("memory_bytes", {}).items()}
+        memory = [_number(peaks, side, "{:.2f}") for side in ("jaxkd", "torch")]
+        what = row["what"].replace("_", " ").replace("naive gradient", "gradient, full logits")
+        shape = f"{row['batch']} × {row['new_tokens'] or row['length']}"
+        compiled = _number(row, "compile_s", "{:.1f}")
+        ratios = [_number(faster, side, "{:.2f}") for side in sides[1:]]
+        body.append([what, row["dtype"], shape, *measured, *ratios, compiled, *memory])
+    head = ["task", "products in", "batch × tokens", "jaxkd", "torch", "torch, “medium”", "times torch",
+            "times “medium”", "compile (s)", "jaxkd (GiB)", "torch (GiB)"]  # fmt: skip
+    return _table(head, body)
+
+
+def _number(values: dict, key: str, form: str) -> str:
+    """A number that may not have been measured."""
+    return form.format(values[key]) if key in values else "–"
+
+
+_MADE = (plane, speed, smollm2_speed, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
 TABLES = {function.__name__: function for function in _MADE}
 
 
