@@ -464,6 +464,7 @@ def draw(result: dict, path: Path) -> None:
             ylabel="seconds (less is better)",
             yscale="log",
         )
+        _plain_ticks(axes[0])
         _lines(axes[1], [row for row in timed if row["what"] == "decode"])
         weighed = [row for row in result["tasks"] if "memory_bytes" in row and row["what"] != "decode"]
         if weighed:
@@ -495,8 +496,16 @@ def _bars(axes, labels: list[str], values: list[dict], form: str) -> None:
             continue
         x = [j + (i - 1) * 0.27 for j, _ in places]
         bars = axes.bar(x, [v for _, v in places], 0.25, label=side, edgecolor="white", linewidth=0.4, **LOOK[side])
-        axes.bar_label(bars, [form.format(v) for _, v in places], fontsize=5.5, padding=1)
+        axes.bar_label(bars, [form.format(v) for _, v in places], fontsize=6.5, padding=1)
     axes.set_xticks(range(len(labels)), labels, fontsize=7)
+
+
+def _plain_ticks(axes) -> None:
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
+    low, high = axes.get_ylim()
+    ticks = [t for power in range(6) for t in (10**power, 2 * 10**power, 5 * 10**power) if low <= t <= high]
+    axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
+    axes.minorticks_off()
 
 
 def _lines(axes, rows: list[dict]) -> None:
@@ -512,10 +521,7 @@ def _lines(axes, rows: list[dict]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens a second (more is better)")
     batches = [row["batch"] for row in rows]
     axes.set_xticks(batches, batches)
-    low, high = axes.get_ylim()
-    ticks = [t for power in range(6) for t in (10**power, 2 * 10**power, 5 * 10**power) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
-    axes.minorticks_off()
+    _plain_ticks(axes)
     axes.grid(axis="y", linewidth=0.3)
     axes.set_title(f"Sampling {rows[0]['new_tokens']} tokens, float32")
 

@@ -157,7 +157,8 @@ def speed() -> str:
 
 def smollm2_speed() -> str:
     """Seconds, tokens a second and memory of SmolLM2 beside transformers on torch, from the benchmark's JSON."""
-    rows = json.loads((ROOT / "figures" / "smollm2_benchmark.json").read_text())["tasks"]
+    measurement = json.loads((ROOT / "figures" / "smollm2_benchmark.json").read_text())
+    rows, repetitions = measurement["tasks"], measurement["settings"]["repetitions"]
     sides = ("jaxkd", "torch", "torch medium")
     body = []
     for row in rows:
@@ -174,7 +175,7 @@ def smollm2_speed() -> str:
         body.append([what, row["dtype"], shape, *measured, *ratios, compiled, *memory])
     head = ["task", "products in", "batch × tokens", "jaxkd", "torch", "torch, “medium”", "times torch",
             "times “medium”", "compile (s)", "jaxkd (GiB)", "torch (GiB)"]  # fmt: skip
-    return _table(head, body)
+    return f"{_table(head, body)}\n\nMedians of {repetitions} repetitions; – was not measured."
 
 
 def _number(values: dict, key: str, form: str) -> str:

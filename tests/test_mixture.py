@@ -117,6 +117,16 @@ def test_padding_components_does_not_change_the_density():
     np.testing.assert_array_equal(log_density(mixture.make(*padded), x), log_density(mixture.make(*parts), x))
 
 
+def test_far_away_the_log_density_is_minus_infinity_and_a_bad_parameter_is_nan():
+    two = mixture.make([0.5, 0.5], [[0.0, 0.0], [1.0, 0.0]], np.ones((2, 2)))
+    x = jnp.asarray([[1e25, 0.0], [0.0, 0.0]], jnp.float32)
+    far, near = mixture.log_density(two, x)
+    assert far == -jnp.inf and jnp.isfinite(near)
+    for component in range(2):
+        broken = two._replace(means=two.means.at[0, component].set(jnp.nan))
+        assert jnp.isnan(mixture.log_density(broken, x[:, 1:])).all()
+
+
 def test_mahalanobis_agrees_with_scipy():
     _, means, covariances = parts = random_parts(3, 2)
     x = draws_of(parts, 20)

@@ -2,8 +2,8 @@
 
 The head. n positions times V tokens of logits are never kept. Blocks of at most `TOKEN_CHUNK` positions by
 `VOCAB_BLOCK` tokens, or as many numbers of fewer positions by the whole vocabulary where two models are compared, are
-made, summed and dropped; what is kept for the backward pass is one number a position, and the
-backward pass makes each block again. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and q = softmax(z),
+made, summed and dropped; what is kept for the backward pass is one number a position, and the backward pass makes each
+block again. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and q = softmax(z),
 ∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered on the way forward.
 
 Conventions of the divergences are those of `jaxkd.losses.divergence`: P is the teacher, Q the student, nats.
