@@ -22,8 +22,9 @@ from jaxkd import checks
 from jaxkd.policy import Params
 from jaxkd.smollm2.model import Model, positions_of
 
-BUCKETS = tuple(sorted({base * 2**i for base in (16, 24) for i in range(13)}))
-"""Lengths that prompts and completions are padded to, each at most half as long again as the one before."""
+BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
+"""Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
+longer. A prompt of one token is thus prefilled as one: padded to sixteen, that took a quarter of a call's time."""
 
 _BLOCK = 128
 
@@ -78,7 +79,8 @@ class Completions(NamedTuple):
 
 
 Cache = list[tuple[jax.Array, jax.Array]]
-"""Keys and values of every layer, float32[B, W, K, N] each; W holds prompts and completions in their buckets."""
+"""Keys, float32[B, K, N, W], and values, float32[B, K, W, N], of every layer, as their products read them: nothing is
+transposed at each step. W holds prompts and completions in their buckets."""
 
 
 def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int) -> Cache:
@@ -94,12 +96,12 @@ def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int
 
 
 def _empty(model: Model, batch: int, width: int) -> Cache:
-    return [(jnp.zeros(shape), jnp.zeros(shape)) for shape in _cache_shapes(model, batch, width)]
+    return [tuple(jnp.zeros(shape) for shape in shapes) for shapes in _cache_shapes(model, batch, width)]
 
 
-def _cache_shapes(model: Model, batch: int, width: int) -> list[tuple[int, ...]]:
-    config = model.config
-    return [(batch, width, config.num_kv_heads, config.head_dim)] * config.num_layers
+def _cache_shapes(model: Model, batch: int, width: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    heads, size = model.config.num_kv_heads, model.config.head_dim
+    return [((batch, heads, size, width), (batch, heads, width, size))] * model.config.num_layers
 
 
 def bucket(length: int) -> int:
@@ -165,9 +167,9 @@ def _cut(drawn: Completions, length: int) -> Completions:
 
 def _check_cache(model: Model, cache: Cache, shape: tuple[int, int], max_new_tokens: int) -> None:
     wanted = _cache_shapes(model, shape[0], bucket(shape[1]) + bucket(max_new_tokens))
-    if [layer[0].shape for layer in cache] != wanted:
+    if [tuple(array.shape for array in layer) for layer in cache] != wanted:
         raise ValueError(
-            f"the cache must hold {len(wanted)} layers of {list(wanted[0])}; it holds {len(cache)} of "
+            f"the cache must hold {len(wanted)} layers of keys {list(wanted[0][0])}; it holds {len(cache)} of "
             f"{list(cache[0][0].shape) if cache else []}: make_cache(model, {shape[0]}, {shape[1]}, {max_new_tokens})"
         )
 
@@ -366,7 +368,10 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) ->
     hidden, (k, v) = model.apply(params, tokens, positions_of(mask), attend)
     # What stands behind the prompts is masked until it is written over.
     caches = [
-        tuple(lax.dynamic_update_slice(old, new[i], (0, 0, 0, 0)) for old, new in zip(layer, (k, v), strict=True))
+        tuple(
+            lax.dynamic_update_slice(old, jnp.transpose(new[i], order), (0, 0, 0, 0))
+            for old, new, order in zip(layer, (k, v), (_KEYS, _VALUES), strict=True)
+        )
         for i, layer in enumerate(_empty(model, b, tokens.shape[1] + room) if cache is None else cache)
     ]
     nothing = Completions(
@@ -383,17 +388,23 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) ->
     return _extend(model, params, hidden[:, -1], keys, sampling, state)
 
 
+_KEYS, _VALUES = (0, 2, 3, 1), (0, 2, 1, 3)
+"""Axes of [B, T, K, N] in the order in which the cache keeps them."""
+
+
 def _pad_id(model: Model) -> int:
     return 0 if model.config.pad_id is None else model.config.pad_id
 
 
 def _attend_cached(allowed, at, q, k, v, cache):
     """Attention of one new position to all in the cache, with its own keys and values put there first."""
-    keys, values = (
-        lax.dynamic_update_slice(old, new.astype(old.dtype), (0, at, 0, 0))
-        for old, new in zip(cache, (k, v), strict=True)
-    )
-    return jax.nn.dot_product_attention(q, keys, values, mask=allowed[:, None, None, :]), (keys, values)
+    keys = lax.dynamic_update_slice(cache[0], jnp.transpose(k, _KEYS), (0, 0, 0, at))
+    values = lax.dynamic_update_slice(cache[1], jnp.transpose(v, _VALUES), (0, 0, at, 0))
+    b, k, n, _ = keys.shape
+    q = q.reshape(b, k, -1, n)
+    scores = jnp.einsum("bkgn,bknw->bkgw", q, keys) * n**-0.5
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None, :], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgw,bkwn->bkgn", weights, values).reshape(b, 1, -1, n), (keys, values)
 
 
 def _extend(model: Model, params, hidden, keys, sampling, state: _State) -> _State:

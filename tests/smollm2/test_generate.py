@@ -93,15 +93,19 @@ def test_a_cache_is_filled_again_without_a_trace_of_what_was_in_it():
 def test_a_cache_of_another_shape_is_refused():
     model, params = _model()
     cache = generate.make_cache(model, 3, PROMPTS.shape[1], 10)
-    with pytest.raises(ValueError, match=r"cache must hold 2 layers of \[2, 32"):
+    with pytest.raises(ValueError, match=r"cache must hold 2 layers of keys \[2, "):
         generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
 
 
 def test_settings_and_lengths_share_one_program():
     model, params = _model()
-    _generate(model, params, temperature=0.8, top_p=0.9)
+
+    def widened(by):
+        return [np.pad(array, ((0, 0), (by, 0))) for array in (PROMPTS, MASK)]
+
+    _generate(model, params, *widened(1), temperature=0.8, top_p=0.9)
     before = generate._generate._cache_size()
-    _generate(model, params, PROMPTS[:, :3], MASK[:, :3], temperature=0.6, top_p=0.5, n=7)
+    _generate(model, params, *widened(2), temperature=0.6, top_p=0.5, n=9)
     assert generate._generate._cache_size() == before
 
 
