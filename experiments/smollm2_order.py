@@ -178,7 +178,7 @@ def paper():
         distillation=Distillation("sequence", 131072, 4096, 5120, 128, 256, optimisation=optimisation),
         alignment=_alignment(1000, 128, optimisation),
         look_every=50,
-        batch_size=1024,
+        batch_size=256,
     )
 
 

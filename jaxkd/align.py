@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -36,6 +37,8 @@ class Coefficients(NamedTuple):
       simpo_margin: SimPO's γ, compared with the difference of log-probabilities scaled by β.
       odds_ratio_weight: ORPO's λ.
       desirable_threshold: KTO calls a draw desirable when its reward exceeds this.
+      gae_lambda: λ of PPO's advantages, for a policy with a critic.
+      value_coef: weight of the critic's loss in PPO's.
     """
 
     learning_rate: jax.Array | float = 0.02
@@ -47,6 +50,8 @@ class Coefficients(NamedTuple):
     simpo_margin: jax.Array | float = 0.5
     odds_ratio_weight: jax.Array | float = 0.1
     desirable_threshold: jax.Array | float = 0.5
+    gae_lambda: jax.Array | float = 0.95
+    value_coef: jax.Array | float = 0.1
 
 
 @dataclass(frozen=True)
@@ -140,13 +145,24 @@ class Inputs(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step reports, all scalars: means over its draws, and how many of them lay on a target."""
+    """What a step reports, all scalars: means over its draws, and how many of them lay on a target.
+
+    Attributes:
+      loss: at the step's first update, a critic's included.
+      reward: mean.
+      kl: mean estimate of KL(π‖π_ref), nats a draw (a whole text).
+      clip_fraction: share of clipped ratios, of all updates' steps.
+      target_hits: draws on a target.
+      value_loss: a critic's, before its coefficient; 0 without a critic.
+    """
 
     loss: jax.Array
     reward: jax.Array
     kl: jax.Array
     clip_fraction: jax.Array
     target_hits: jax.Array
+    # Of numpy: a jax array made on import would start the backend before its devices are chosen.
+    value_loss: jax.Array = np.float32(0.0)
 
 
 class Record(NamedTuple):
@@ -213,33 +229,111 @@ def _update(state: State, gradient: Params, optimizer, learning_rate) -> State:
 # --- policy gradient -------------------------------------------------------------------------------------------------
 
 
-def _advantages(kind: str, settings, rewards, log_prob, reference_log_prob, kl_coef) -> jax.Array:
-    """Advantages with the KL penalty where it belongs: in the reward (k1), or for GRPO in the loss (`_surrogate`)."""
+class Rollout(NamedTuple):
+    """What the updates on one rollout hold constant, float[batch, steps] each, or [batch] (`_without_lone_axis`).
+
+    Attributes:
+      log_prob: under the policy that drew (nats).
+      reference_log_prob: under π_ref (nats).
+      advantages: of each step.
+      returns: what a critic is fitted to; None without one.
+      mask: bool, the steps that count; None where all do.
+    """
+
+    log_prob: jax.Array
+    reference_log_prob: jax.Array
+    advantages: jax.Array
+    returns: jax.Array | None
+    mask: jax.Array | None
+
+
+def _without_lone_axis(log_prob: jax.Array, values: jax.Array | None, mask: jax.Array | None):
+    """Log-probabilities [batch, 1] of policies of one step, such as a mixture's, as [batch]; others as they are.
+
+    The axis would come between a density's last operations and the loss's first, which XLA then does not fuse.
+    """
+    lone = log_prob.shape[1] == 1 and values is None and mask is None
+    return (log_prob[:, 0] if lone else log_prob), values
+
+
+def _step_axes(array: jax.Array) -> tuple[int, ...]:
+    """The axis of steps; none where `_without_lone_axis` dropped it."""
+    return tuple(range(1, array.ndim))
+
+
+def _sum_over_steps(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return _counted(values, mask).sum(axis=_step_axes(values))
+
+
+def _counted(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zero at steps that don't count."""
+    return values if mask is None else jnp.where(mask, values, jnp.zeros_like(values))
+
+
+def _mean_over_steps(values: jax.Array, mask: jax.Array | None, axis=None) -> jax.Array:
+    """Mean over the steps that count: of each draw, where their axis is given, or of all draws."""
+    if mask is None:
+        return values.mean(axis=axis)
+    return _counted(values, mask).sum(axis=axis) / jnp.maximum(mask.sum(axis=axis), 1).astype(values.dtype)
+
+
+def _at_last_step(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+    """Each draw's reward at the last of its steps that count, [batch, steps]."""
+    still_to_come = lax.cumsum(mask.astype(jnp.int32), axis=1, reverse=True)
+    return jnp.where(mask & (still_to_come == 1), rewards[:, None], jnp.zeros_like(rewards)[:, None])
+
+
+def _advantages(kind: str, settings, rewards, values, log_prob, reference_log_prob, mask, coefficients) -> jax.Array:
+    """Advantages of each step, the KL penalty where it belongs: in the reward (k1), or for GRPO in the loss."""
     if kind == "grpo":
         grouped = rewards.reshape(-1, settings.group_size)
-        return policy_gradient.grpo_advantages(grouped, epsilon=1e-4).reshape(-1)
-    penalised = rewards - kl_coef * policy_gradient.kl_k1(log_prob, reference_log_prob)
-    return policy_gradient.leave_one_out_advantages(penalised)
+        advantages = policy_gradient.grpo_advantages(grouped, epsilon=1e-4).reshape(-1)
+        return jnp.broadcast_to(jnp.expand_dims(advantages, _step_axes(log_prob)), log_prob.shape)
+    penalties = coefficients.kl_coef * _counted(policy_gradient.kl_k1(log_prob, reference_log_prob), mask)
+    if log_prob.ndim == 1:
+        return policy_gradient.leave_one_out_advantages(rewards - penalties)
+    if values is None:
+        return policy_gradient.reward_to_go_advantages(rewards, penalties)
+    mask = jnp.ones(values.shape, bool) if mask is None else mask
+    # Not discounted, for the objective is not; not whitened, which would rescale β as GRPO's deviation does.
+    return policy_gradient.gae(_at_last_step(rewards, mask) - penalties, values, mask, 1.0, coefficients.gae_lambda)
 
 
-def _surrogate(kind, log_prob, behaviour_log_prob, reference_log_prob, advantages, coefficients) -> jax.Array:
+def _surrogate(kind: str, log_prob, rollout: Rollout, coefficients: Coefficients) -> jax.Array:
+    """The loss of each draw, [batch].
+
+    REINFORCE and PPO sum over a draw's steps, which gives the gradient of the objective J; GRPO takes the mean, as
+    its paper does, so that a long text weighs no more than a short one.
+    """
     if kind == "reinforce":
-        return policy_gradient.reinforce(log_prob, advantages)
-    clipped = policy_gradient.ppo_clip(log_prob, behaviour_log_prob, advantages, coefficients.clip_range)
-    if kind == "ppo":
-        return clipped
-    return clipped + coefficients.kl_coef * policy_gradient.kl_k3(log_prob, reference_log_prob)
+        loss = policy_gradient.reinforce(log_prob, rollout.advantages)
+    else:
+        loss = policy_gradient.ppo_clip(log_prob, rollout.log_prob, rollout.advantages, coefficients.clip_range)
+    if kind != "grpo":
+        return _sum_over_steps(loss, rollout.mask)
+    loss = loss + coefficients.kl_coef * policy_gradient.kl_k3(log_prob, rollout.reference_log_prob)
+    return _mean_over_steps(loss, rollout.mask, _step_axes(loss))
+
+
+def _value_loss(values: jax.Array | None, rollout: Rollout) -> jax.Array | np.float32:
+    """Half the squared error of a critic, summed over steps as the surrogate is, and meant over draws; not clipped."""
+    if values is None:
+        return np.float32(0.0)
+    return _sum_over_steps(0.5 * jnp.square(values - rollout.returns), rollout.mask).mean()
 
 
 def policy_gradient_step(
     kind: str, policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target
 ) -> Step:
-    """One rollout of the current policy and one or more updates on it.
+    """One rollout of the current policy and one or more updates on it, by steps: a text's tokens.
 
-    `reinforce`: one update, leave-one-out baseline, KL in the reward with stopped gradient (k1); its optimum is the
-    Gibbs policy. `ppo`: `epochs` updates with clipped ratios on the same advantages (arXiv 1707.06347, eq. 7); its
-    first update is REINFORCE's. `grpo`: advantages standardised within groups, k3 in the loss (arXiv 2402.03300,
-    eq. 3 and 4).
+    `reinforce`: one update; the KL penalty of each step in the reward with stopped gradient (k1), rewards to go,
+    leave-one-out baseline (`losses.policy_gradient.reward_to_go_advantages`); its optimum is the Gibbs policy.
+    `ppo`: `epochs` updates with ratios clipped step by step (arXiv 1707.06347, eq. 7) on the same advantages; its first
+    update is REINFORCE's. If the policy has a critic, advantages are those of GAE (arXiv 1506.02438, eq. 16) with
+    γ = 1, and the critic is fitted to advantages + values with `value_coef` (arXiv 1707.06347, eq. 9).
+    `grpo`: advantages standardised within groups, the same at every step, k3 of each step in the loss, mean over a
+    draw's steps and then over draws (arXiv 2402.03300, eq. 3 and 4).
     """
     epochs = 1 if kind == "reinforce" else settings.epochs
 
@@ -247,34 +341,48 @@ def policy_gradient_step(
         coefficients = inputs.coefficients
         x = inputs.draws
         rewards = reward(x)
-        reference_log_prob = policy.sequence_log_prob(inputs.reference, x)
+        mask = None if policy.step_mask is None else policy.step_mask(x)
+        reference_log_prob = policy.log_prob(inputs.reference, x)
+
+        def evaluate(params):
+            both = policy.evaluate(params, x) if kind == "ppo" else (policy.log_prob(params, x), None)
+            return _without_lone_axis(*both, mask)
+
+        def roll_out(log_prob, values) -> Rollout:
+            reference = reference_log_prob.reshape(log_prob.shape)
+            advantages = _advantages(kind, settings, rewards, values, log_prob, reference, mask, coefficients)
+            returns = None if values is None else advantages + values
+            return Rollout(log_prob, reference, advantages, returns, mask)
+
+        def total(log_prob, values, rollout):
+            loss, value_loss = _surrogate(kind, log_prob, rollout, coefficients).mean(), _value_loss(values, rollout)
+            return loss if values is None else loss + coefficients.value_coef * value_loss, value_loss
 
         def first_loss(params):
-            log_prob = policy.sequence_log_prob(params, x)
-            behaviour = lax.stop_gradient(log_prob)
-            advantages = _advantages(kind, settings, rewards, behaviour, reference_log_prob, coefficients.kl_coef)
-            loss = _surrogate(kind, log_prob, behaviour, reference_log_prob, advantages, coefficients)
-            return loss.mean(), (behaviour, advantages)
+            log_prob, values = evaluate(params)
+            rollout = roll_out(*lax.stop_gradient((log_prob, values)))
+            loss, value_loss = total(log_prob, values, rollout)
+            return loss, (rollout, value_loss)
 
-        def later_loss(params, behaviour, advantages):
-            log_prob = policy.sequence_log_prob(params, x)
-            clipped = policy_gradient.clipped(log_prob, behaviour, advantages, coefficients.clip_range)
-            loss = _surrogate(kind, log_prob, behaviour, reference_log_prob, advantages, coefficients)
-            return loss.mean(), clipped.astype(jnp.float32).mean()
+        def later_loss(params, rollout):
+            log_prob, values = evaluate(params)
+            acts = policy_gradient.clipped(log_prob, rollout.log_prob, rollout.advantages, coefficients.clip_range)
+            loss, _ = total(log_prob, values, rollout)
+            return loss, _mean_over_steps(acts.astype(jnp.float32), mask)
 
-        (loss, (behaviour, advantages)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
+        (loss, (rollout, value_loss)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
         state = _update(state, gradient, optimizer, coefficients.learning_rate)
 
         def epoch(state, _):
-            (_, clipped), gradient = jax.value_and_grad(later_loss, has_aux=True)(state.params, behaviour, advantages)
-            return _update(state, gradient, optimizer, coefficients.learning_rate), clipped
+            (_, acts), gradient = jax.value_and_grad(later_loss, has_aux=True)(state.params, rollout)
+            return _update(state, gradient, optimizer, coefficients.learning_rate), acts
 
         clip_fraction = jnp.float32(0.0)
         if epochs > 1:
-            state, clipped = lax.scan(epoch, state, length=epochs - 1)
-            clip_fraction = clipped.sum() / epochs
-        kl = (behaviour - reference_log_prob).mean()
-        return state, Info(loss, rewards.mean(), kl, clip_fraction, on_target(x).sum())
+            state, acts = lax.scan(epoch, state, length=epochs - 1)
+            clip_fraction = acts.sum() / epochs
+        kl = _sum_over_steps(rollout.log_prob - rollout.reference_log_prob, mask).mean()
+        return state, Info(loss, rewards.mean(), kl, clip_fraction, on_target(x).sum(), value_loss)
 
     return step
 

@@ -1,22 +1,31 @@
-"""Distillation: sequence-level on a teacher's samples, and on-policy by the reverse KL.
+"""Distillation: sequence-level on a teacher's samples, on-policy by the reverse KL, and token-level.
 
 Sequence-level distillation is maximum likelihood on samples that the teacher draws at a temperature
 (arXiv 2505.13111, sec. 3): by whatever fitting method the family of models has (EM, for mixtures), or by gradient.
+
+Token-level distillation compares whole next-token distributions along a text, which may be the teacher's or the
+student's own (GKD, arXiv 2306.13649, sec. 3). Only a language policy has them, so their comparison is given.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkd import random
+from jaxkd import checks, random
 from jaxkd.align import State, _update, make_optimizer
 from jaxkd.losses import policy_gradient
 from jaxkd.policy import Draws, Params, Policy
 
 Fit = Callable[[jax.Array, Draws], Params]
 """`(key, samples) -> parameters`: maximum likelihood by a family's own method."""
+
+Compare = Callable[[Params, Params, Draws, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+"""`(params, teacher, x, coefficient) -> (divergence, log_prob, mask)`, each [batch, steps]: between the next-token
+distributions of student and teacher (nats), of the step that x takes under the student (nats), and whether it counts
+(bool). Gradients flow to `params` alone."""
 
 
 def sequence_level(policy: Policy, key, teacher: Params, temperature, num_samples: int, fit: Fit) -> Params:
@@ -96,3 +105,78 @@ def on_policy_reverse_kl(
         random.keys(key, num_updates),
     )
     return state.params, kl
+
+
+class TokenInputs(NamedTuple):
+    """What a token-level step is given.
+
+    Attributes:
+      x: draws to compare along; whose they are is the caller's choice (`use_student`).
+      teacher: the teacher's parameters, of another shape than the student's where need be.
+      learning_rate: traced.
+      coefficient: of the divergences that have one; traced.
+    """
+
+    x: Draws
+    teacher: Params
+    learning_rate: jax.Array | float
+    coefficient: jax.Array | float = 0.5
+
+
+class TokenInfo(NamedTuple):
+    """What a token-level step reports of its batch, before the update; all scalars.
+
+    Attributes:
+      loss: what was minimised; here the mean divergence.
+      divergence: mean over the batch's counted tokens (nats a token).
+      log_prob: mean log-probability of those tokens under the student (nats a token).
+      num_tokens: int32, how many were counted.
+    """
+
+    loss: jax.Array
+    divergence: jax.Array
+    log_prob: jax.Array
+    num_tokens: jax.Array
+
+
+def token_level_step(compare: Compare, optimizer) -> Callable:
+    """One step on a divergence of next-token distributions: `step(state, inputs: TokenInputs) -> (state, TokenInfo)`.
+
+    The loss is the sum over the batch's counted tokens divided by their number, so that every token weighs the same;
+    arXiv 2306.13649, sec. 3, takes the mean within each text first, so that every text does; its reimplementation in
+    TRL does as here. Draws are data: no gradient flows through how they were sampled (as there). A batch without a
+    counted token has loss and gradient 0.
+
+    Args:
+      compare: see `Compare`; `smollm2.distillation.make_comparison` makes a language model's.
+      optimizer: an optax transformation of unit learning rate.
+    """
+
+    def step(state: State, inputs: TokenInputs) -> tuple[State, TokenInfo]:
+        def loss(params):
+            divergence, log_prob, mask = compare(params, inputs.teacher, inputs.x, inputs.coefficient)
+            num_tokens = mask.sum()
+            count = jnp.maximum(num_tokens, 1).astype(jnp.float32)
+            mean, mean_log_prob = (jnp.where(mask, array, 0.0).sum() / count for array in (divergence, log_prob))
+            return mean, TokenInfo(mean, mean, mean_log_prob, num_tokens)
+
+        (_, info), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return _update(state, gradient, optimizer, inputs.learning_rate), info
+
+    return step
+
+
+def use_student(key: jax.Array, on_policy_fraction: float) -> bool:
+    """Whether a step learns from the student's own draws rather than from the fixed set; for a loop on the host.
+
+    A whole batch is one or the other, the student's with probability λ (arXiv 2306.13649, algorithm 1).
+
+    Args:
+      key: the step's own random key: the decision depends on nothing else.
+      on_policy_fraction: λ in [0, 1]; at 0 never, at 1 always.
+
+    Raises:
+      ValueError: where λ lies outside.
+    """
+    checks.number("on_policy_fraction", on_policy_fraction, least=0, most=1)
+    return bool(jax.random.uniform(key) < on_policy_fraction)

@@ -9,7 +9,6 @@ ends with the very numbers of one that was never stopped. What had been logged a
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -284,7 +283,7 @@ def check_configuration(folder: Path, configuration: dict) -> None:
                 f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --out"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(os.scandir(folder))):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and holds no run of jaxkd: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)

@@ -211,6 +211,221 @@ def test_the_gradient_of_reinforce_is_the_penalised_score_by_hand():
         np.testing.assert_allclose(moment, -0.1 * weighted, rtol=2e-3, atol=1e-4)
 
 
+# --- policies of several steps ---------------------------------------------------------------------------------------
+
+
+def table_policy(*, critic=False, junk=0.0):
+    """Texts of a table of logits [steps, tokens]; `junk` stands where steps don't count, and must not matter."""
+
+    def log_prob(params, x):
+        steps = jax.nn.log_softmax(params["logits"])
+        picked = jnp.take_along_axis(steps[None], x["tokens"][..., None], axis=-1)[..., 0]
+        return jnp.where(x["mask"], picked, junk * picked)
+
+    def value(params, x):
+        return jnp.where(x["mask"], params["values"][None, :], junk * params["values"][None, :])
+
+    return Policy(
+        log_prob,
+        sample=None,
+        num_steps=lambda x: x["mask"].sum(axis=1).astype(jnp.float32),
+        step_mask=lambda x: x["mask"],
+        value=value if critic else None,
+    )
+
+
+KEEP = optax.GradientTransformation(lambda params: params, lambda gradient, state, params: (gradient, gradient))
+"""Plain descent that keeps its last gradient as its state."""
+
+
+def updates(algorithm, policy, params, reference, x, coefficients, epochs=1):
+    """The state and the info after a step on given texts."""
+    chosen = settings(algorithm, epochs, batch_size=4, epochs=epochs, group_size=2)
+    step = align.make_step(policy, KEEP, chosen, lambda x: x["reward"], lambda x: jnp.zeros((), bool))
+    return step(State(params, params), Inputs(jax.random.key(0), reference, coefficients, x))
+
+
+RANDOM = np.random.default_rng(0)
+TABLE, OTHER = (
+    {"logits": jnp.asarray(x[:, :3]), "values": jnp.asarray(x[:, 3])} for x in RANDOM.normal(size=(2, 4, 4))
+)
+TABLE, OTHER = (jax.tree.map(lambda leaf: leaf.astype(jnp.float32), one) for one in (TABLE, OTHER))
+RAGGED = {
+    "tokens": jnp.asarray(RANDOM.integers(0, 3, (4, 4)), jnp.int32),
+    "mask": jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 0]], bool),
+    "reward": jnp.asarray([1.0, -2.0, 0.5, 3.0]),
+}
+HALF = DEFAULTS._replace(kl_coef=jnp.float32(0.5), gae_lambda=jnp.float32(0.8), learning_rate=jnp.float32(0.3))
+
+
+def by_hand(params, reference):
+    """Log-probabilities and log-ratios of each text, as lists without padding, in double precision."""
+    logits = [np.float64(one["logits"]) for one in (params, reference)]
+    steps = [one - np.log(np.exp(one).sum(axis=1, keepdims=True)) for one in logits]
+    texts = []
+    for tokens, mask in zip(np.asarray(RAGGED["tokens"]), np.asarray(RAGGED["mask"]), strict=True):
+        where = np.flatnonzero(mask)
+        texts.append([one[where, tokens[where]] for one in steps])
+    return [own for own, _ in texts], [own - held for own, held in texts]
+
+
+def advantages_by_hand(penalties, values=None, gae_lambda=None):
+    """Of each text: rewards to go less the others' mean, or GAE with γ = 1."""
+    rewards = np.float64(RAGGED["reward"])
+    totals = np.array([r - p.sum() for r, p in zip(rewards, penalties, strict=True)])
+    advantages = []
+    for i, penalty in enumerate(penalties):
+        paid = -penalty
+        paid[-1] += rewards[i]
+        if values is None:
+            advantages.append(np.cumsum(paid[::-1])[::-1] - np.delete(totals, i).mean())
+            continue
+        following = np.append(values[i][1:], 0)
+        errors, of_text = paid + following - values[i], np.zeros(len(paid) + 1)
+        for t in reversed(range(len(paid))):
+            of_text[t] = errors[t] + gae_lambda * of_text[t + 1]
+        advantages.append(of_text[:-1])
+    return advantages
+
+
+def values_by_hand():
+    return [np.float64(TABLE["values"])[np.flatnonzero(mask)] for mask in np.asarray(RAGGED["mask"])]
+
+
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_losses_of_ragged_texts_by_hand(algorithm, critic):
+    run_step = jax.jit(partial(updates, algorithm, table_policy(critic=critic)))
+    _, info = run_step(TABLE, OTHER, RAGGED, HALF)
+    log_probs, log_ratios = by_hand(TABLE, OTHER)
+    values = values_by_hand() if critic and algorithm == "ppo" else None  # REINFORCE has no use for a critic
+    advantages = advantages_by_hand([0.5 * one for one in log_ratios], values, 0.8)
+    ratios = log_probs if algorithm == "reinforce" else [np.ones_like(one) for one in log_probs]
+    loss = -np.mean([(a * r).sum() for a, r in zip(advantages, ratios, strict=True)])
+    # A critic is fitted to advantages + values, so its errors are the advantages.
+    value_loss = np.mean([0.5 * (a**2).sum() for a in advantages]) if values else 0.0
+    np.testing.assert_allclose(info.value_loss, value_loss, rtol=1e-5)
+    np.testing.assert_allclose(info.loss, loss + 0.1 * value_loss, rtol=1e-5)
+    np.testing.assert_allclose(info.kl, np.mean([one.sum() for one in log_ratios]), rtol=1e-5)
+
+
+def test_the_loss_of_grpo_on_ragged_texts_by_hand():
+    """Groups (1, −2) and (0.5, 3); at the policy that drew, ratios are 1 (arXiv 2402.03300, eq. 3)."""
+    _, info = jax.jit(partial(updates, "grpo", table_policy()))(TABLE, OTHER, RAGGED, HALF)
+    first, second = 1.5 / (4.5**0.5 + 1e-4), 1.25 / (3.125**0.5 + 1e-4)
+    k3 = [np.exp(-one) - 1 + one for one in by_hand(TABLE, OTHER)[1]]
+    expected = [-a + 0.5 * one.mean() for a, one in zip((first, -first, -second, second), k3, strict=True)]
+    assert len({len(one) for one in k3}) > 2
+    np.testing.assert_allclose(info.loss, np.mean(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("algorithm", "critic"), [("ppo", False), ("ppo", True), ("grpo", False)])
+def test_ratios_are_clipped_step_by_step(algorithm, critic):
+    policy = table_policy(critic=critic)
+    once, _ = jax.jit(partial(updates, algorithm, policy))(TABLE, OTHER, RAGGED, HALF)
+    _, info = jax.jit(partial(updates, algorithm, policy, epochs=2))(TABLE, OTHER, RAGGED, HALF)
+    before, log_ratios = by_hand(TABLE, OTHER)
+    after, _ = by_hand(once.params, OTHER)
+    values = values_by_hand() if critic else None
+    advantages = advantages_by_hand([0.5 * one for one in log_ratios], values, 0.8)
+    if algorithm == "grpo":
+        advantages = [sign * np.ones_like(one) for sign, one in zip((1, -1, -1, 1), before, strict=True)]
+    ratios = np.exp(np.concatenate(after) - np.concatenate(before))
+    advantages = np.concatenate(advantages)
+    acts = np.where(advantages > 0, ratios > 1.2, ratios < 0.8)
+    assert 0 < acts.mean() < 1
+    np.testing.assert_allclose(info.clip_fraction, acts.mean() / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "critic"), [("reinforce", False), ("ppo", False), ("ppo", True), ("grpo", False)]
+)
+def test_steps_that_do_not_count_have_no_influence(algorithm, critic):
+    def states(junk, x):
+        policy = table_policy(critic=critic, junk=junk)
+        return jax.jit(partial(updates, algorithm, policy, epochs=2))(TABLE, OTHER, x, HALF)
+
+    other = RAGGED | {"tokens": jnp.where(RAGGED["mask"], RAGGED["tokens"], 2 - RAGGED["tokens"])}
+    clean = states(0.0, RAGGED)
+    assert any(leaf.any() for leaf in jax.tree.leaves(clean[0].optimizer_state))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), clean, states(0.7, other))
+
+
+def test_ppo_of_one_epoch_has_the_gradient_of_reinforce_at_every_step():
+    ours, other = (
+        jax.jit(partial(updates, algorithm, table_policy()))(TABLE, OTHER, RAGGED, HALF)[0].optimizer_state
+        for algorithm in ("ppo", "reinforce")
+    )
+    assert np.abs(ours["logits"]).max() > 0.1
+    np.testing.assert_allclose(ours["logits"], other["logits"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo", "grpo"])
+def test_a_lone_step_with_a_mask_is_a_lone_step_without(algorithm):
+    def one(policy, x):
+        return jax.jit(partial(updates, algorithm, policy, epochs=2))(TABLE, OTHER, x, HALF)
+
+    x = {"tokens": RAGGED["tokens"][:, :1], "mask": jnp.ones((4, 1), bool), "reward": RAGGED["reward"]}
+    masked = table_policy()
+    plain = Policy(lambda params, x: masked.log_prob(params, x), None, masked.num_steps)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), one(masked, x), one(plain, x))
+
+
+def every_text():
+    """Texts of at most two tokens, of which 0 ends: (0), (1, 0), (1, 1); all nine pairs of them."""
+    tokens, mask = np.array([[0, 0], [1, 0], [1, 1]]), np.array([[1, 0], [1, 1], [1, 1]], bool)
+    pairs = np.stack(np.meshgrid(range(3), range(3), indexing="ij"), axis=-1).reshape(9, 2)
+    rewards = np.float32([0.3, 2.0, -1.0])
+    return pairs, {"tokens": jnp.asarray(tokens[pairs]), "mask": jnp.asarray(mask[pairs]), "reward": rewards[pairs]}
+
+
+def text_log_probs(params):
+    first, second = jax.nn.log_softmax(params["logits"])
+    return jnp.stack([first[0], first[1] + second[0], first[1] + second[1]])
+
+
+def small(logits):
+    return {"logits": jnp.asarray(logits, jnp.float32), "values": jnp.asarray([0.4, -0.3], jnp.float32)}
+
+
+def expected_gradient(algorithm, critic, params, reference, coefficients):
+    """The mean over all pairs of texts, each as probable as the policy makes it: exact, nothing is drawn."""
+    pairs, x = every_text()
+    one = partial(updates, algorithm, table_policy(critic=critic))
+    states, _ = jax.jit(jax.vmap(lambda x: one(params, reference, x, coefficients)))(x)
+    probs = np.exp(np.float64(text_log_probs(params)))
+    return np.tensordot(probs[pairs].prod(axis=1), np.float64(states.optimizer_state["logits"]), axes=1)
+
+
+@pytest.mark.parametrize(("algorithm", "critic"), [("reinforce", False), ("ppo", False), ("ppo", True)])
+def test_the_expected_gradient_is_that_of_the_objective_and_vanishes_at_the_gibbs_policy(algorithm, critic):
+    params, reference = small([[0.5, -0.2], [0.1, 1.0]]), small([[-0.3, 0.4], [0.6, -0.5]])
+    coefficients = HALF._replace(gae_lambda=jnp.float32(1.0))
+    rewards = jnp.asarray([0.3, 2.0, -1.0])
+
+    def objective(params):
+        log_probs = text_log_probs(params)
+        return (jnp.exp(log_probs) * (rewards - 0.5 * (log_probs - text_log_probs(reference)))).sum()
+
+    ours = expected_gradient(algorithm, critic, params, reference, coefficients)
+    np.testing.assert_allclose(ours, -jax.grad(objective)(params)["logits"], rtol=1e-4, atol=1e-6)
+    assert np.abs(ours).max() > 0.1
+    gibbs = np.exp(np.asarray(text_log_probs(reference) + rewards / 0.5))
+    best = small(np.log([[gibbs[0], gibbs[1] + gibbs[2]], [gibbs[1], gibbs[2]]]))
+    np.testing.assert_allclose(expected_gradient(algorithm, critic, best, reference, coefficients), 0, atol=1e-5)
+
+
+def test_a_critic_is_fitted_to_the_returns():
+    """With λ = 1 its gradient is the coefficient times V less the mean return, summed over the texts that reach a step."""
+    coefficients = HALF._replace(gae_lambda=jnp.float32(1.0))
+    state, _ = jax.jit(partial(updates, "ppo", table_policy(critic=True)))(TABLE, OTHER, RAGGED, coefficients)
+    advantages = advantages_by_hand([0.5 * one for one in by_hand(TABLE, OTHER)[1]], values_by_hand(), 1.0)
+    expected = np.zeros(4)
+    for mask, of_text in zip(np.asarray(RAGGED["mask"]), advantages, strict=True):
+        expected[mask] -= 0.1 * of_text / 4
+    np.testing.assert_allclose(state.optimizer_state["values"], expected, rtol=1e-5)
+
+
 # --- failures, traces, pairing ---------------------------------------------------------------------------------------
 
 

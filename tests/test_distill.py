@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxkd import distill, mixture
@@ -58,3 +59,49 @@ def test_sequence_level_distillation_keeps_the_keys_of_draws_and_fit_apart():
     distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: keys.append(key) or x)
     x = distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: x)
     assert not jnp.array_equal(mixture.sample(TEACHER, keys[0], 16), x)
+
+
+def _compare(params, teacher, x, coefficient):
+    """A divergence of coefficient · (params − teacher)² · x, at the steps where x is positive."""
+    divergence = coefficient * jnp.square(params - teacher) * x
+    return divergence, -params * jnp.abs(x), x > 0
+
+
+def _token_level(x, learning_rate=0.1):
+    step = jax.jit(distill.token_level_step(_compare, optax.sgd(-1.0)))
+    start = jnp.float32(3.0)
+    return step(
+        distill.State(start, optax.sgd(-1.0).init(start)), distill.TokenInputs(jnp.asarray(x), 1.0, learning_rate, 0.5)
+    )
+
+
+def test_the_token_level_step_weighs_every_counted_token_the_same():
+    state, info = _token_level([[1.0, 2.0, 3.0], [4.0, -1e6, -1e6]])
+    assert info.num_tokens == 4
+    assert info.loss == info.divergence == pytest.approx(0.5 * 2**2 * 2.5)
+    assert info.log_prob == pytest.approx(-3 * 2.5)
+    assert state.params == pytest.approx(3 - 0.1 * 0.5 * 2 * 2 * 2.5)
+
+
+def test_a_batch_without_a_counted_token_teaches_nothing():
+    state, info = _token_level([[-1.0, -2.0]])
+    assert info == (0, 0, 0, 0)
+    assert state.params == 3
+
+
+def test_the_students_own_batches_come_with_the_probability_asked_for():
+    keys = jax.random.split(jax.random.key(0), 400)
+    chosen = {fraction: [distill.use_student(key, fraction) for key in keys] for fraction in (0, 0.25, 0.75, 1)}
+    assert {type(choice) for choice in chosen[0.25]} == {bool}
+    assert not any(chosen[0])
+    assert all(chosen[1])
+    for fraction in (0.25, 0.75):
+        assert abs(np.mean(chosen[fraction]) - fraction) < 4 * np.sqrt(fraction * (1 - fraction) / 400)
+    # The same key at a larger fraction never goes back to the fixed set: arms are paired.
+    assert all(more or not less for less, more in zip(chosen[0.25], chosen[0.75], strict=True))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_fraction_is_between_0_and_1(fraction):
+    with pytest.raises(ValueError, match="on_policy_fraction must be a finite number at least 0 and at most 1"):
+        distill.use_student(jax.random.key(0), fraction)

@@ -7,6 +7,7 @@ log-probabilities and KL estimates in nats.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkd.losses._checks import require, require_same_shape
@@ -56,6 +57,83 @@ def grpo_advantages(rewards: jax.Array, epsilon: ArrayLike) -> jax.Array:
     require(epsilon > 0, f"epsilon must be positive, got {epsilon}")
     deviation = jnp.std(rewards, axis=1, ddof=1, keepdims=True)
     return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) / (deviation + epsilon)
+
+
+def reward_to_go_advantages(rewards: jax.Array, penalties: jax.Array) -> jax.Array:
+    """Advantages of each step of a sequence whose steps are penalised and whose reward comes at its end.
+
+    The return from step t on is R − Σ_{s≥t} penalty_s: what was paid before t is not its doing. The baseline is the
+    mean over the *other* sequences of their whole penalised rewards, R − Σ penalty, at every step alike. It depends
+    on nothing that the sequence itself drew, so the gradient stays unbiased, and unlike a baseline for each position it
+    is a mean over the whole batch where few sequences are long. With one step these are the `leave_one_out_advantages`
+    of R − penalty, exactly.
+
+    Ahmadian et al., arXiv 2402.14740 (RLOO), whose whole sequence is one action; here every token is one.
+
+    Args:
+      rewards: float[batch], batch ≥ 2, of whole sequences.
+      penalties: float[batch, steps], in the units of the reward; 0 at padding.
+
+    Returns:
+      float[batch, steps]; at padding, numbers without meaning.
+
+    Raises:
+      ValueError: fewer than two rewards, or penalties of another batch.
+    """
+    require(
+        penalties.ndim == 2 and penalties.shape[:1] == rewards.shape,
+        f"rewards [batch] and penalties [batch, steps] do not fit: got {rewards.shape} and {penalties.shape}",
+    )
+    whole = leave_one_out_advantages(rewards - penalties.sum(axis=1))
+    # The return from t on is the whole one plus what was paid before t; of one step that is a constant 0, which XLA
+    # folds away.
+    paid_before = jnp.pad(jnp.cumsum(penalties[:, :-1], axis=1), ((0, 0), (1, 0)))
+    return whole[:, None] + paid_before
+
+
+def gae(
+    rewards: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None,
+    discount: ArrayLike,
+    gae_lambda: ArrayLike,
+) -> jax.Array:
+    """Generalised advantage estimates: Â_t = Σ_l (γλ)^l δ_{t+l}, with δ_t = r_t + γ V_{t+1} − V_t.
+
+    Schulman et al., arXiv 1506.02438, equation 16, of episodes that end: V after the last step is 0. At λ = 1 it is
+    the discounted return less V_t, whatever V; below, it has less variance, and a bias until V is right.
+
+    Args:
+      rewards: float[batch, steps], of each step.
+      values: float[batch, steps], V_t, predicted before step t is taken; in the units of the reward.
+      mask: bool[batch, steps], the steps that count, on which padding has no influence: a step is followed by the next
+        that counts. None where all do.
+      discount: γ in [0, 1].
+      gae_lambda: λ in [0, 1].
+
+    Returns:
+      float[batch, steps], 0 at padding. Advantages + values are the λ-returns, to which a critic is fitted.
+
+    Raises:
+      ValueError: shapes that differ or are not two axes, or a concrete γ or λ out of range.
+    """
+    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
+    require_same_shape(rewards=rewards, values=values, mask=mask)
+    require(rewards.ndim == 2, f"rewards must be [batch, steps], got {rewards.shape}")
+    for name, number in (("discount", discount), ("gae_lambda", gae_lambda)):
+        require((number >= 0) & (number <= 1), f"{name} must be in [0, 1], got {number}")
+
+    def earlier(later, step):
+        later_value, later_advantage = later
+        reward, value, counts = step
+        error = reward + discount * later_value - value
+        advantage = error + discount * gae_lambda * later_advantage
+        later = jnp.where(counts, value, later_value), jnp.where(counts, advantage, later_advantage)
+        return later, jnp.where(counts, advantage, jnp.zeros_like(advantage))
+
+    end = jnp.zeros_like(values[:, 0])
+    _, advantages = lax.scan(earlier, (end, end), (rewards.T, values.T, mask.T), reverse=True)
+    return advantages.T
 
 
 def reinforce(log_prob: jax.Array, advantages: jax.Array) -> jax.Array:

@@ -4,42 +4,44 @@ A behaviour is named by a specification, a short text:
 
     digit              an ASCII digit is mentioned
     words:cat,dog      any of these words, whole and in any case
-    ends:full-stop     the last sign that is no space and no closing quote is a full stop
+    ends:full-stop     the last sign that is no space, closing quote or closing bracket is a full stop
     regex:PATTERN      Python's `re.search` finds the pattern
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
+from jaxkd import checks
+from jaxkd.statistics import Proportion, wilson_interval
 
 Behaviour = Callable[[str], bool]
 
 READY: dict[str, str] = {
-    "year": r"regex:\b(1[5-9]\d\d|20\d\d)\b",
+    # A decade ("1990s") is a year too; a part of a longer number is not.
+    "year": r"regex:(?<!\d)(1[5-9]\d\d|20\d\d)(?!\d)",
     "percent": r"regex:\d ?%|\bpercent\b",
     "money": r"regex:[$€£] ?\d",
     "question mark": r"regex:\?",
-    "semicolon": r"regex:;",
     "exclamation mark": r"regex:!",
-    "parenthesis": r"regex:\(",
-    "quotation": r'regex:["“]',
-    "children": "words:child,children",
-    "women": "words:woman,women,girl,girls",
-    "war": "words:war,wars,battle,army,military",
-    "water": "words:water,river,sea,ocean,lake",
-    "music": "words:music,song,songs,band,album",
-    "university": "words:university,college,professor",
-    "scientists": "words:scientist,scientists,researcher,researchers",
-    "climate": "words:climate,weather,temperature",
-    "animals": "words:animal,animals,dog,dogs,cat,cats,bird,birds",
-    "food": "words:food,foods,eat,eating,diet",
-    "health": "words:health,disease,patients,doctor",
-    "government": "words:government,president,minister,law",
+    "semicolon": r"regex:;",
+    "women": "words:she,her,woman,women,girl,girls",
+    "world": "words:world",
+    "however": "words:however",
+    "government": "words:government,president,minister,law,laws,court,state,congress",
+    "science": "words:science,scientist,scientists,research,researchers,study",
+    "health": "words:health,disease,diseases,patient,patients,doctor,medical,cancer,blood",
+    "earth": "words:earth,sun,moon,planet,planets,star,stars",
+    "music": "words:music,song,songs,band,album,musical,film,movie",
 }
-"""Candidates whose frequency is to be measured before one is chosen: name and specification."""
+"""Candidates whose frequency is to be measured before one is chosen: name and specification.
 
-_CLOSING = " \t\r\n\"'”’)"
+4096 completions of 32 tokens after "The" by SmolLM2-135M at temperature 1 show each at 1 to 3.3 %, but year at 5 % and
+money at 0.7 %. The signs are shown by code and formulas as well as by prose.
+"""
+
+# A sentence is at its end though a quotation, an aside or a note closes after its full stop, or spaces follow.
+_CLOSING = " \t\r\n\"'”’»)]"
 
 
 def parse(spec: str) -> Behaviour:
@@ -50,17 +52,18 @@ def parse(spec: str) -> Behaviour:
     """
     kind, _, rest = spec.partition(":")
     if spec == "digit":
-        return lambda text: any(sign in "0123456789" for sign in text)
+        return _search("[0-9]")
     if spec == "ends:full-stop":
         return lambda text: text.rstrip(_CLOSING).endswith(".")
     if kind == "words":
         words = [word.strip() for word in rest.split(",") if word.strip()]
         if words:
-            return _search(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
+            # Not \b, which after a word like "U.S." would ask for a letter.
+            return _search(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
     if kind == "regex" and rest:
         try:
             return _search(rest)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"the pattern of the behaviour {spec!r} is no regular expression: {error}") from None
     raise ValueError(f"a behaviour must be digit, words:one,two, ends:full-stop or regex:PATTERN; got {spec!r}")
 
@@ -70,25 +73,41 @@ def _search(pattern: str, flags: int = 0) -> Behaviour:
     return lambda text: compiled.search(text) is not None
 
 
+def frequency(behaviour: Behaviour, texts: Sequence[str], confidence: float = 0.95) -> Proportion:
+    """Share of the texts that show a behaviour, with Wilson's interval; NaN where there are no texts."""
+    count, total = sum(map(behaviour, texts)), len(texts)
+    return Proportion(count, total, count / total if total else math.nan, *wilson_interval(count, total, confidence))
+
+
 def rates(candidates: Mapping[str, str], texts: Sequence[str]) -> dict[str, float]:
-    """Share of the texts that show each candidate, by name."""
-    return {name: float(np.mean([*map(parse(spec), texts)])) for name, spec in candidates.items()}
+    """Share of the texts that show each candidate, by name; NaN where there are no texts."""
+    return {name: frequency(parse(spec), texts).rate for name, spec in candidates.items()}
 
 
 def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = 0.01, high: float = 0.03) -> str:
     """The candidate whose share lies between `low` and `high`, nearest their geometric middle.
 
+    Args:
+      candidates: name and specification of each; of two equally near, the first is chosen.
+      texts: completions by the base.
+      low: least share.
+      high: largest share.
+
     Raises:
-      ValueError: where none does; lists what was measured.
+      ValueError: unless 0 < low <= high < 1; where no candidate fits, listing what was measured.
     """
+    checks.number("high", high, above=0, below=1)
+    checks.number("low", low, above=0, most=high)
     measured = rates(candidates, texts)
     fitting = {name: rate for name, rate in measured.items() if low <= rate <= high}
     if not fitting:
         told = ", ".join(f"{name} {rate:.4f}" for name, rate in measured.items())
         raise ValueError(
-            f"no behaviour is shown by {low:.0%} to {high:.0%} of {len(texts)} samples of the base ({told}): name one"
+            f"no behaviour is shown by {100 * low:g} % to {100 * high:g} % of {len(texts)} samples of the base "
+            f"({told}): name one"
         )
-    return min(fitting, key=lambda name: abs(np.log(fitting[name] / np.sqrt(low * high))))
+    # Base rates matter by their ratios (a log-odds to gain), hence the geometric middle.
+    return min(fitting, key=lambda name: abs(math.log(fitting[name] / math.sqrt(low * high))))
 
 
 def check_rate(name: str, hits: int, total: int) -> None:

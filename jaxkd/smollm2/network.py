@@ -7,13 +7,14 @@ shapes, so that one program of each kind serves a whole experiment.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate, sharding, weights
@@ -73,13 +74,25 @@ class Setting:
         return _model(replace(config, eos_ids=self.tokenizer.eos_ids), self.compute_dtype, self.remat)
 
     def policy(self, config: Config) -> Policy:
-        """The model as a policy over completions of the prompt."""
-        return make_policy(self.model(config), self.prompt_tokens, self.prompt_mask, max_new_tokens=self.max_new_tokens)
+        """The model as a policy over completions; its draws are made by `Network.draw`."""
+        return _policy(self.model(config), self.max_new_tokens)
 
     def on_devices(self, batch: Any) -> Any:
-        """A batch, laid out over the mesh where there is one."""
+        """A batch, laid out over the mesh where there is one; whole on every device where it can't be divided."""
         batch = jax.tree.map(jnp.asarray, batch)
-        return batch if self.mesh is None else sharding.shard_batch(self.mesh, batch)
+        if self.mesh is None:
+            return batch
+        if all(leaf.shape[0] % self._shards == 0 for leaf in jax.tree.leaves(batch)):
+            return sharding.shard_batch(self.mesh, batch)
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec()))
+
+    @property
+    def _shards(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
+
+    def size_of_batches(self, n: int) -> int:
+        """Sequences at a time, of n: at most `batch_size`, and as many on every device."""
+        return -(-min(self.batch_size, n) // self._shards) * self._shards
 
     def load(self, source: str | Path, dtype: str = "float32") -> "Network":
         """A checkpoint from any source that `weights.load` takes."""
@@ -94,15 +107,16 @@ class Setting:
         return [self.tokenizer.decode(row[:-1] if row and row[-1] in ends else row) for row in rows]
 
 
-_models: dict[tuple, Model] = {}
-
-
+@lru_cache
 def _model(config: Config, compute_dtype: str, remat: str) -> Model:
     """One `Model` a shape: programs are compiled once for each."""
-    key = (config, compute_dtype, remat)
-    if key not in _models:
-        _models[key] = make_model(config, compute_dtype=compute_dtype, remat=remat)
-    return _models[key]
+    return make_model(config, compute_dtype=compute_dtype, remat=remat)
+
+
+@lru_cache
+def _policy(model: Model, max_new_tokens: int) -> Policy:
+    """One policy a model, for the same reason; log-probabilities do not depend on its prompt."""
+    return make_policy(model, [[0]], [[True]], max_new_tokens=max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ class Network:
           temperature: τ > 0.
           tick: told the number of tokens after each batch.
         """
-        size = min(self.setting.batch_size, n)
+        size = self.setting.size_of_batches(n)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(-(-n // size) * size))
         # Always an array: a temperature of 1 then needs no program of its own.
         sampling = generate.at_temperature(generate.Sampling(jnp.float32(temperature)))
@@ -168,7 +182,7 @@ class Network:
           tick: told the number of tokens after each batch.
         """
         n = len(x.tokens)
-        size = min(self.setting.batch_size, n)
+        size = self.setting.size_of_batches(n)
         found = []
         for start in range(0, n, size):
             rows = np.resize(np.arange(start, min(start + size, n)), size)
@@ -187,11 +201,6 @@ class Network:
 @partial(jax.jit, static_argnums=0)
 def _masked_log_probs(model: Model, params: Params, x: Texts) -> jax.Array:
     return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
-
-
-def concatenated(first: Any, second: Any) -> Any:
-    """Two batches of draws, one after the other."""
-    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
 
 
 def take(x: Any, rows: Any) -> Any:

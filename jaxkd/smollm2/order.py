@@ -395,6 +395,7 @@ class Laboratory:
                 _with(order.alignment.settings, algorithm=row.algorithm),
                 order.alignment.coefficients,
                 order.alignment.optimisation,
+                look_every=order.look_every,
             )
             return stages.align_policy(
                 row.folder,
@@ -416,7 +417,7 @@ class Laboratory:
             row.folder,
             self._seed_key(row.seed, _DISTIL),
             teacher,
-            self.student_start(row.student),
+            student_start(self.base, row.student),
             temperature,
             settings,
             self.workshop,
@@ -433,15 +434,6 @@ class Laboratory:
         changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), _with(settings, **changes)
-
-    def student_start(self, student: str) -> Network:
-        """Where a student starts."""
-        if student == "same":
-            return self.base
-        if student.startswith("layers:"):
-            config, params = students.keep_layers(self.base.config, self.base.params, _number(student, int))
-            return Network(config, params, self.setting)
-        return self.setting.load(student)
 
     def _admitted(self, row: Row) -> bool:
         """Whether the student of a row is close enough to the base to say anything about the orders."""
@@ -523,6 +515,16 @@ def _words(row: Row) -> str:
 
 def _with(settings, **changes):
     return type(settings)(**{name: getattr(settings, name) for name in settings.__dataclass_fields__} | changes)
+
+
+def student_start(base: Network, student: str) -> Network:
+    """Where a student starts: "same" (at the base), "layers:N" (N of its layers), or a source."""
+    if student == "same":
+        return base
+    if student.startswith("layers:"):
+        config, params = students.keep_layers(base.config, base.params, _number(student, int))
+        return Network(config, params, base.setting)
+    return base.setting.load(student)
 
 
 def sharpened(one: Network, temperature: float) -> Network:

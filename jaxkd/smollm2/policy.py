@@ -10,6 +10,7 @@ Conventions of the divergences are those of `jaxkd.losses.divergence`: P is the 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,10 +89,66 @@ def make_policy(
     def sample(params: Params, key: jax.Array, n: int, temperature: Any) -> Texts:
         return _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature)
 
-    def num_steps(x: Texts) -> jax.Array:
-        return x.completion_mask[:, 1:].sum(axis=-1).astype(jnp.float32)
+    def step_mask(x: Texts) -> jax.Array:
+        return x.completion_mask[:, 1:]
 
-    return Policy(log_prob, sample, num_steps)
+    def num_steps(x: Texts) -> jax.Array:
+        return step_mask(x).sum(axis=-1).astype(jnp.float32)
+
+    return Policy(log_prob, sample, num_steps, step_mask=step_mask)
+
+
+def with_value_head(policy: Policy, model: Model) -> Policy:
+    """A language policy with a critic: a linear head on the hidden states from which tokens are predicted.
+
+    The value at token t reads the hidden state at t − 1, as its log-probability does: it knows what stands before the
+    token, not the token. Both come from one pass, and the critic's gradient reaches the shared layers.
+
+    Args:
+      policy: of `make_policy`.
+      model: the same model's functions.
+
+    Returns:
+      The policy whose parameters are those of `add_value_head`.
+    """
+
+    def values(params: Params, hidden: jax.Array, x: Texts) -> jax.Array:
+        head = params["value_head"]
+        predicted = jnp.matmul(hidden, head["kernel"]) + head["bias"]
+        return jnp.where(x.completion_mask[:, 1:], predicted, 0.0)
+
+    def hidden_before(params: Params, x: Texts) -> jax.Array:
+        return model.hidden(params["model"], x.tokens, x.mask)[:, :-1]
+
+    def value(params: Params, x: Texts) -> jax.Array:
+        return values(params, hidden_before(params, x), x)
+
+    def log_prob_and_value(params: Params, x: Texts) -> tuple[jax.Array, jax.Array]:
+        hidden = hidden_before(params, x)
+        log_probs = _log_probs_of_hidden(model, params["model"], hidden, x.tokens, x.mask)
+        return jnp.where(x.completion_mask[:, 1:], log_probs, 0.0), values(params, hidden, x)
+
+    return replace(
+        policy,
+        log_prob=lambda params, x: policy.log_prob(params["model"], x),
+        sample=lambda params, *arguments: policy.sample(params["model"], *arguments),
+        value=value,
+        log_prob_and_value=log_prob_and_value,
+    )
+
+
+def add_value_head(model: Model, params: Params) -> Params:
+    """Parameters with a value head of zeros, so that a fresh critic predicts 0 and leaves the shared layers alone.
+
+    Args:
+      model: the model's functions.
+      params: its parameters.
+
+    Returns:
+      `{"model": params, "value_head": {"kernel": float32[D], "bias": float32[]}}`.
+    """
+    head = {"kernel": jnp.zeros(model.config.hidden_size, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+    return {"model": params, "value_head": head}
 
 
 def _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature) -> Texts:
@@ -119,7 +176,11 @@ def token_log_probs(model: Model, params: Params, tokens: jax.Array, mask: jax.A
       tokens: int32[B, T].
       mask: bool[B, T], True at tokens; None where nothing is padding.
     """
-    hidden = model.hidden(params, tokens, mask)[:, :-1]
+    return _log_probs_of_hidden(model, params, model.hidden(params, tokens, mask)[:, :-1], tokens, mask)
+
+
+def _log_probs_of_hidden(model: Model, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array | None):
+    """`token_log_probs` from the hidden states before each token, float32[B, T − 1, D]."""
     targets = tokens[:, 1:]
     flat = hidden.reshape(-1, hidden.shape[-1])
     log_probs, _ = target_log_probs(flat, model.head(params), targets.reshape(-1), model.compute_dtype)

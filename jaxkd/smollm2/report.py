@@ -223,7 +223,7 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
         _frontier(axes[1], found, rows, out, "reward", "mean reward")
         _recall_gaps(axes[2], found, rows)
         _curves(axes[3], rows)
-        _completions(figure.add_subplot(grid[2, :]), found, rows, out)
+        _completions(figure.add_subplot(grid[2, :]), found, rows, out, order.prompt + " … ")
         for axis, letter in zip(axes, "abcd", strict=True):
             axis.set_title(letter, loc="left", fontweight="bold")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -306,19 +306,24 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
-def _completions(axis, found, rows, out: Path) -> None:
+def _completions(axis, found, rows, out: Path, prompt: str) -> None:
     """The first two completions of each arm of the first seed."""
     axis.axis("off")
     lines = []
     for folder, values in _first_of_each(found, rows, out):
-        name = "base" if folder not in rows else _LABELS.get(rows[folder].name, rows[folder].name)
+        name = "base" if folder not in rows else _LABELS.get(rows[folder].name, rows[folder].name).replace("\n", " ")
         if folder in rows and not math.isnan(rows[folder].temperature):
             name += f" (τ {rows[folder].temperature:g})"
         for one in values["completions"][:2]:
-            words = textwrap.shorten(" ".join(one.split()), 92, placeholder=" …")
-            lines.append(f"{name:<28} The {words}".replace("$", r"\$"))
+            words = textwrap.shorten(" ".join(_printed(one).split()), 92, placeholder=" …")
+            lines.append(f"{name:<28} {prompt}{words}".replace("$", r"\$"))
             name = ""
     axis.text(0, 1, "\n".join(lines[:18]), va="top", family="monospace", fontsize=5.6, transform=axis.transAxes)
+
+
+def _printed(words: str) -> str:
+    """A text in letters that the figure's fonts have; a dot for any other."""
+    return "".join(sign if sign.isspace() or (sign.isprintable() and ord(sign) < 0x250) else "·" for sign in words)
 
 
 def _first_of_each(found, rows, out: Path) -> Iterator[tuple[Path, dict]]:

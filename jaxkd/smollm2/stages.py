@@ -8,6 +8,7 @@ comes from the stage's key and the number of the step.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,15 @@ import numpy as np
 
 from jaxkd import align, checks, distill, durable
 from jaxkd.align import AlignmentSettings, Coefficients, PreferenceData, State
+from jaxkd.policy import Policy
 from jaxkd.rewards import bradley_terry
 from jaxkd.smollm2 import cost, distillation
+from jaxkd.smollm2.adapters import LoRA, WithFrozen, adapt, init, merge, of_draws
+from jaxkd.smollm2.adapters import reference as adapters_reference
 from jaxkd.smollm2.cost import Cost
-from jaxkd.smollm2.network import Network, ScoredTexts, concatenated, fingerprint, take
-from jaxkd.smollm2.policy import DIVERGENCES, Texts
+from jaxkd.smollm2.model import Model
+from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, take
+from jaxkd.smollm2.policy import DIVERGENCES, Texts, add_value_head, with_value_head
 
 Oracle = Callable[[list[str], Texts], tuple[np.ndarray, np.ndarray]]
 """`(completions, draws) -> (reward: float32[n], hit: bool[n])`."""
@@ -120,11 +125,15 @@ class Alignment:
       settings: algorithm and sizes.
       coefficients: of the algorithm; learning rate and KL coefficient are set by the stage.
       optimisation: of its parameters.
+      lora: adapters that are trained instead of all parameters; None trains all.
+      look_every: steps between looks at 64 draws, for the log; 0 for none.
     """
 
     settings: AlignmentSettings = AlignmentSettings(algorithm="online_dpo", num_updates=24, batch_size=32)
     coefficients: Coefficients = Coefficients()
     optimisation: Optimisation = Optimisation()
+    lora: LoRA | None = None
+    look_every: int = 0
 
 
 @dataclass
@@ -215,7 +224,7 @@ def distil(
     setting, optimisation = start.setting, settings.optimisation
     policy = setting.policy(start.config)
     optimizer = optimisation.make(settings.num_updates)
-    one_step = _distillation_step(settings, policy, optimizer, teacher, start)
+    one_step = _distillation_step(settings, policy, teacher, start)
     rows = _batches(step_key, len(learned.tokens), settings.batch_size)
     num_steps = settings.num_updates * optimisation.accumulate
     every = settings.check_every * optimisation.accumulate
@@ -277,7 +286,6 @@ def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Te
     if path.exists():
         with np.load(path) as file:
             return Texts(**{name: file[name] for name in Texts._fields})
-    path.parent.mkdir(parents=True, exist_ok=True)
     bar = workshop.progress.bar(total, 0, "sample", "text")
     seen = [0]
 
@@ -294,20 +302,20 @@ def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Te
 
 def write_arrays(path: Path, arrays: dict) -> None:
     """Write named arrays whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
     partial.replace(path)
 
 
-def _distillation_step(settings: Distillation, policy, optimizer, teacher: Network, start: Network) -> Callable:
-    """`(state, batch) -> (state, loss)`, jitted; the state is donated."""
+def _distillation_step(settings: Distillation, policy: Policy, teacher: Network, start: Network) -> Callable:
+    """`(state, batch) -> (state, loss)`; the state is donated."""
     learning_rate = jnp.float32(settings.optimisation.learning_rate)
     if settings.method == "sequence":
-        step = jax.jit(distill.maximum_likelihood_step(policy, optimizer), donate_argnums=0)
+        step = _sequence_step(policy, settings.optimisation, settings.num_updates)
         return lambda state, x: step(state, (x, learning_rate))
-    compare = distillation.make_comparison(start.model, teacher.model, settings.method)
-    token_step = jax.jit(distill.token_level_step(compare, optimizer), donate_argnums=0)
+    token_step = _token_step(start.model, teacher.model, settings.method, settings.optimisation, settings.num_updates)
     coefficient = jnp.float32(settings.coefficient)
 
     def step_with_teacher(state, x):
@@ -315,6 +323,17 @@ def _distillation_step(settings: Distillation, policy, optimizer, teacher: Netwo
         return state, info.loss
 
     return step_with_teacher
+
+
+@lru_cache
+def _sequence_step(policy: Policy, optimisation: Optimisation, num_updates: int) -> Callable:
+    return jax.jit(distill.maximum_likelihood_step(policy, optimisation.make(num_updates)), donate_argnums=0)
+
+
+@lru_cache
+def _token_step(student: Model, teacher: Model, divergence: str, optimisation: Optimisation, num_updates: int):
+    compare = distillation.make_comparison(student, teacher, divergence)
+    return jax.jit(distill.token_level_step(compare, optimisation.make(num_updates)), donate_argnums=0)
 
 
 def _batches(key: jax.Array, n: int, batch_size: int) -> Callable[[int], np.ndarray]:
@@ -375,7 +394,7 @@ def align_policy(
     """
     settings, optimisation = alignment.settings, alignment.optimisation
     algorithm = align.ALGORITHMS[settings.algorithm]
-    setting, policy = start.setting, start.setting.policy(start.config)
+    setting, form = start.setting, _form(key, start, reference, alignment)
     coefficients = alignment.coefficients._replace(learning_rate=optimisation.learning_rate, kl_coef=kl_coef)
     coefficients = Coefficients(*(jnp.float32(value) for value in coefficients))
     optimizer = optimisation.make(settings.num_updates)
@@ -386,17 +405,18 @@ def align_policy(
         data = preferences or _preference_data(
             folder, data_key, reference, oracle, coefficients, settings, coster, truth_samples, algorithm.data
         )
-    one_step = jax.jit(
-        align.make_step(policy, optimizer, settings, lambda x: x.reward, lambda x: x.hit), donate_argnums=0
-    )
+    one_step = _alignment_step(form.policy, settings, optimisation, form.of_draws)
+
+    look_key = jax.random.fold_in(draw_key, 2**31)
+
+    def drawer(trained) -> Network:
+        return Network(start.config, form.network(trained), setting)
 
     def step(state: State, number: int):
         draws, batch = None, None
         begin = time.perf_counter()
         if algorithm.on_policy:
-            x = Network(start.config, state.params, setting).draw(
-                jax.random.fold_in(draw_key, number), settings.batch_size
-            )
+            x = drawer(state.params).draw(jax.random.fold_in(draw_key, number), settings.batch_size)
             coster.sampled(x)
             draws = ScoredTexts(*x, *oracle(setting.texts_of(x), x))
         sampling_seconds = time.perf_counter() - begin
@@ -405,10 +425,10 @@ def align_policy(
         used = draws if batch is None else batch.x
         inputs = align.Inputs(
             jax.random.fold_in(label_key, number),
-            reference.params,
+            form.reference,
             coefficients,
-            None if draws is None else setting.on_devices(draws),
-            None if batch is None else setting.on_devices(batch),
+            None if draws is None else form.wrap(setting.on_devices(draws)),
+            None if batch is None else _wrapped(form, setting.on_devices(batch)),
         )
         state, info = one_step(state, inputs)
         info = {name: float(value) for name, value in info._asdict().items()}
@@ -418,12 +438,17 @@ def align_policy(
         tokens = float(np.asarray(used.completion_mask).sum())
         metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
         metrics["seconds"] = time.perf_counter() - begin
+        if alignment.look_every and (number + 1) % alignment.look_every == 0:
+            x = drawer(state.params).draw(look_key, LOOK)
+            coster.sampled(x)
+            rewards, hits = oracle(setting.texts_of(x), x)
+            metrics |= {"look_reward": float(rewards.mean()), "look_frequency": float(hits.mean())}
         return state, metrics, not np.isfinite(info["loss"])
 
-    first = State(copied(start.params), optimizer.init(start.params))
+    params = copied(form.start)
     state = durable.train(
         folder,
-        first,
+        State(params, optimizer.init(params)),
         step,
         settings.num_steps * optimisation.accumulate,
         log=workshop.log(folder),
@@ -433,7 +458,79 @@ def align_policy(
         cost=workshop.spent,
         restore_cost=workshop.restore,
     )
-    return Network(start.config, state.params, setting)
+    return drawer(state.params)
+
+
+LOOK = 64
+"""Draws of a look along training."""
+
+
+class _Form(NamedTuple):
+    """What is trained, which is not always the network's parameters.
+
+    Attributes:
+      policy: over what is trained.
+      start: what is trained, at the start.
+      reference: of the same form.
+      network: from what is trained, the parameters to draw from.
+      wrap: draws as the policy takes them.
+      of_draws: a function of draws as one of wrapped draws.
+    """
+
+    policy: Policy
+    start: Any
+    reference: Any
+    network: Callable
+    wrap: Callable
+    of_draws: Callable
+
+
+def _form(key: jax.Array, start: Network, reference: Network, alignment: Alignment) -> _Form:
+    """All parameters, with a critic where PPO wants one; or adapters alone."""
+    policy, model = start.setting.policy(start.config), start.model
+    if alignment.lora is not None:
+        if start is not reference and fingerprint(start.params) != fingerprint(reference.params):
+            raise ValueError("adapters are held to the weights they adapt: with them the reference must be the start")
+        lora = alignment.lora
+        adapters = init(lora, start.config, jax.random.fold_in(key, 7))
+        return _Form(
+            _adapted(policy, lora),
+            adapters,
+            adapters_reference(adapters),
+            lambda trained: merge(lora, start.params, trained),
+            lambda x: WithFrozen(x, start.params),
+            of_draws,
+        )
+    if alignment.settings.algorithm == "ppo":
+        return _Form(
+            _with_critic(policy, model),
+            add_value_head(model, start.params),
+            add_value_head(reference.model, reference.params),
+            lambda trained: trained["model"],
+            _same,
+            _same,
+        )
+    return _Form(policy, start.params, reference.params, _same, _same, _same)
+
+
+def _same(x):
+    return x
+
+
+# One policy for equal arguments: a step is compiled once for each.
+_with_critic, _adapted = lru_cache(with_value_head), lru_cache(adapt)
+
+
+def _wrapped(form: _Form, data: PreferenceData) -> PreferenceData:
+    return data._replace(x=form.wrap(data.x))
+
+
+@lru_cache
+def _alignment_step(policy: Policy, settings: AlignmentSettings, optimisation: Optimisation, on: Callable) -> Callable:
+    """The jitted step, one for all stages that share it; the state is donated."""
+    optimizer = optimisation.make(settings.num_updates)
+    step = align.make_step(policy, optimizer, settings, on(lambda x: x.reward), on(lambda x: x.hit))
+    return jax.jit(step, donate_argnums=0)
 
 
 def _preference_data(
@@ -456,7 +553,7 @@ def _preference_data(
         )
         coster.sampled(x)
     x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
-    log_prob = reference_log_prob(folder.parent, reference, x, coster)
+    log_prob = reference_log_prob(folder.parent, reference, x, coster.workshop)
     pairs = x.reward.reshape(settings.dataset_batches, 2, -1)
     preferred = bradley_terry(
         label_key,
@@ -470,11 +567,11 @@ def _preference_data(
     )
 
 
-def reference_log_prob(cache: Path, reference: Network, x: Any, coster: "_Coster") -> np.ndarray:
+def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Workshop) -> np.ndarray:
     """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
     path = cache / f"reference-{fingerprint(reference.params, (x.tokens, x.mask, x.completion_mask))}.npz"
     if not path.exists():
-        coster.scored(x, by=reference)
+        _Coster(workshop, reference, reference).scored(x)
         write_arrays(path, {"log_prob": reference.token_log_prob(x)})
     with np.load(path) as file:
         return file["log_prob"]
@@ -505,8 +602,3 @@ class _Coster:
         tokens = int(np.asarray(x.completion_mask).sum()) * updates
         flops = self._flops(self.model, x, 3 * updates) + (self._flops(self.other, x, updates) if teacher else 0)
         self.workshop.spend(tokens_trained=tokens, model_flops=flops)
-
-
-def with_chosen(chosen: Texts, rejected: Texts) -> Texts:
-    """Pairs as `align` lays them out: the first half of a batch against the second."""
-    return concatenated(chosen, rejected)

@@ -99,6 +99,64 @@ def test_leave_one_out_advantages(batch):
     )
 
 
+def test_reward_to_go_advantages_by_hand():
+    """Whole penalised rewards 1.5, 1 and 5.5; their leave-one-out baselines 3.25, 3.5 and 1.25."""
+    rewards, penalties = np.float32([3, 1, 5]), np.float32([[1, 0.5, 0], [0, 0, 0], [-2, 0.5, 1]])
+    expected = [[-1.75, -0.75, -0.25], [-2.5, -2.5, -2.5], [4.25, 2.25, 2.75]]
+    np.testing.assert_allclose(jax.jit(pg.reward_to_go_advantages)(rewards, penalties), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rewards_to_go_of_one_step_are_the_leave_one_out_advantages_to_the_bit(compiled):
+    def both(rewards, penalties):
+        stepwise = pg.reward_to_go_advantages(rewards, penalties[:, None])
+        return stepwise[:, 0], pg.leave_one_out_advantages(rewards - penalties)
+
+    np.testing.assert_array_equal(*(jax.jit(both) if compiled else both)(*RNG.normal(size=(2, 33)).astype(np.float32)))
+
+
+# --- generalised advantage estimates ---------------------------------------------------------------------------------
+
+RAGGED = np.array([[True, True, True, True], [True, True, False, False], [False, True, True, False], [False] * 4])
+STEP_REWARDS = np.float32([[1, 0, -1, 2], [3, 1, 0, 0], [0, 2, -1, 0], [0, 0, 0, 0]])
+VALUES = np.float32([[0.5, 1, 0, -1], [2, -1, 0, 0], [0, 1, 4, 0], [0, 0, 0, 0]])
+gae = jax.jit(pg.gae)
+
+
+@pytest.mark.parametrize(
+    ("discount", "gae_lambda", "expected"),
+    [
+        # Returns 2, 1, 1, 2 and 4, 1 and 1, −1, less values.
+        (1.0, 1.0, [[1.5, 0, 1, 3], [2, 2, 0, 0], [0, 0, -5, 0], [0] * 4]),
+        # r + V′ − V; V′ is 0 after the last step.
+        (1.0, 0.0, [[1.5, -1, -2, 3], [0, 2, 0, 0], [0, 5, -5, 0], [0] * 4]),
+        # δ = r + V′/2 − V is 1, −1, −1.5, 3 and 0.5, 2 and 3, −5; Â = δ + Â′/4.
+        (0.5, 0.5, [[0.703125, -1.1875, -0.75, 3], [1, 2, 0, 0], [0, 1.75, -5, 0], [0] * 4]),
+    ],
+)
+def test_gae_by_hand(discount, gae_lambda, expected):
+    np.testing.assert_allclose(gae(STEP_REWARDS, VALUES, RAGGED, discount, gae_lambda), expected, rtol=1e-6)
+
+
+def test_padding_has_no_influence_on_gae():
+    junk = np.where(RAGGED, 0, np.float32([np.nan, np.inf, -7, 3])[:, None])
+    clean, dirty = (gae(STEP_REWARDS + x, VALUES + x, RAGGED, 0.9, 0.7) for x in (np.float32(0) * RAGGED, junk))
+    np.testing.assert_array_equal(clean, dirty)
+    # Nor has a step in between that does not count, nor have columns of padding.
+    gaps = np.zeros((4, 8), np.float32)
+    spread = [np.copy(gaps) for _ in range(3)]
+    for wide, narrow in zip(spread, (STEP_REWARDS, VALUES, RAGGED), strict=True):
+        wide[:, 1::2] = narrow
+    wide = gae(spread[0], spread[1], spread[2].astype(bool), 0.9, 0.7)
+    np.testing.assert_array_equal(wide[:, 1::2], clean)
+    np.testing.assert_array_equal(wide[:, ::2], 0)
+
+
+def test_gae_without_a_mask_counts_every_step():
+    given = STEP_REWARDS, VALUES
+    np.testing.assert_array_equal(gae(*given, None, 0.9, 0.7), gae(*given, np.ones((4, 4), bool), 0.9, 0.7))
+
+
 def test_grpo_advantages():
     rewards = RNG.normal(size=(3, 4))
     rewards[2] = 1.0  # nothing to choose between these
@@ -200,6 +258,12 @@ ONE, TWO = np.zeros(1, np.float32), np.zeros(2, np.float32)
         (lambda: pg.grpo_advantages(TWO, 1e-4), r"\[groups, group_size\]"),
         (lambda: pg.grpo_advantages(TWO[:, None], 1e-4), "group_size ≥ 2"),
         (lambda: pg.grpo_advantages(TWO[None], 0.0), "epsilon"),
+        (lambda: pg.reward_to_go_advantages(TWO, TWO), "do not fit"),
+        (lambda: pg.reward_to_go_advantages(TWO, ONE[:, None]), "do not fit"),
+        (lambda: pg.gae(TWO[None], TWO[:, None], None, 1.0, 1.0), "agree in shape"),
+        (lambda: pg.gae(TWO, TWO, None, 1.0, 1.0), r"\[batch, steps\]"),
+        (lambda: pg.gae(TWO[None], TWO[None], None, 1.1, 1.0), "discount"),
+        (lambda: pg.gae(TWO[None], TWO[None], None, 1.0, -0.1), "gae_lambda"),
         (lambda: pg.reinforce(TWO, TWO[:, None]), "agree in shape"),
         (lambda: pg.ppo_clip(TWO, TWO, TWO, 0.0), "clip_range"),
         (lambda: pg.ppo_clip(TWO, TWO, TWO, 1.0), "clip_range"),

@@ -3,9 +3,11 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from random_params import random_params
 
+from jaxkd import align
 from jaxkd.losses import divergence as naive
 from jaxkd.smollm2 import policy
 from jaxkd.smollm2.config import Config
@@ -174,6 +176,130 @@ def test_samples_at_a_traced_temperature():
     sample = jax.jit(lambda t: ours.sample(params, jax.random.key(0), 3, t).tokens)
     np.testing.assert_array_equal(sample(jnp.float32(0.7)), ours.sample(params, jax.random.key(0), 3, 0.7).tokens)
     assert (sample(jnp.float32(1e-4)) != sample(jnp.float32(50.0))).any()
+
+
+# --- alignment by tokens, and the value head --------------------------------------------------------------------------
+
+KEEP = optax.GradientTransformation(lambda params: params, lambda gradient, state, params: (gradient, gradient))
+"""Plain descent that keeps its last gradient as its state."""
+RAGGED = policy.Texts(
+    jax.random.randint(jax.random.key(5), (4, 8), 3, 264),
+    mask=jnp.asarray(
+        [[1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 0], [1] * 4 + [0] * 4], bool
+    ),
+    completion_mask=jnp.asarray(
+        [[0, 0, 0, 1, 1, 1, 1, 1], [0] * 3 + [1, 1, 0, 0, 0], [0] * 3 + [1] * 4 + [0], [0] * 3 + [1] + [0] * 4], bool
+    ),
+)
+REWARDS = jnp.asarray([0.3, -1.0, 2.0, 0.6])
+CASES = [("reinforce", False), ("ppo", False), ("ppo", True), ("grpo", False)]
+
+
+def _critic_policy(critic):
+    model, params = _model()
+    ours = policy.make_policy(model, [[5, 6, 7]], [[True] * 3], max_new_tokens=5)
+    if not critic:
+        return ours, params, _model(seed=1)[1]
+    head = {"kernel": jax.random.normal(jax.random.key(6), (model.config.hidden_size,)), "bias": jnp.float32(0.5)}
+    params, reference = (policy.add_value_head(model, one) for one in (params, _model(seed=1)[1]))
+    return policy.with_value_head(ours, model), params | {"value_head": head}, reference
+
+
+@cache
+def _aligned(algorithm, critic, epochs=1):
+    """`(x, at the reference?) -> (info, the last gradient)`."""
+    ours, params, reference = _critic_policy(critic)
+    settings = align.AlignmentSettings(algorithm, epochs, batch_size=4, epochs=epochs, group_size=2)
+    step = jax.jit(align.make_step(ours, KEEP, settings, lambda x: REWARDS, lambda x: jnp.zeros((), bool)))
+    coefficients = align.Coefficients(*(jnp.float32(value) for value in align.Coefficients()))
+
+    def run(x, at_reference=False):
+        held = params if at_reference else reference
+        inputs = align.Inputs(jax.random.key(0), held, coefficients._replace(learning_rate=jnp.float32(1e-3)), x)
+        state, info = step(align.State(params, params), inputs)
+        return info, state.optimizer_state
+
+    return run
+
+
+def _distance(a, b):
+    """Of two gradients, relative to the first's length."""
+    return optax.global_norm(jax.tree.map(jnp.subtract, a, b)) / optax.global_norm(a)
+
+
+@pytest.mark.parametrize(("algorithm", "critic"), CASES)
+def test_padding_of_either_side_has_no_influence_on_an_alignment(algorithm, critic):
+    run = _aligned(algorithm, critic, epochs=2)
+    info, gradient = run(RAGGED)
+    other_tokens = RAGGED._replace(tokens=jnp.where(RAGGED.mask, RAGGED.tokens, 263 - RAGGED.tokens))
+    # Longer prompts and texts, as a batch with a longer neighbour would have.
+    wider = policy.Texts(*(jnp.pad(field, ((0, 0), (2, 1))) for field in other_tokens))
+    for x in (other_tokens, wider):
+        same_info, same_gradient = run(x)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), info, same_info)
+        assert _distance(gradient, same_gradient) < 1e-3
+    assert info.kl != 0
+
+
+@pytest.mark.parametrize(("algorithm", "critic"), CASES)
+def test_a_text_at_its_reference_has_no_kl(algorithm, critic):
+    info, gradient = _aligned(algorithm, critic)(RAGGED, at_reference=True)
+    assert info.kl == 0 and info.clip_fraction == 0
+    assert (info.value_loss > 0) == critic
+    assert optax.global_norm(gradient) > 0
+
+
+def test_ppo_of_one_epoch_has_the_gradient_of_reinforce_on_texts():
+    assert _distance(_aligned("reinforce", False)(RAGGED)[1], _aligned("ppo", False)(RAGGED)[1]) < 1e-5
+
+
+def test_the_prompt_s_own_log_probs_and_values_do_not_enter():
+    ours, params, _ = _critic_policy(critic=True)
+    log_probs, values = jax.jit(ours.evaluate)(params, RAGGED)
+    uncounted = ~ours.step_mask(RAGGED)
+    assert uncounted[:, :2].all()
+    assert not log_probs[uncounted].any() and not values[uncounted].any()
+    assert log_probs[~uncounted].all() and values[~uncounted].all()
+
+
+def test_a_value_reads_the_hidden_state_before_its_token():
+    ours, params, _ = _critic_policy(critic=True)
+    model = _model()[0]
+    values = jax.jit(ours.value)(params, RAGGED)
+    hidden = model.hidden(params["model"], RAGGED.tokens, RAGGED.mask)
+    expected = (hidden * params["value_head"]["kernel"].reshape(1, 1, -1)).sum(axis=-1)[:, :-1] + 0.5
+    np.testing.assert_allclose(values, jnp.where(RAGGED.completion_mask[:, 1:], expected, 0.0), rtol=1e-4, atol=1e-5)
+    # Another last token changes no value of its text: there is none after it.
+    changed = RAGGED._replace(tokens=RAGGED.tokens.at[0, -1].set(9))
+    np.testing.assert_array_equal(jax.jit(ours.value)(params, changed), values)
+    earlier = RAGGED._replace(tokens=RAGGED.tokens.at[0, -2].set(9))
+    moved = jax.jit(ours.value)(params, earlier)[0] != values[0]
+    assert moved.tolist() == [False] * 6 + [True]
+
+
+def test_log_probs_and_values_come_from_one_pass_and_are_the_separate_ones():
+    ours, params, _ = _critic_policy(critic=True)
+    together = jax.jit(ours.evaluate)(params, RAGGED)
+    apart = jax.jit(lambda p: (ours.log_prob(p, RAGGED), ours.value(p, RAGGED)))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), together, apart)
+
+    def layers_run(function):
+        return str(jax.make_jaxpr(function)(params)).count("jnp.float32") or str(
+            jax.make_jaxpr(function)(params)
+        ).count("= scan[")
+
+    assert layers_run(lambda p: ours.evaluate(p, RAGGED)) == layers_run(lambda p: ours.log_prob(p, RAGGED))
+
+
+def test_a_fresh_value_head_predicts_nothing_and_its_policy_draws_as_before():
+    model, params = _model()
+    plain = policy.make_policy(model, [[5]], [[True]], max_new_tokens=4)
+    ours, with_head = policy.with_value_head(plain, model), policy.add_value_head(model, params)
+    x = plain.sample(params, jax.random.key(0), 3, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, ours.sample(with_head, jax.random.key(0), 3, 1.0), x)
+    np.testing.assert_array_equal(ours.log_prob(with_head, x), plain.log_prob(params, x))
+    assert not ours.value(with_head, x).any()
+    assert jax.tree.map(jnp.shape, with_head["value_head"]) == {"kernel": (model.config.hidden_size,), "bias": ()}
 
 
 def test_refuses():

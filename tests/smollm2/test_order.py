@@ -1,0 +1,272 @@
+"""The order on a language model: its stages, their durability, and what is refused."""
+
+import ast
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxkd import durable, pipelines
+from jaxkd.smollm2 import order as orders
+from jaxkd.smollm2 import report, weights
+from jaxkd.smollm2.order import CEILING, Order
+from tests.smollm2 import tiny_order
+
+# Orbax, optax and the host loop are not ours to be strict about.
+pytestmark = pytest.mark.loose
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with every kind of stage."""
+    out = tmp_path_factory.mktemp("run")
+    order = tiny_order.make(arms=("kd_align", "kd_align_sharpened", "align_kd", CEILING))
+    return order, out, tiny_order.run(order, out)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """An offline algorithm, and a cut student that may stand far from the base."""
+    out = tmp_path_factory.mktemp("offline")
+    order = tiny_order.make(
+        arms=("kd_align", "kd_align_anchored"),
+        algorithms=("offline_dpo_ref",),
+        students=("same", "layers:2"),
+        most_held_out_kl=10.0,
+    )
+    return order, out, tiny_order.run(order, out)
+
+
+def test_every_row_is_made_once(finished):
+    order, out, _ = finished
+    rows = orders.rows_of(order, out)
+    assert len({row.folder for row in rows}) == len(rows)
+    for row in rows:
+        assert durable.read_record(row.folder)["name"] == row.name
+        assert not (row.folder / durable.CHECKPOINT).exists()
+    # Neither a student nor the aligned base depends on all axes.
+    many = orders.rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
+    assert sum(row.name == "student" for row in many) == 2
+    assert sum(row.name == "aligned_base" for row in many) == 2
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    tiny_order.run(order, out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_measured_is_what_it_says(finished):
+    order, out, laboratory = finished
+    base = json.loads((out / "base" / "evaluation.json").read_text())
+    assert base["recall_gap"] == 0 and base["kl_to_base"] == 0 and base["bounded_recall"] == 1
+    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    found = json.loads((row.folder / "evaluation.json").read_text())
+    with np.load(row.folder / "samples.npz") as file:
+        texts = laboratory.setting.texts_of(orders.Texts(**file))
+    shown = np.mean([any(sign.isdigit() and sign.isascii() for sign in text) for text in texts])
+    assert found["behaviour_frequency"] == pytest.approx(shown)
+    assert found["behaviour_frequency_low"] <= shown <= found["behaviour_frequency_high"]
+    assert found["objective"] == pytest.approx(found["reward"] - row.kl_coef * found["kl_to_reference"])
+    assert found["recall_gap"] == pytest.approx(base["recall"] - found["recall"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_step_0_of_an_alignment_is_at_its_reference(finished, offline):
+    for order, out, _ in (finished, offline):
+        for row in orders.rows_of(order, out):
+            if isinstance(row.stage, pipelines.Align) and row.stage.start == row.stage.reference:
+                first = json.loads((row.folder / durable.METRICS).read_text().splitlines()[0])
+                assert first["step"] == 0 and first["kl"] == pytest.approx(0, abs=1e-4)
+                if row.algorithm == "offline_dpo_ref":
+                    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_sharpening_divides_the_logits(finished):
+    import jax
+    import jax.numpy as jnp
+
+    _, _, laboratory = finished
+    model, params = laboratory.base.model, laboratory.base.params
+    tokens = jnp.asarray([[5, 6, 7]], jnp.int32)
+    sharp = orders.sharpened(laboratory.base, 0.5).params
+    np.testing.assert_allclose(
+        jax.jit(model.logits)(sharp, tokens), 2 * jax.jit(model.logits)(params, tokens), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_cut_students_are_checkpoints(offline):
+    order, out, laboratory = offline
+    row = next(row for row in orders.rows_of(order, out) if row.student == "layers:2" and row.name == "kd_align")
+    config, _ = weights.load(row.folder / "model")
+    assert config.num_layers == 2 and laboratory.base.config.num_layers == 3
+
+
+def test_report(finished, tmp_path):
+    order, out, _ = finished
+    dataset = report.to_dataset(order, out)
+    assert dict(dataset.sizes) == {
+        "algorithm": 1,
+        "student": 1,
+        "temperature": 1,
+        "kl_coef": 1,
+        "seed": 1,
+        "stage": len(order.arms) + 3,
+    }
+    frequency = dataset.behaviour_frequency
+    assert frequency.notnull().all()
+    flops = dataset.model_flops.isel(temperature=0, kl_coef=0, seed=0, algorithm=0, student=0)
+    assert flops.sel(stage="kd_align") > flops.sel(stage="student") > 0
+    rows = report.table(order, out)
+    assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
+    assert "kd_align" in report.format_table(rows)
+    report.draw(order, out, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_costs_add_up_over_what_a_model_is_made_from(finished):
+    order, out, _ = finished
+    rows = {row.folder: row for row in orders.rows_of(order, out)}
+    arm = next(row for row in rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
+    whole = report.cost_of(arm, rows)
+    own, student = (durable.read_record(folder)["cost"] for folder in (arm.folder, arm.models[0]))
+    assert whole.tokens_trained == own["tokens_trained"] + student["tokens_trained"]
+    # Six updates of eight completions of at most eight tokens.
+    assert 0 < own["tokens_trained"] <= 6 * 8 * 8
+
+
+def test_one_implementation_of_each_step():
+    """No gradient is taken in the language model's stages: all steps are those of align.py and distill.py."""
+    for path in (ROOT / "jaxkd" / "smollm2").glob("*.py"):
+        names = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jax"
+        }
+        assert not names & {"grad", "value_and_grad"}, path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("kd",)}, "arms must be one of"),
+        ({"algorithms": ("dpo2",)}, "algorithms must be one of"),
+        ({"students": ("layers:x",)}, "must end in a number"),
+        ({"behaviour": "often"}, "a behaviour must be"),
+        ({"reward": "reflected"}, "give target"),
+        ({"temperatures": (0.0,)}, "temperatures must be"),
+        ({"temperatures": ()}, "at least one value"),
+        ({"seeds": (1, 1)}, "names a value twice"),
+    ],
+)
+def test_refuses_orders(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_order.make(**changes)
+
+
+def test_refuses_a_fraction_outside_its_range():
+    with pytest.raises(ValueError, match="on_policy_fraction"):
+        replace(tiny_order.make().distillation, method="forward_kl", on_policy_fraction=1.5)
+
+
+def test_refuses_a_behaviour_that_is_never_shown(tmp_path):
+    with pytest.raises(ValueError, match="never shown by 16 samples"):
+        tiny_order.run(tiny_order.make(behaviour="words:unlikelihood"), tmp_path / "run")
+
+
+def test_refuses_a_run_of_another_configuration_and_extends_its_own(finished, tmp_path):
+    order, out, _ = finished
+    with pytest.raises(ValueError, match=r"max_new_tokens: 8 there, 9 now"):
+        durable.check_configuration(out, orders.configuration(replace(order, max_new_tokens=9)))
+    durable.check_configuration(out, orders.configuration(replace(order, seeds=(0, 1), arms=("kd_align", CEILING))))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no run of jaxkd"):
+        durable.check_configuration(tmp_path / "full", orders.configuration(order))
+
+
+def test_refuses_another_vocabulary(tmp_path):
+    import jax
+
+    from jaxkd.smollm2 import text
+    from jaxkd.smollm2.config import Config
+    from jaxkd.smollm2.model import make_model
+
+    config = Config.tiny(vocab_size=272)
+    weights.save_pretrained(
+        tmp_path / "other", config, make_model(config).init(jax.random.key(0)), text.byte_tokenizer()
+    )
+    order = tiny_order.make(students=(str(tmp_path / "other"),))
+    with pytest.raises(ValueError, match="has a vocabulary of 272 tokens"):
+        tiny_order.run(order, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_bit_equal(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+    def start(name):
+        command = [sys.executable, "-m", "tests.smollm2.tiny_order", str(tmp_path / name), str(tmp_path / "cache")]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    whole = start("whole")
+    begin = time.monotonic()
+    told, errors = whole.communicate()
+    length = time.monotonic() - begin
+    assert b"all done" in told, errors.decode()
+    chance = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = start("killed")
+        # The compile cache makes later runs shorter; most kills fall between the imports and the end.
+        try:
+            process.wait(chance.uniform(0.15, 0.6) * length)
+            assert process.returncode == 0, process.stderr.read().decode()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    last = start("killed")
+    told, errors = last.communicate()
+    assert b"all done" in told, errors.decode()
+    assert kills >= 3
+    _assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for file in files:
+        first, second = one / file, other / file
+        if file.suffix in (".json", ".jsonl"):
+            assert _without_times(first) == _without_times(second), file
+        elif file.suffix == ".npz":
+            with np.load(first) as a, np.load(second) as b:
+                assert all(np.array_equal(a[name], b[name]) for name in a), file
+        else:
+            assert first.read_bytes() == second.read_bytes(), file
+
+
+def _without_times(path: Path):
+    def clean(value):
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if "seconds" not in k and k != "cost"}
+        return value
+
+    return (
+        [clean(json.loads(line)) for line in path.read_text().splitlines()]
+        if path.suffix == ".jsonl"
+        else clean(json.loads(path.read_text()))
+    )
+
+
+def test_the_default_order_is_valid():
+    assert Order("random:tiny").arms

@@ -1,0 +1,55 @@
+"""A whole order on a tiny model: run by tests in processes of their own, which they kill."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from jaxkd import durable
+from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.smollm2 import dry_run
+from jaxkd.smollm2 import order as orders
+from jaxkd.smollm2.evaluate import Evaluation
+from jaxkd.smollm2.order import Order
+from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation, Workshop
+
+OPTIMISATION = Optimisation(learning_rate=3e-3, warmup_updates=1, checkpoint_every=2)
+
+
+def make(**changes) -> Order:
+    """Every kind of stage, in seconds."""
+    order = Order(
+        truth="random:tiny",
+        behaviour="digit",
+        prompt="T",
+        max_new_tokens=8,
+        arms=("kd_align", "align_kd"),
+        algorithms=("reinforce",),
+        temperatures=(0.6,),
+        distillation=Distillation("sequence", 16, 8, 6, 8, 2, optimisation=OPTIMISATION),
+        alignment=Alignment(
+            AlignmentSettings("reinforce", 6, 8, dataset_batches=2), Coefficients(label_temperature=0.1), OPTIMISATION
+        ),
+        evaluation=Evaluation(16, 8, 8, 8),
+        batch_size=8,
+    )
+    return replace(order, **changes)
+
+
+def run(order: Order, out: Path) -> orders.Laboratory:
+    """Everything that is not there yet."""
+    laboratory = orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), dry_run.mesh_of_all_devices())
+    durable.check_configuration(out, orders.configuration(order))
+    laboratory.prepare()
+    for row in laboratory.run(orders.rows_of(order, out)):
+        print(row.name, flush=True)
+    return laboratory
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    run(make(), Path(sys.argv[1]))
+    print("all done", flush=True)
