@@ -11,6 +11,7 @@ Prints one JSON object, writes it to --json-file and draws --figure from it; --r
 """
 
 import contextlib
+import copy
 import ctypes
 import gc
 import importlib.util
@@ -55,6 +56,8 @@ class Benchmark:
     """Compare with torch, where it is installed."""
     memory: bool = True
     """Measure memory as well."""
+    only: tuple[str, ...] = ()
+    """Kinds of tasks to measure alone: forward, gradient, decode, dpo, distillation; all where none is named."""
     json_file: Path = Path("runs/smollm2_benchmark.json")
     """Where the numbers go."""
     figure: Path = Path("figures/smollm2_benchmark.png")
@@ -70,12 +73,20 @@ class Benchmark:
         checks.numbers("--decode-batches", self.decode_batches, least=1)
 
 
+TRAINING = ("dpo", "distillation")
+PROMPT_TOKENS = 8
+"""Tokens of a training text that are not learned from."""
+STUDENT_LAYERS = 12
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to do: what, in which number format, on which shape.
 
     `what` is forward (logits of every position), gradient (log-probability of every token, and its gradient),
-    naive_gradient (the same through full logits) or decode.
+    naive_gradient (the same through full logits), decode, dpo (a step of DPO, policy and reference, on batch / 2 pairs)
+    or distillation (a token-level step of a student with 12 of the layers); both of the last with AdamW and clipping,
+    beside TRL's own trainers.
     """
 
     what: str
@@ -99,7 +110,10 @@ def tasks_of(benchmark: Benchmark) -> list[Task]:
         Task("decode", "float32", batch, benchmark.prompt_length, benchmark.new_tokens)
         for batch in benchmark.decode_batches
     ]
-    return passes[:2] + decoding + passes[2:]  # the weights are rounded for bfloat16, and stay so
+    training = [Task("dpo", "float32", 8, benchmark.length), Task("distillation", "float32", 4, benchmark.length)]
+    # The weights are rounded for bfloat16, and stay so: last.
+    tasks = training + passes[:2] + decoding + passes[2:]
+    return [task for task in tasks if not benchmark.only or task.what in benchmark.only]
 
 
 def memory_tasks_of(benchmark: Benchmark) -> list[Task]:
@@ -144,6 +158,8 @@ class JaxSide:
         params, tokens = self._params(task.dtype), self.jax.numpy.asarray(tokens_of(task, self.config.vocab_size))
         if task.what == "decode":
             return self._prepare_decode(task, params, tokens)
+        if task.what in TRAINING:
+            return self._prepare_training(task, params, tokens)
         function = {"forward": self._forward, "gradient": self._gradient, "naive_gradient": self._naive_gradient}
         begin = time.perf_counter()
         compiled = self.jax.jit(function[task.what](task)).lower(params, tokens).compile()
@@ -180,6 +196,70 @@ class JaxSide:
 
         return jax.value_and_grad(loss)
 
+    def _prepare_training(self, task: Task, params, tokens):
+        """A step whose state goes from call to call, as in a training loop."""
+        jax = self.jax
+        step, state = {"dpo": self._dpo, "distillation": self._distillation}[task.what](task, params, tokens)
+        begin = time.perf_counter()
+        compiled = jax.jit(step, donate_argnums=0).lower(state).compile()
+        seconds = time.perf_counter() - begin
+        held = [state]
+
+        def call():
+            held[0], loss = compiled(held[0])
+            return jax.block_until_ready(loss)
+
+        return call, seconds
+
+    def _texts(self, tokens):
+        from jaxkd.smollm2.policy import Texts
+
+        ones = self.jax.numpy.ones(tokens.shape, bool)
+        return Texts(tokens, ones, ones.at[:, :PROMPT_TOKENS].set(False))
+
+    def _dpo(self, task: Task, params, tokens):
+        from jaxkd import align
+        from jaxkd.smollm2.policy import make_policy
+
+        jax = self.jax
+        policy = make_policy(self._model(task), [[0]], [[True]], max_new_tokens=task.length - 1)
+        optimizer = align.make_optimizer(1000, max_gradient_norm=1.0, weight_decay=0.01)
+        settings = align.AlignmentSettings("offline_dpo_data", 1000, task.batch)
+        one = align.make_step(policy, optimizer, settings, None, lambda x: jax.numpy.zeros(task.batch, bool))
+        x, reward = self._texts(tokens), jax.numpy.zeros(task.batch)
+        coefficients = align.Coefficients(learning_rate=1e-6, kl_coef=0.1)
+
+        def step(state):
+            preferred = jax.numpy.ones(task.batch // 2, bool)
+            data = align.PreferenceData(x, reward, preferred, policy.log_prob(state["reference"], x))
+            inputs = align.Inputs(jax.random.key(0), state["reference"], coefficients, data=data)
+            trained, info = one(state["trained"], inputs)
+            return state | {"trained": trained}, info.loss
+
+        start = jax.tree.map(jax.numpy.copy, params)
+        reference = jax.tree.map(jax.numpy.copy, params)
+        return step, {"trained": align.State(start, optimizer.init(start)), "reference": reference}
+
+    def _distillation(self, task: Task, params, tokens):
+        from jaxkd import align, distill
+        from jaxkd.smollm2 import distillation, students
+        from jaxkd.smollm2.model import make_model
+
+        jax = self.jax
+        config, start = students.keep_layers(self.config, params, STUDENT_LAYERS)
+        compare = distillation.make_comparison(
+            make_model(config, compute_dtype=task.dtype), self._model(task), "forward_kl"
+        )
+        optimizer = align.make_optimizer(1000, max_gradient_norm=1.0, weight_decay=0.01)
+        one, x = distill.token_level_step(compare, optimizer), self._texts(tokens)
+
+        def step(state):
+            trained, info = one(state["trained"], distill.TokenInputs(x, state["teacher"], jax.numpy.float32(1e-6)))
+            return state | {"trained": trained}, info.loss
+
+        teacher = jax.tree.map(jax.numpy.copy, params)
+        return step, {"trained": align.State(start, optimizer.init(start)), "teacher": teacher}
+
     def _prepare_decode(self, task: Task, params, tokens):
         """Sampling compiles when it is first called: the first call's seconds less the second's."""
         from jaxkd.smollm2 import generate
@@ -210,7 +290,7 @@ class TorchSide:
         import transformers
 
         torch.set_num_threads(os.cpu_count())
-        self.torch = torch
+        self.torch, self.folder, self.training = torch, folder, None
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
 
@@ -245,6 +325,78 @@ class TorchSide:
             tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=task.new_tokens
         )
         assert out.shape[1] == task.length + task.new_tokens
+
+    def _trainer(self, kind: str, model, data: dict, **settings):
+        """One of TRL's trainers on a few words of data, for its own loss."""
+        import tempfile
+
+        import datasets
+        import transformers
+        import trl
+        from trl.experimental import gkd
+
+        configs = {"DPO": (trl.DPOConfig, trl.DPOTrainer), "GKD": (gkd.GKDConfig, gkd.GKDTrainer)}
+        config, trainer = configs[kind]
+        arguments = {name: settings.pop(name) for name in ("ref_model", "teacher_model") if name in settings}
+        quiet = {"bf16": False, "fp16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
+        return trainer(
+            model=model,
+            args=config(output_dir=tempfile.mkdtemp(), use_cpu=True, **quiet, **settings),
+            processing_class=transformers.AutoTokenizer.from_pretrained(self.folder),
+            train_dataset=datasets.Dataset.from_dict(data),
+            **arguments,
+        )
+
+    def _dpo(self, task: Task, tokens):
+        torch = self.torch
+        if self.training != task:
+            data = {"prompt": ["a"] * 4, "chosen": [" b"] * 4, "rejected": [" c"] * 4}
+            trainer = self._trainer(
+                "DPO", copy.deepcopy(self.model), data, ref_model=copy.deepcopy(self.model), beta=0.1
+            )
+            ones = torch.ones_like(tokens)
+            completion = ones.clone()
+            completion[:, :PROMPT_TOKENS] = 0
+            batch = {"input_ids": tokens, "attention_mask": ones, "completion_mask": completion}
+            self._begin_training(task, trainer, batch)
+        self._step()
+
+    def _distillation(self, task: Task, tokens):
+        torch = self.torch
+        if self.training != task:
+            student = copy.deepcopy(self.model)
+            layers = spaced(student.config.num_hidden_layers, STUDENT_LAYERS)
+            student.model.layers = torch.nn.ModuleList([student.model.layers[i] for i in layers])
+            student.config.num_hidden_layers = STUDENT_LAYERS
+            data = {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 4}
+            trainer = self._trainer(
+                "GKD", student, data, teacher_model=copy.deepcopy(self.model), beta=0.0, lmbda=0.0, seq_kd=False
+            )
+            labels = tokens.clone()
+            labels[:, :PROMPT_TOKENS] = -100
+            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+            self._begin_training(task, trainer, batch | {"prompts": tokens[:, :PROMPT_TOKENS]})
+        self._step()
+
+    def _begin_training(self, task: Task, trainer, batch) -> None:
+        model = trainer.model
+        optimizer = self.torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01)
+        self.training, self.trainer, self.batch, self.optimizer = task, trainer, batch, optimizer
+
+    def _step(self) -> None:
+        model = self.trainer.model
+        model.train()
+        self.trainer.compute_loss(model, dict(self.batch)).backward()
+        self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def spaced(num_layers: int, kept: int) -> tuple[int, ...]:
+    """The layers that jaxkd's students keep."""
+    from jaxkd.smollm2.students import spaced_layers
+
+    return spaced_layers(num_layers, kept)
 
 
 SIDES = {side.name: side for side in (JaxSide, TorchSide)}
@@ -311,6 +463,8 @@ class Peer:
 def contestants_of(task: Task, peers: dict, benchmark: Benchmark) -> list[tuple[str, Peer, Task]]:
     """Who runs a task: label, process, task with its precision."""
     found = [("jaxkd", peers["jaxkd"], task)]
+    if task.what in TRAINING and not importlib.util.find_spec("trl"):
+        return found
     if "torch" in peers and (task.what != "decode" or task.batch in benchmark.torch_decode_batches):
         found.append(("torch", peers["torch"], task))
         if task.dtype == "float32":

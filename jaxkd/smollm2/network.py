@@ -193,6 +193,12 @@ class Network:
                 tick(int(batch.completion_mask.sum()))
         return np.concatenate(found)
 
+    def sharpened(self, temperature: float) -> "Network":
+        """The model whose logits are this one's over τ: its last norm's scale, over τ."""
+        scale = self.params["norm"]["scale"]
+        norm = {"scale": scale / jnp.asarray(temperature, scale.dtype)}
+        return Network(self.config, self.params | {"norm": norm}, self.setting)
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint that transformers loads."""
         weights.save_pretrained(folder, self.config, self.params, self.setting.tokenizer)

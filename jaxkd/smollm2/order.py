@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import checks, durable, pipelines
@@ -388,7 +387,7 @@ class Laboratory:
 
     def _make(self, row: Row) -> Network:
         if isinstance(row.stage, Sharpen):
-            return sharpened(self.model(row.models[0]), row.temperature)
+            return self.model(row.models[0]).sharpened(row.temperature)
         if isinstance(row.stage, Align):
             order = self.order
             alignment = Alignment(
@@ -525,12 +524,6 @@ def student_start(base: Network, student: str) -> Network:
         config, params = students.keep_layers(base.config, base.params, _number(student, int))
         return Network(config, params, base.setting)
     return base.setting.load(student)
-
-
-def sharpened(one: Network, temperature: float) -> Network:
-    """The model whose logits are those of another over τ: its last norm's scale, over τ."""
-    norm = {"scale": one.params["norm"]["scale"] / jnp.asarray(temperature, one.params["norm"]["scale"].dtype)}
-    return Network(one.config, one.params | {"norm": norm}, one.setting)
 
 
 def _check_vocabularies(order: Order, tokenizer) -> None:

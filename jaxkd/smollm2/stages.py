@@ -207,7 +207,8 @@ def distil(
     Args:
       folder: the stage's own.
       key: random key.
-      teacher: whose samples, at the temperature, are learned from.
+      teacher: whose samples, at the temperature, are learned from; token-level methods compare with its next-token
+        distributions at that temperature.
       start: at which the student starts.
       temperature: τ.
       settings: how.
@@ -218,13 +219,14 @@ def distil(
       The student with the smallest loss on held-out samples.
     """
     draw_key, step_key = jax.random.split(key)
+    on_policy_key = jax.random.fold_in(step_key, 2**31)
     if samples is None:
         samples = _kept_samples(folder, draw_key, teacher, temperature, settings, workshop)
     held_out, learned = take(samples, slice(settings.num_held_out)), take(samples, slice(settings.num_held_out, None))
     setting, optimisation = start.setting, settings.optimisation
     policy = setting.policy(start.config)
     optimizer = optimisation.make(settings.num_updates)
-    one_step = _distillation_step(settings, policy, teacher, start)
+    one_step = _distillation_step(settings, policy, teacher.sharpened(temperature), start)
     rows = _batches(step_key, len(learned.tokens), settings.batch_size)
     num_steps = settings.num_updates * optimisation.accumulate
     every = settings.check_every * optimisation.accumulate
@@ -236,11 +238,10 @@ def distil(
 
     def step(state: _Distilling, number: int):
         batch = take(learned, rows(number))
-        if settings.on_policy_fraction and distill.use_student(
-            jax.random.fold_in(step_key, 2 * number), settings.on_policy_fraction
-        ):
+        choice_key, own_key = jax.random.split(jax.random.fold_in(on_policy_key, number))
+        if settings.on_policy_fraction and distill.use_student(choice_key, settings.on_policy_fraction):
             student = Network(start.config, state.student.params, setting)
-            batch = student.draw(jax.random.fold_in(step_key, 2 * number + 1), settings.batch_size)
+            batch = student.draw(own_key, settings.batch_size)
             coster.sampled(batch)
         if number == 0:
             state = state._replace(best_loss=jnp.float32(loss_of(state.student.params)))

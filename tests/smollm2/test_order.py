@@ -95,7 +95,7 @@ def test_sharpening_divides_the_logits(finished):
     _, _, laboratory = finished
     model, params = laboratory.base.model, laboratory.base.params
     tokens = jnp.asarray([[5, 6, 7]], jnp.int32)
-    sharp = orders.sharpened(laboratory.base, 0.5).params
+    sharp = laboratory.base.sharpened(0.5).params
     np.testing.assert_allclose(
         jax.jit(model.logits)(sharp, tokens), 2 * jax.jit(model.logits)(params, tokens), rtol=1e-5, atol=1e-5
     )
