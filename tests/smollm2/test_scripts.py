@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,24 +21,6 @@ SAMPLE = EXPERIMENTS / "sample.py"
 CONVERT = EXPERIMENTS / "convert.py"
 # One batch size wherever it does not matter: then one program is compiled.
 TINY = ["--source", "random:tiny", "--prompt", "ab", "--max-new-tokens", "8", "--batch-size", "2"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a script in this process; returns exit code, standard output and standard error."""
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        # Messages are boxed: at the width of a terminal a long path would break them anywhere.
-        monkeypatch.setenv("COLUMNS", "400")
-        code = 0
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,110 @@
+"""align.py, distill.py and smollm2_order.py as they are called."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxkd.smollm2 import weights
+from jaxkd.sweep import cache
+
+pytestmark = pytest.mark.loose
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+ALIGN, DISTILL, ORDER = (EXPERIMENTS / f"{name}.py" for name in ("align", "distill", "smollm2_order"))
+SMALL = ["--updates", "4", "--batch-size", "8", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch):
+    monkeypatch.setattr(cache, "use_compile_cache", lambda *arguments: None)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _moved(folder):
+    """Whether a checkpoint has other weights than the source."""
+    _, before = weights.load("random:tiny")
+    _, after = weights.load(folder)
+    return not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+def test_align_on_preferences_writes_a_checkpoint(run, pairs, tmp_path):
+    arguments = ["--source", "random:tiny", "--preferences", pairs, *SMALL, "--out", tmp_path / "out"]
+    code, _, errors = run(ALIGN, *arguments)
+    assert code == 0, errors
+    assert _moved(tmp_path / "out" / "model")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-4) and losses[-1] < losses[0]
+    code, _, errors = run(ALIGN, *arguments)
+    assert code == 0 and "is finished" in errors
+    code, _, errors = run(ALIGN, *arguments, "--kl-coef", "0.2")
+    assert code == 2 and "kl_coef: 0.1 there, 0.2 now" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [["ppo"], ["grpo"], ["online_dpo"], ["reinforce", "--lora-rank", "2"]])
+def test_align_on_a_behaviour(run, tmp_path, algorithm):
+    code, _, errors = run(
+        ALIGN, "--source", "random:tiny", "--behaviour", "digit", "--max-new-tokens", "8", *SMALL,
+        "--algorithm", *algorithm, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert _moved(tmp_path / "out" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["sequence"], ["reverse_kl", "--on-policy-fraction", "0.5"]])
+def test_distill_writes_a_student(run, tmp_path, method):
+    code, _, errors = run(
+        DISTILL, "--teacher", "random:tiny", "--student", "layers:2", "--samples", "16", "--held-out", "8",
+        "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--method", *method, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, errors
+    config, _ = weights.load(tmp_path / "out" / "model")
+    assert config.num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (ALIGN, ["--source", "random:tiny"], "give one of --preferences"),
+        (ALIGN, ["--source", "random:tiny", "--behaviour", "digit"], "--algorithm must be one of online_dpo"),
+        (ALIGN, ["--source", "random:tiny", "--behaviour", "often", "--algorithm", "ppo"], "a behaviour must be"),
+        (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "words:unlikelihood", "--algorithm", "ppo"],
+            "never shown",
+        ),
+        (DISTILL, ["--teacher", "random:tiny", "--method", "kl"], "method must be one of sequence"),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--method", "forward_kl", "--on-policy-fraction", "1.5"],
+            "on_policy_fraction must be",
+        ),
+        (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
+        (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
+        (ORDER, ["--truth", "no/such"], "no/such"),
+    ],
+)
+def test_refuses(run, tmp_path, monkeypatch, script, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, errors = run(script, *arguments, "--out", tmp_path / "out")
+    told = " ".join((out + errors).split())
+    assert code == 2 and message in told and "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_the_paper_preset_is_laid_out_over_the_devices(run):
+    code, out, errors = run(ORDER, "--preset", "paper", "--dry-run")
+    assert code == 0, errors
+    assert f"{jax.device_count()} devices" in out and "all models together" in out
+    assert "[49152, 2048]" in out and "GiB a device" in out

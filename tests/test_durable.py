@@ -1,0 +1,84 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import durable
+
+# The host loop is orbax's as much as ours.
+pytestmark = pytest.mark.loose
+
+
+class KilledError(Exception):
+    pass
+
+
+def _train(folder, killed_at=None, num_steps=7):
+    def step(state, number):
+        if number == killed_at:
+            raise KilledError
+        key, total = state
+        key, use = jax.random.split(key)
+        total = total + jax.random.normal(use, (3,)) + number
+        return (key, total), {"total": float(total.sum()), "tokens": 2.0}, False
+
+    spent = {"steps": 0.0}
+    return durable.train(
+        folder,
+        (jax.random.key(3), jnp.zeros(3)),
+        step,
+        num_steps,
+        log=durable.Log("stage", folder / durable.METRICS),
+        progress=durable.Progress(quiet=True),
+        what="train",
+        checkpoint_every=2,
+        cost=lambda: spent,
+        restore_cost=spent.update,
+    )
+
+
+def test_goes_on_after_the_last_checkpoint_with_the_same_numbers(tmp_path):
+    whole = _train(tmp_path / "whole")
+    for killed_at in (1, 3, 5, 6):
+        with pytest.raises(KilledError):
+            _train(tmp_path / "killed", killed_at)
+    ended = _train(tmp_path / "killed")
+    np.testing.assert_array_equal(ended[1], whole[1])
+    np.testing.assert_array_equal(jax.random.key_data(ended[0]), jax.random.key_data(whole[0]))
+    lines = [(tmp_path / name / durable.METRICS).read_text() for name in ("whole", "killed")]
+    assert lines[0] == lines[1]
+    assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(7))
+
+
+def test_a_torn_line_of_the_log_is_taken_back(tmp_path):
+    log = durable.Log("stage", tmp_path / durable.METRICS)
+    for step in range(3):
+        log.write(step, {"loss": 1.0})
+    with log.path.open("a") as file:
+        file.write('{"stage": "stage", "st')
+    log.begin(2)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_finished_stage_keeps_its_record_and_no_checkpoint(tmp_path):
+    _train(tmp_path / "stage")
+    assert durable.read_record(tmp_path / "stage") is None
+    durable.finish(tmp_path / "stage", {"cost": {"steps": 7}})
+    assert durable.read_record(tmp_path / "stage") == {"cost": {"steps": 7}}
+    assert not (tmp_path / "stage" / durable.CHECKPOINT).exists()
+
+
+def test_sinks_are_given_every_line(tmp_path):
+    seen = []
+    log = durable.Log("stage", tmp_path / durable.METRICS, (lambda *told: seen.append(told),))
+    log.write(4, {"loss": 0.5})
+    assert seen == [("stage", 4, {"loss": 0.5})]
+
+
+def test_what_differs_is_named_by_its_path(tmp_path):
+    durable.check_configuration(tmp_path / "run", {"a": {"b": 1, "c": 2}})
+    durable.check_configuration(tmp_path / "run", {"a": {"b": 1, "c": 2}})
+    with pytest.raises(ValueError, match=r"configuration \(a\.b: 1 there, 3 now\)"):
+        durable.check_configuration(tmp_path / "run", {"a": {"b": 3, "c": 2}})
