@@ -157,7 +157,16 @@ def speed() -> str:
 
 def smollm2_speed() -> str:
     """Seconds, tokens a second and memory of SmolLM2 beside transformers on torch, from the benchmark's JSON."""
-    measurement = json.loads((ROOT / "figures" / "smollm2_benchmark.json").read_text())
+    return _beside_torch("smollm2_benchmark.json")
+
+
+def smollm2_training_speed() -> str:
+    """The same of training steps beside TRL's trainers."""
+    return _beside_torch("smollm2_training_benchmark.json")
+
+
+def _beside_torch(name: str) -> str:
+    measurement = json.loads((ROOT / "figures" / name).read_text())
     rows, repetitions = measurement["tasks"], measurement["settings"]["repetitions"]
     sides = ("jaxkd", "torch", "torch medium")
     body = []
@@ -178,12 +187,48 @@ def smollm2_speed() -> str:
     return f"{_table(head, body)}\n\nMedians of {repetitions} repetitions; – was not measured."
 
 
+def smollm2_order() -> str:
+    """Every arm on SmolLM2: frequency of the behaviour in every seed, and what came with it."""
+    body = []
+    for row in _rows("smollm2_order.csv"):
+        points = [100 * float(point) for point in row["behaviour_frequency_points"].split()]
+        low, high = (100 * float(row[f"behaviour_frequency_{end}"]) for end in ("low", "high"))
+        interval = "–" if low != low else f"{low:.1f} to {high:.1f}"
+        name = ARMS.get(row["arm"], row["arm"].replace("_", " "))
+        name += "".join(
+            f", {sign} = {float(row[key]):g}"
+            for sign, key in (("τ", "temperature"), ("β", "kl_coef"))
+            if row[key] != "nan"
+        )
+        petaflops = float(row["model_flops"]) / 1e15
+        numbers = [f"{float(row[key]):.2f}" for key in ("kl_to_base", "recall_gap", "target_recall_gap")]
+        numbers += [f"{float(row[key]):.2f}" for key in ("precision_per_token", "behaviour_precision")]
+        numbers += [f"{petaflops:.2f}", "–" if petaflops == 0 else f"{float(row['reward_gain_per_petaflop']):.3f}"]
+        body.append([name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers])
+    head = ["model", "algorithm", "frequency, every seed (%)", "95 % t interval", "KL to the base (nats)",
+            "recall gap (nats)", "on the behaviour", "log p* a token", "on the behaviour", "PFLOP",
+            "reward gained a PFLOP"]  # fmt: skip
+    return _table(head, body)
+
+
 def _number(values: dict, key: str, form: str) -> str:
     """A number that may not have been measured."""
     return form.format(values[key]) if key in values else "–"
 
 
-_MADE = (plane, speed, smollm2_speed, sharpened, control, two_by_two, paper, shortfalls, robustness, learning_rates)
+_MADE = (
+    plane,
+    speed,
+    smollm2_speed,
+    smollm2_order,
+    sharpened,
+    control,
+    two_by_two,
+    paper,
+    shortfalls,
+    robustness,
+    learning_rates,
+)
 TABLES = {function.__name__: function for function in _MADE}
 
 

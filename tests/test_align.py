@@ -218,7 +218,7 @@ def table_policy(*, critic=False, junk=0.0):
     """Texts of a table of logits [steps, tokens]; `junk` stands where steps don't count, and must not matter."""
 
     def log_prob(params, x):
-        steps = jax.nn.log_softmax(params["logits"])
+        steps = jax.nn.log_softmax(params["logits"][: x["tokens"].shape[1]])
         picked = jnp.take_along_axis(steps[None], x["tokens"][..., None], axis=-1)[..., 0]
         return jnp.where(x["mask"], picked, junk * picked)
 
@@ -416,7 +416,7 @@ def test_the_expected_gradient_is_that_of_the_objective_and_vanishes_at_the_gibb
 
 
 def test_a_critic_is_fitted_to_the_returns():
-    """With λ = 1 its gradient is the coefficient times V less the mean return, summed over the texts that reach a step."""
+    """With λ = 1 its gradient is the coefficient times V less the mean return, over the texts that reach a step."""
     coefficients = HALF._replace(gae_lambda=jnp.float32(1.0))
     state, _ = jax.jit(partial(updates, "ppo", table_policy(critic=True)))(TABLE, OTHER, RAGGED, coefficients)
     advantages = advantages_by_hand([0.5 * one for one in by_hand(TABLE, OTHER)[1]], values_by_hand(), 1.0)

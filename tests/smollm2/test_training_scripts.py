@@ -100,11 +100,3 @@ def test_refuses(run, tmp_path, monkeypatch, script, arguments, message):
     code, out, errors = run(script, *arguments, "--out", tmp_path / "out")
     told = " ".join((out + errors).split())
     assert code == 2 and message in told and "Traceback" not in told
-
-
-@pytest.mark.slow
-def test_the_paper_preset_is_laid_out_over_the_devices(run):
-    code, out, errors = run(ORDER, "--preset", "paper", "--dry-run")
-    assert code == 0, errors
-    assert f"{jax.device_count()} devices" in out and "all models together" in out
-    assert "[49152, 2048]" in out and "GiB a device" in out
