@@ -322,8 +322,9 @@ def test_the_loss_of_grpo_on_ragged_texts_by_hand():
 @pytest.mark.parametrize(("algorithm", "critic"), [("ppo", False), ("ppo", True), ("grpo", False)])
 def test_ratios_are_clipped_step_by_step(algorithm, critic):
     policy = table_policy(critic=critic)
-    once, _ = jax.jit(partial(updates, algorithm, policy))(TABLE, OTHER, RAGGED, HALF)
-    _, info = jax.jit(partial(updates, algorithm, policy, epochs=2))(TABLE, OTHER, RAGGED, HALF)
+    coefficients = HALF._replace(learning_rate=jnp.float32(2.0 if algorithm == "grpo" else 0.3))
+    once, _ = jax.jit(partial(updates, algorithm, policy))(TABLE, OTHER, RAGGED, coefficients)
+    _, info = jax.jit(partial(updates, algorithm, policy, epochs=2))(TABLE, OTHER, RAGGED, coefficients)
     before, log_ratios = by_hand(TABLE, OTHER)
     after, _ = by_hand(once.params, OTHER)
     values = values_by_hand() if critic else None

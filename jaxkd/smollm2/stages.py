@@ -585,8 +585,8 @@ class _Coster:
         self.workshop, self.model, self.other = workshop, model, other
 
     def _flops(self, network: Network, x, passes: float) -> float:
-        mask = np.asarray(x.mask)
-        return passes * cost.forward_flops(network.config, int(mask.sum()), float(mask.sum(axis=1).mean()) / 2)
+        lengths = np.asarray(x.mask).sum(axis=1)
+        return passes * cost.forward_flops(network.config, int(lengths.sum()), cost.mean_context(lengths))
 
     def sampled(self, x, by: Network | None = None) -> None:
         """Texts were drawn."""

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 
 from jaxkd.smollm2 import behaviours
+from jaxkd.statistics import wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,31 @@ def test_refuses_what_is_never_or_always_shown():
     for hits, word in ((0, "never"), (2, "always")):
         with pytest.raises(ValueError, match=word):
             behaviours.check_rate("x", hits, 2)
+
+
+def test_a_word_may_end_in_a_sign():
+    assert behaviours.parse("words:U.S.")("the U.S. army")
+
+
+def test_a_year_is_no_part_of_a_longer_number():
+    year = behaviours.parse(behaviours.READY["year"])
+    assert year("the 1990s") and year("(2024)")
+    assert not year("12024") and not year("1234")
+
+
+def test_frequency_has_wilsons_interval():
+    found = behaviours.frequency(behaviours.parse("digit"), ["1", "a", "b", "2"])
+    assert (found.count, found.total, found.rate) == (2, 4, 0.5)
+    assert (found.low, found.high) == wilson_interval(2, 4)
+    assert math.isnan(behaviours.frequency(behaviours.parse("digit"), []).rate)
+
+
+def test_middle_is_geometric_and_bounds_are_checked():
+    candidates, texts = {"seventeen": "words:a", "five": "words:b"}, ["a"] * 17 + ["b"] * 5 + ["plain"] * 978
+    # From 0.001 to 0.03 the arithmetic middle, 0.0155, is nearest to 0.017; the geometric one, 0.0055, to 0.005.
+    assert behaviours.choose(candidates, texts, low=0.001, high=0.03) == "five"
+    for low, high, flag in ((0, 0.1, "low"), (0.2, 0.1, "low"), (0.1, 1, "high")):
+        with pytest.raises(ValueError, match=f"^{flag} must be"):
+            behaviours.choose(candidates, texts, low, high)
+    with pytest.raises(ValueError, match="of 0 samples"):
+        behaviours.choose(candidates, [])

@@ -1,4 +1,5 @@
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -49,3 +50,37 @@ def test_self_bleu_against_every_reference_in_turn():
     rows = [chance.integers(0, 6, chance.integers(2, 15)).tolist() for _ in range(12)]
     expected = np.mean([_brute(rows, i) for i in range(len(rows))])
     assert diversity.self_bleu(rows) == pytest.approx(expected)
+
+
+def test_texts_are_split_at_white_space():
+    texts, rows = ["a  b a", "b\nc d"], [[0, 1, 0], [1, 2, 3]]
+    assert diversity.distinct_n(texts, 1) == diversity.distinct_n(rows, 1) == 4 / 6
+    assert diversity.self_bleu(texts) == diversity.self_bleu(rows)
+
+
+def test_only_so_many_sequences_are_drawn():
+    rows = np.random.default_rng(0).integers(0, 5, (30, 10)).tolist()
+    some = diversity.self_bleu(rows, most=8, seed=3)
+    assert some == diversity.self_bleu(rows, most=8, seed=3)
+    assert some != diversity.self_bleu(rows, most=8, seed=4)
+    assert diversity.self_bleu(rows, most=30) == diversity.self_bleu(rows)
+
+
+def test_empty_sequences_score_nothing():
+    assert diversity.self_bleu([[], []]) == 0
+    assert diversity.self_bleu([[], [1], [1]]) == pytest.approx(2 / 3)
+
+
+def test_two_hundred_completions_take_little_time():
+    rows = np.random.default_rng(0).integers(0, 500, (200, 32)).tolist()
+    began = time.process_time()  # of this process alone: the machine may be busy
+    diversity.self_bleu(rows)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("arguments", [{"max_n": 0}, {"most": 1}])
+def test_refuses_what_has_no_meaning(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        diversity.self_bleu([[1], [1]], **arguments)
+    with pytest.raises(ValueError, match="n must be"):
+        diversity.distinct_n([[1]], 0)

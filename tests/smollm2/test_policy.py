@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from random_params import random_params
 
 from jaxkd import align
@@ -224,7 +225,8 @@ def _aligned(algorithm, critic, epochs=1):
 
 def _distance(a, b):
     """Of two gradients, relative to the first's length."""
-    return optax.global_norm(jax.tree.map(jnp.subtract, a, b)) / optax.global_norm(a)
+    a, b = (ravel_pytree(gradient)[0] for gradient in (a, b))
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(a)
 
 
 @pytest.mark.parametrize(("algorithm", "critic"), CASES)
@@ -246,7 +248,7 @@ def test_a_text_at_its_reference_has_no_kl(algorithm, critic):
     info, gradient = _aligned(algorithm, critic)(RAGGED, at_reference=True)
     assert info.kl == 0 and info.clip_fraction == 0
     assert (info.value_loss > 0) == critic
-    assert optax.global_norm(gradient) > 0
+    assert ravel_pytree(gradient)[0].any()
 
 
 def test_ppo_of_one_epoch_has_the_gradient_of_reinforce_on_texts():
@@ -283,12 +285,11 @@ def test_log_probs_and_values_come_from_one_pass_and_are_the_separate_ones():
     apart = jax.jit(lambda p: (ours.log_prob(p, RAGGED), ours.value(p, RAGGED)))(params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), together, apart)
 
-    def layers_run(function):
-        return str(jax.make_jaxpr(function)(params)).count("jnp.float32") or str(
-            jax.make_jaxpr(function)(params)
-        ).count("= scan[")
+    def scans(function):
+        return str(jax.make_jaxpr(function)(params)).count("scan[")
 
-    assert layers_run(lambda p: ours.evaluate(p, RAGGED)) == layers_run(lambda p: ours.log_prob(p, RAGGED))
+    passes = scans(lambda p: ours.log_prob(p, RAGGED))
+    assert scans(lambda p: ours.evaluate(p, RAGGED)) == passes < passes + scans(lambda p: ours.value(p, RAGGED))
 
 
 def test_a_fresh_value_head_predicts_nothing_and_its_policy_draws_as_before():
