@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from jaxkd import pipelines, statistics
 from jaxkd.durable import METRICS, read_record
@@ -25,6 +26,7 @@ COSTS = {
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
     "seconds": ("wall-clock, the same", "s"),
 }
+_FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _LABELS = LABELS | {CEILING: "ceiling"}
 _COLOURS = COLOURS | {CEILING: "0.45"}
 _MARKERS = MARKERS | {CEILING: "*"}
@@ -216,15 +218,19 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
     rows = {row.folder: row for row in rows_of(order, out)}
     behaviour = json.loads((out / "behaviour.json").read_text(encoding="utf-8"))
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(7.2, 7.6), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 0.85))
+        lines = _completions(found, rows, order.prompt + " … ")
+        height = 0.115 * len(lines)
+        figure = plt.figure(figsize=(7.2, 5.8 + height), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
         axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
         _frontier(axes[0], found, rows, out, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
         _frontier(axes[1], found, rows, out, "reward", "mean reward")
         _recall_gaps(axes[2], found, rows)
         _curves(axes[3], rows)
-        _completions(figure.add_subplot(grid[2, :]), found, rows, out, order.prompt + " … ")
-        for axis, letter in zip(axes, "abcd", strict=True):
+        axes.append(figure.add_subplot(grid[2, :]))
+        axes[4].axis("off")
+        axes[4].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=5.6, transform=axes[4].transAxes)
+        for axis, letter in zip(axes, "abcde", strict=True):
             axis.set_title(letter, loc="left", fontweight="bold")
         handles, labels = axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -263,6 +269,10 @@ def _frontier(axis, found, rows, out: Path, quantity: str, label: str) -> None:
     axis.set(xlabel="KL to the base (nats a completion)", ylabel=label)
     if quantity == "behaviour_frequency":
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_ylim()
+        axis.set_yticks([tick for tick in _FREQUENCIES if low <= tick <= high])
 
 
 def _recall_gaps(axis, found, rows) -> None:
@@ -290,27 +300,26 @@ def _curves(axis, rows) -> None:
             continue
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rewards = np.asarray([entry["reward"] for entry in entries])
-        # A running mean: a step sees few draws.
-        running = np.cumsum(rewards) / np.arange(1, len(rewards) + 1) if len(rewards) < 8 else _smooth(rewards, 8)
+        # A step sees few draws.
+        width = min(4, max(1, len(rewards) // 4))
+        running = np.convolve(rewards, np.ones(width) / width, mode="valid")
         axis.plot(
-            np.arange(1, len(rewards) + 1)[-len(running) :],
+            np.arange(width, len(rewards) + 1),
             running,
             color=_COLOURS.get(row.name, "0.2"),
             linestyle="-" if math.isnan(row.temperature) or row.temperature == 1 else "--",
             linewidth=1,
+            marker=".",
+            markersize=3,
         )
-    axis.set(xlabel="step of the alignment", ylabel="mean reward of its draws\n(of 8 steps)")
+    axis.set(xlabel="step of the alignment", ylabel="mean reward of its draws\n(mean of up to 4 steps)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    return np.convolve(values, np.ones(width) / width, mode="valid")
-
-
-def _completions(axis, found, rows, out: Path, prompt: str) -> None:
+def _completions(found, rows, prompt: str) -> list[str]:
     """The first two completions of each arm of the first seed."""
-    axis.axis("off")
     lines = []
-    for folder, values in _first_of_each(found, rows, out):
+    for folder, values in _first_of_each(found, rows):
         name = "base" if folder not in rows else _LABELS.get(rows[folder].name, rows[folder].name).replace("\n", " ")
         if folder in rows and not math.isnan(rows[folder].temperature):
             name += f" (τ {rows[folder].temperature:g})"
@@ -318,7 +327,7 @@ def _completions(axis, found, rows, out: Path, prompt: str) -> None:
             words = textwrap.shorten(" ".join(_printed(one).split()), 92, placeholder=" …")
             lines.append(f"{name:<28} {prompt}{words}".replace("$", r"\$"))
             name = ""
-    axis.text(0, 1, "\n".join(lines[:18]), va="top", family="monospace", fontsize=5.6, transform=axis.transAxes)
+    return lines[:24]
 
 
 def _printed(words: str) -> str:
@@ -326,7 +335,7 @@ def _printed(words: str) -> str:
     return "".join(sign if sign.isspace() or (sign.isprintable() and ord(sign) < 0x250) else "·" for sign in words)
 
 
-def _first_of_each(found, rows, out: Path) -> Iterator[tuple[Path, dict]]:
+def _first_of_each(found, rows) -> Iterator[tuple[Path, dict]]:
     seen = set()
     for folder, values in found.items():
         row = rows.get(folder)
