@@ -220,6 +220,8 @@ _MADE = (
     plane,
     speed,
     smollm2_speed,
+    smollm2_training_speed,
+    smollm2_order,
     smollm2_order,
     sharpened,
     control,
