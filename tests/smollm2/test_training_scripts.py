@@ -50,7 +50,7 @@ def test_align_on_preferences_writes_a_checkpoint(run, pairs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [["ppo"], ["grpo"], ["online_dpo"], ["reinforce", "--lora-rank", "2"]])
+@pytest.mark.parametrize("algorithm", [["ppo"], ["reinforce", "--lora-rank", "2"]])
 def test_align_on_a_behaviour(run, tmp_path, algorithm):
     code, _, errors = run(
         ALIGN, "--source", "random:tiny", "--behaviour", "digit", "--max-new-tokens", "8", *SMALL,
@@ -61,11 +61,11 @@ def test_align_on_a_behaviour(run, tmp_path, algorithm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [["sequence"], ["reverse_kl", "--on-policy-fraction", "0.5"]])
-def test_distill_writes_a_student(run, tmp_path, method):
+def test_distill_writes_a_student(run, tmp_path):
     code, _, errors = run(
         DISTILL, "--teacher", "random:tiny", "--student", "layers:2", "--samples", "16", "--held-out", "8",
-        "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--method", *method, "--out", tmp_path / "out",
+        "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--method", "reverse_kl",
+        "--on-policy-fraction", "0.5", "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, errors
     config, _ = weights.load(tmp_path / "out" / "model")
