@@ -231,7 +231,7 @@ def train(
       restore_cost: given it again.
 
     Returns:
-      The last state. Its checkpoint stays until `finish`.
+      The last state, of which no checkpoint is kept: save it, then `finish`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder)

@@ -20,7 +20,7 @@ from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import Model, make_model
-from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
+from jaxkd.smollm2.policy import Texts, make_policy
 from jaxkd.smollm2.text import Tokenizer
 
 
@@ -182,12 +182,12 @@ class Network:
           tick: told the number of tokens after each batch.
         """
         n = len(x.tokens)
-        size = self.setting.size_of_batches(n)
+        size, policy = self.setting.size_of_batches(n), self.setting.policy(self.config)
         found = []
         for start in range(0, n, size):
             rows = np.resize(np.arange(start, min(start + size, n)), size)
             batch = Texts(*(np.asarray(array)[rows] for array in (x.tokens, x.mask, x.completion_mask)))
-            part = _masked_log_probs(self.model, self.params, self.setting.on_devices(batch))
+            part = _log_prob(policy, self.params, self.setting.on_devices(batch))
             found.append(np.asarray(part)[: min(size, n - start)])
             if tick is not None:
                 tick(int(batch.completion_mask.sum()))
@@ -205,8 +205,8 @@ class Network:
 
 
 @partial(jax.jit, static_argnums=0)
-def _masked_log_probs(model: Model, params: Params, x: Texts) -> jax.Array:
-    return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
+def _log_prob(policy: Policy, params: Params, x: Texts) -> jax.Array:
+    return policy.log_prob(params, x)
 
 
 def take(x: Any, rows: Any) -> Any:

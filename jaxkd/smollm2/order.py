@@ -11,8 +11,9 @@ A finished stage holds record.json and is never computed again; repeating the co
 """
 
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,9 +269,7 @@ class Laboratory:
         if not base.startswith("fit:"):
             return self.setting.load(base)
         start = self.setting.load(base.removeprefix("fit:"))
-        return self._distilled(
-            self.out / "base", jax.random.fold_in(self._key, _BASE_KEY), self.truth, start, 1.0, self.truth_samples
-        )
+        return self._distilled(self.out / "base", jax.random.fold_in(self._key, _BASE_KEY), self.truth, start, 1.0)
 
     def _make_target(self) -> Network | None:
         target = self.order.target
@@ -280,12 +279,11 @@ class Laboratory:
         key = jax.random.fold_in(self._key, _TARGET_KEY)
         return self._distilled(self.out / "target", key, self.base, self.base, temperature)
 
-    def _distilled(self, folder, key, teacher, start, temperature, samples=None, settings=None) -> Network:
+    def _distilled(self, folder, key, teacher, start, temperature) -> Network:
         """A distilled model, made or loaded."""
         if durable.read_record(folder) is None:
             self.workshop.begin()
-            settings = settings or self.order.distillation
-            made = stages.distil(folder, key, teacher, start, temperature, settings, self.workshop, samples)
+            made = stages.distil(folder, key, teacher, start, temperature, self.order.distillation, self.workshop)
             made.save(folder / "model")
             durable.finish(folder, {"cost": self.workshop.spent()})
         return self.setting.load(folder / "model")
@@ -376,6 +374,8 @@ class Laboratory:
         for number, row in enumerate(rows, start=1):
             self.workshop.progress.prefix = f"[{number}/{len(rows)}] {_words(row)}"
             if not self._admitted(row):
+                words = f"not admitted, its recall gap a token is above {self.order.most_held_out_kl:g} nats"
+                print(f"{_words(row)}, student {row.student}: {words}", file=sys.stderr)
                 continue
             if durable.read_record(row.folder) is None:
                 self.workshop.begin()
@@ -391,7 +391,7 @@ class Laboratory:
         if isinstance(row.stage, Align):
             order = self.order
             alignment = Alignment(
-                _with(order.alignment.settings, algorithm=row.algorithm),
+                replace(order.alignment.settings, algorithm=row.algorithm),
                 order.alignment.coefficients,
                 order.alignment.optimisation,
                 look_every=order.look_every,
@@ -432,11 +432,11 @@ class Laboratory:
             raise ValueError(f"only {len(rows)} samples of the truth show the behaviour: too few for the ceiling")
         changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
-        return take(self.truth_samples, rows), _with(settings, **changes)
+        return take(self.truth_samples, rows), replace(settings, **changes)
 
     def _admitted(self, row: Row) -> bool:
-        """Whether the student of a row is close enough to the base to say anything about the orders."""
-        if not row.student or row.student == "same" or row.name == "student":
+        """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""
+        if not row.student.startswith("layers:") or row.name == "student":
             return True
         student = row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
         gap = json.loads((student / "evaluation.json").read_text(encoding="utf-8"))["recall_gap_per_token"]
@@ -486,11 +486,9 @@ def _student_label(order: Order, row: Row) -> str:
 
 
 def _write_evaluation(folder: Path, found, workshop: Workshop, entries: dict) -> None:
-    quantities = found.quantities
-    quantities["recall_gap_per_token"] = quantities["recall_gap"] / max(quantities["length"], 1)
     durable.write_json(
         folder / "evaluation.json",
-        entries | quantities | {"completions": found.completions, "cost": workshop.spent()},
+        entries | found.quantities | {"completions": found.completions, "cost": workshop.spent()},
     )
 
 
@@ -510,10 +508,6 @@ def _words(row: Row) -> str:
     parts += [] if np.isnan(row.temperature) else [f"τ {row.temperature:g}"]
     parts += [] if np.isnan(row.kl_coef) else [f"β {row.kl_coef:g}"]
     return " ".join(parts)
-
-
-def _with(settings, **changes):
-    return type(settings)(**{name: getattr(settings, name) for name in settings.__dataclass_fields__} | changes)
 
 
 def student_start(base: Network, student: str) -> Network:

@@ -288,13 +288,7 @@ def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Te
         with np.load(path) as file:
             return Texts(**{name: file[name] for name in Texts._fields})
     bar = workshop.progress.bar(total, 0, "sample", "text")
-    seen = [0]
-
-    def tick(tokens):
-        seen[0] += 1
-        workshop.progress.tokens(bar, tokens, 0)
-
-    x = draw(tick)
+    x = draw(lambda tokens: workshop.progress.tokens(bar, tokens, 0))
     bar.update(total)
     bar.close()
     write_arrays(path, x._asdict())
@@ -340,6 +334,8 @@ def _token_step(student: Model, teacher: Model, divergence: str, optimisation: O
 def _batches(key: jax.Array, n: int, batch_size: int) -> Callable[[int], np.ndarray]:
     """Rows of the batch of each step: every sample once, in an order of its own, before any comes again."""
     a_round = n // batch_size
+    if a_round == 0:
+        raise ValueError(f"{n} samples, those held out left aside, fill no batch of {batch_size}")
 
     def rows(number: int) -> np.ndarray:
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number // a_round), n))
