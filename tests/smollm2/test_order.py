@@ -16,7 +16,7 @@ import pytest
 
 from jaxkd import durable, pipelines
 from jaxkd.smollm2 import order as orders
-from jaxkd.smollm2 import report, weights
+from jaxkd.smollm2 import report, stages, weights
 from jaxkd.smollm2.order import CEILING, Order
 from tests.smollm2 import tiny_order
 
@@ -259,3 +259,24 @@ def _without_times(path: Path):
 
 def test_the_default_order_is_valid():
     assert Order("random:tiny").arms
+
+
+@pytest.mark.slow
+def test_a_base_is_fitted_and_only_a_cut_student_needs_admission(tmp_path):
+    out = tmp_path / "run"
+    order = tiny_order.make(base="fit:random:tiny", students=("layers:2",), arms=("kd_align",))
+    laboratory = tiny_order.run(order, out)
+    assert laboratory.base is not laboratory.truth and durable.read_record(out / "base") is not None
+    row = orders.rows_of(order, out)[-1]
+    assert row.name == "kd_align" and laboratory._admitted(row)
+    path = next(out.rglob("student-t0.6")) / "evaluation.json"
+    durable.write_json(path, json.loads(path.read_text()) | {"recall_gap_per_token": 0.6})
+    assert not laboratory._admitted(row)
+    assert laboratory._admitted(replace(row, student="a/checkpoint"))
+
+
+def test_refuses_fewer_samples_than_a_batch():
+    import jax
+
+    with pytest.raises(ValueError, match="0 samples, those held out left aside, fill no batch of 8"):
+        stages._batches(jax.random.key(0), 0, 8)
