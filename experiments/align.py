@@ -117,25 +117,12 @@ def alignment_of(config: Align):
 
 def oracle_of(config: Align, setting):
     """`(completions, draws) -> (reward, hit)`."""
-    import numpy as np
-
-    from jaxkd.smollm2 import behaviours
+    from jaxkd.smollm2 import behaviours, oracles
 
     if config.target is not None:
-        target = setting.load(config.target)
-
-        def likelihood(texts, x):
-            value = (target.log_prob(x) / x.completion_mask.sum(axis=1)).astype(np.float32)
-            return value, np.zeros(len(value), bool)
-
-        return likelihood
-    behaviour = behaviours.parse(config.behaviour or "digit")
-
-    def shown(texts, x):
-        hits = np.asarray([behaviour(one) for one in texts])
-        return hits.astype(np.float32), hits
-
-    return shown
+        # No behaviour is asked for: none counts.
+        return oracles.of_likelihood(setting.load(config.target), lambda text: False)
+    return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
 def main(config: Align) -> None:
@@ -168,9 +155,7 @@ def main(config: Align) -> None:
     reference = start if config.reference is None else setting.load(config.reference)
     key = jax.random.key(config.seed)
     alignment = alignment_of(config)
-    sinks = () if config.wandb is None else (durable.wandb_sink(config.wandb, config.out.name, asdict(config)),)
-    if config.tensorboard:
-        sinks += (durable.tensorboard_sink(config.out / "tensorboard"),)
+    sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
     workshop = stages.Workshop(durable.Progress(), sinks)
     workshop.begin()
     data = None

@@ -148,9 +148,7 @@ def main(config: Distill) -> None:
         print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
         return
     teacher = setting.load(config.teacher)
-    sinks = () if config.wandb is None else (durable.wandb_sink(config.wandb, config.out.name, asdict(config)),)
-    if config.tensorboard:
-        sinks += (durable.tensorboard_sink(config.out / "tensorboard"),)
+    sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
     workshop = stages.Workshop(durable.Progress(), sinks)
     workshop.begin()
     student = stages.distil(

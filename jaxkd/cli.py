@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print a bad argument, a refused file or a full disk as one message without a traceback, and exit with 2."""
+    """Print what a user can mend (an argument, a file, a full disk, a divergence) as one message, and exit with 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

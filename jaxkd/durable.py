@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkd import files
+
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint"
@@ -30,9 +32,8 @@ Step = Callable[[Any, int], tuple[Any, dict[str, float], bool]]
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with files.whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict | None:
@@ -67,9 +68,8 @@ class Log:
                 break
             if entry["step"] < step:
                 kept.append(line + "\n")
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
+        with files.whole(self.path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line."""
@@ -111,6 +111,19 @@ def tensorboard_sink(folder: Path) -> Callable:
         writer.flush()
 
     return write
+
+
+def sinks(wandb: str | None, tensorboard: bool, folder: Path, configuration: dict) -> tuple[Callable, ...]:
+    """Where metrics of a run folder go besides.
+
+    Args:
+      wandb: project of Weights & Biases; None for none.
+      tensorboard: whether to write event files.
+      folder: of the run.
+      configuration: what the run is noted with.
+    """
+    chosen = () if wandb is None else (wandb_sink(wandb, folder.name, configuration),)
+    return (*chosen, tensorboard_sink(folder / "tensorboard")) if tensorboard else chosen
 
 
 @dataclass
@@ -272,12 +285,7 @@ def check_configuration(folder: Path, configuration: dict) -> None:
     path = folder / "config.json"
     wanted = json.loads(json.dumps(configuration, default=str))
     if path.exists():
-        held, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(wanted)
-        differing = [
-            f"{key}: {held.get(key)} there, {now.get(key)} now"
-            for key in sorted({*held, *now})
-            if held.get(key) != now.get(key)
-        ]
+        differing = files.differences(_flat(json.loads(path.read_text(encoding="utf-8"))), _flat(wanted))
         if differing:
             raise ValueError(
                 f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --out"

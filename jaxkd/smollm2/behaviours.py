@@ -86,10 +86,10 @@ def rates(candidates: Mapping[str, str], texts: Sequence[str]) -> dict[str, floa
 
 
 def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = 0.01, high: float = 0.03) -> str:
-    """The candidate whose share lies between `low` and `high`, nearest their geometric middle.
+    """The most frequent candidate whose share lies between `low` and `high`: rarer ones take more draws to learn.
 
     Args:
-      candidates: name and specification of each; of two equally near, the first is chosen.
+      candidates: name and specification of each; of two equally frequent, the first is chosen.
       texts: completions by the base.
       low: least share.
       high: largest share.
@@ -107,8 +107,7 @@ def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = 0.0
             f"no behaviour is shown by {100 * low:g} % to {100 * high:g} % of {len(texts)} samples of the base "
             f"({told}): name one"
         )
-    # Base rates matter by their ratios (a log-odds to gain), hence the geometric middle.
-    return min(fitting, key=lambda name: abs(math.log(fitting[name] / math.sqrt(low * high))))
+    return max(fitting, key=fitting.get)
 
 
 def check_rate(name: str, hits: int, total: int) -> None:

@@ -16,12 +16,14 @@ A row has the columns of a prompt+completion file, so that `text.read_examples(o
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+
+from jaxkd import files
 
 MANIFEST = "corpus.json"
 FORMATS = ("parquet", "jsonl")
@@ -62,7 +64,8 @@ class Corpus:
     def write(self, shard: int, rows: Sequence[dict]) -> None:
         """Write a shard: it appears under its name only when complete."""
         table = pyarrow.Table.from_pylist(list(rows), schema=SCHEMA)
-        _replace(self.path(shard), _parquet if self.form == "parquet" else _jsonl, table)
+        with files.whole(self.path(shard)) as partial:
+            (_parquet if self.form == "parquet" else _jsonl)(partial, table)
 
 
 def _parquet(path: Path, table: pyarrow.Table) -> None:
@@ -72,12 +75,6 @@ def _parquet(path: Path, table: pyarrow.Table) -> None:
 def _jsonl(path: Path, table: pyarrow.Table) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
-
-
-def _replace(path: Path, write: Callable, content) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial, content)
-    partial.replace(path)
 
 
 def check(corpus: Corpus, configuration: dict, *, overwrite: bool = False) -> None:
@@ -107,18 +104,18 @@ def begin(corpus: Corpus, configuration: dict, versions: dict, *, overwrite: boo
         manifest.unlink()
         for shard in corpus.directory.glob("part-*"):
             shard.unlink()
-    for torn in corpus.directory.glob("*.partial"):
+    for torn in corpus.directory.glob(f"*{files.PARTIAL}"):
         torn.unlink()
     if manifest.exists():
         return
-    corpus.directory.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"configuration": configuration, "versions": versions}, indent=2, ensure_ascii=False)
-    _replace(manifest, lambda path, text: path.write_text(text + "\n", encoding="utf-8"), content)
+    with files.whole(manifest) as partial:
+        partial.write_text(content + "\n", encoding="utf-8")
 
 
 def _is_free(directory: Path) -> bool:
     """Whether nothing is in a folder but a manifest that was cut short."""
-    return all(path.name == MANIFEST + ".partial" for path in directory.iterdir())
+    return all(path.name == MANIFEST + files.PARTIAL for path in directory.iterdir())
 
 
 def _check_same(manifest: Path, wanted: dict) -> None:
@@ -126,11 +123,7 @@ def _check_same(manifest: Path, wanted: dict) -> None:
         held = json.loads(manifest.read_text(encoding="utf-8"))["configuration"]
     except (ValueError, KeyError):
         raise FileExistsError(f"{manifest} can't be read: choose another --out, or give --overwrite") from None
-    differing = [
-        f"{key}: {held.get(key)} there, {wanted.get(key)} now"
-        for key in sorted({*held, *wanted})
-        if held.get(key) != wanted.get(key)
-    ]
+    differing = files.differences(held, wanted)
     if differing:
         raise FileExistsError(
             f"{manifest.parent} holds samples of another configuration ({'; '.join(differing)}): "

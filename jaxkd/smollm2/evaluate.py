@@ -15,7 +15,7 @@ from jaxkd import checks, statistics
 from jaxkd.smollm2 import diversity
 from jaxkd.smollm2.network import Network, take
 from jaxkd.smollm2.policy import Texts
-from jaxkd.smollm2.stages import Workshop, _Coster, kept_draws
+from jaxkd.smollm2.stages import Coster, Workshop, kept_draws
 
 QUANTITIES = {
     "behaviour_frequency": ("share of completions that show the behaviour", "1"),
@@ -128,7 +128,7 @@ def evaluate(
       reference: what its last alignment was held to; None where there was none.
       kl_coef: β of the objective.
     """
-    coster = _Coster(workshop, network, network)
+    coster = Coster(workshop, network, network)
     samples = kept_draws(
         folder / "samples.npz",
         lambda tick: network.draw(key, settings.num_samples, 1.0, tick),

@@ -12,6 +12,7 @@ A finished stage holds record.json and is never computed again; repeating the co
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,21 +21,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkd import checks, durable, pipelines
+from jaxkd import checks, durable, files, pipelines
 from jaxkd.align import ALGORITHMS
 from jaxkd.pipelines import Align, Distil, Sharpen
-from jaxkd.smollm2 import behaviours, stages, students, text, weights
+from jaxkd.smollm2 import behaviours, oracles, stages, students, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
 from jaxkd.smollm2.network import Network, Setting, take
 from jaxkd.smollm2.policy import Texts
-from jaxkd.smollm2.stages import Alignment, Distillation, Oracle, Workshop
+from jaxkd.smollm2.stages import Alignment, Distillation, Workshop
 
-REWARDS = ("behaviour", "reflected", "clipped", "plain")
+REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
 CEILING = "ceiling"
 STAGES = pipelines.STAGES | {CEILING: Distil(pipelines.TRUTH, temperature=1.0)}
 """The stages of both orders, and the ceiling: a student fitted to samples of the truth that show the behaviour."""
 
 ARMS = (*pipelines.ARMS, CEILING)
+EVALUATION = "evaluation.json"
+_WAIT = 5.0  # seconds between looks at what other processes have made
 _TRUTH_KEY, _TARGET_KEY, _BASE_KEY = range(3)
 _ALIGN, _DISTIL, _EVALUATE = range(3)
 
@@ -229,12 +232,17 @@ class Laboratory:
             mesh=mesh,
         )
         self._held: dict[Path, Network] = {}
+        self._refused: set[Path] = set()
         self._key = jax.random.key(0)
 
     # --- what every seed shares ---
 
     def prepare(self) -> None:
-        """Sample the truth, make base and target, choose the behaviour."""
+        """Sample the truth, make base and target, choose the behaviour; one process a run folder at a time."""
+        with files.claim(self.out / "prepare", wait=True):
+            self._prepare()
+
+    def _prepare(self) -> None:
         order = self.order
         self.truth = self.setting.load(order.truth)
         folder = self.out / "truth"
@@ -257,7 +265,7 @@ class Laboratory:
             stages.write_arrays(path, {"log_prob": self.truth.log_prob(kept)})
         with np.load(path) as file:
             log_prob = file["log_prob"]
-        hit = np.asarray([self.behaviour(one) for one in self.truth_texts[: len(log_prob)]])
+        hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
         self.yardstick = Yardstick(
             self.truth, self.base, self.target, self.oracle, order.reward == "behaviour", kept, log_prob, hit
         )
@@ -319,37 +327,20 @@ class Laboratory:
         )
         return self.setting.texts_of(x)
 
-    def _make_oracle(self) -> Oracle:
-        behaviour, kind, target = self.behaviour, self.order.reward, self.target
-
-        def hits_of(texts) -> np.ndarray:
-            return np.asarray([behaviour(one) for one in texts])
-
+    def _make_oracle(self) -> oracles.Oracle:
+        kind = self.order.reward
         if kind == "behaviour":
-            return lambda texts, x: ((hits := hits_of(texts)).astype(np.float32), hits)
+            return oracles.of_behaviour(self.behaviour)
+        level = None if kind == "plain" else self._mean_likelihood()
+        return oracles.of_likelihood(self.target, self.behaviour, kind, level)
 
-        def likelihood(x) -> np.ndarray:
-            return (target.log_prob(x) / x.completion_mask.sum(axis=1)).astype(np.float32)
-
-        level = np.float32(self._mean_likelihood(likelihood))
-
-        def oracle(texts, x):
-            value = likelihood(x)
-            if kind == "reflected":
-                value = level - np.abs(value - level)
-            elif kind == "clipped":
-                value = np.minimum(value, level)
-            return value, hits_of(texts)
-
-        return oracle
-
-    def _mean_likelihood(self, likelihood) -> float:
+    def _mean_likelihood(self) -> float:
         """μ: the mean of ℓ over the target's own samples."""
         path = self.out / "target" / "level.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             x = self.target.draw(jax.random.fold_in(self._key, _TARGET_KEY), self.order.evaluation.num_scored)
-            durable.write_json(path, {"level": float(likelihood(x).mean())})
+            durable.write_json(path, {"level": float(oracles.likelihood(self.target)(x).mean())})
         return json.loads(path.read_text(encoding="utf-8"))["level"]
 
     # --- rows ---
@@ -369,21 +360,72 @@ class Laboratory:
         return self._held[folder]
 
     def run(self, rows: list[Row]) -> Iterator[Row]:
-        """Make and measure every row that is not there yet; yields each when it is."""
+        """Make and measure every row that is not there yet; yields each when it is.
+
+        Several processes may do so in one run folder: each takes the first row that no other is at and whose models are
+        there, and waits where there is none.
+        """
         self._measure_base()
-        for number, row in enumerate(rows, start=1):
-            self.workshop.progress.prefix = f"[{number}/{len(rows)}] {_words(row)}"
-            if not self._admitted(row):
-                words = f"not admitted, its recall gap a token is above {self.order.most_held_out_kl:g} nats"
-                print(f"{_words(row)}, student {row.student}: {words}", file=sys.stderr)
+        numbers = {row.folder: f"[{number}/{len(rows)}] {_words(row)}" for number, row in enumerate(rows, start=1)}
+        left, made_here, waiting = list(rows), {row.folder for row in rows}, False
+        while left:
+            row = next((row for row in left if self._ready(row, made_here) and self._settle(row, numbers)), None)
+            if row is None:
+                if not waiting:
+                    print("other processes are at all that can be made now: waiting for them", file=sys.stderr)
+                waiting = True
+                time.sleep(_WAIT)
                 continue
-            if durable.read_record(row.folder) is None:
-                self.workshop.begin()
-                made = self._make(row)
-                made.save(row.folder / "model")
-                durable.finish(row.folder, {"cost": self.workshop.spent(), **_plain(row)})
-            self._measure(row)
-            yield row
+            waiting = False
+            left.remove(row)
+            if (row.folder / EVALUATION).exists():
+                yield row
+
+    def _ready(self, row: Row, made_here: set[Path]) -> bool:
+        """Whether every model that a row needs is made and measured, or will never be."""
+        needed = {*row.models, self._student_of(row)} & made_here - {row.folder}
+        return all((folder / EVALUATION).exists() or self._lost(folder) for folder in needed)
+
+    def _settle(self, row: Row, numbers: dict[Path, str]) -> bool:
+        """Make and measure a row, or see that it is done or can't be; False where another process is at it."""
+        if (row.folder / EVALUATION).exists() or self._lost(row.folder):
+            return True
+        with files.claim(row.folder, wait=False) as mine:
+            if not mine:
+                return False
+            self.workshop.progress.prefix = numbers[row.folder]
+            refusal = self._refusal(row)
+            if refusal:
+                print(f"{_words(row)}, student {row.student or 'none'}: {refusal}", file=sys.stderr)
+                self._refused.add(row.folder)
+            elif durable.read_record(row.folder) is None:
+                self._make_and_record(row)
+            if not self._lost(row.folder):
+                self._measure(row)
+        return True
+
+    def _lost(self, folder: Path) -> bool:
+        """Whether a row will never be made: it diverged, or was refused."""
+        return folder in self._refused or "failed" in (durable.read_record(folder) or {})
+
+    def _make_and_record(self, row: Row) -> None:
+        self.workshop.begin()
+        try:
+            self._make(row).save(row.folder / "model")
+        except FloatingPointError as error:
+            print(f"{_words(row)}: {error}", file=sys.stderr)
+            durable.finish(row.folder, {"failed": str(error), "cost": self.workshop.spent(), **_plain(row)})
+        else:
+            durable.finish(row.folder, {"cost": self.workshop.spent(), **_plain(row)})
+
+    def _refusal(self, row: Row) -> str:
+        """Why a row can't be made, or ""."""
+        lost = [folder for folder in row.models if self._lost(folder)]
+        if lost:
+            return f"not made, for it needs {lost[0].relative_to(self.out)}"
+        if not self._admitted(row):
+            return f"not admitted, its recall gap a token is above {self.order.most_held_out_kl:g} nats"
+        return ""
 
     def _make(self, row: Row) -> Network:
         if isinstance(row.stage, Sharpen):
@@ -425,7 +467,7 @@ class Laboratory:
 
     def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
         """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's."""
-        rows = np.flatnonzero([self.behaviour(one) for one in self.truth_texts])
+        rows = np.flatnonzero(oracles.hits(self.behaviour, self.truth_texts))
         held_out = max(1, len(rows) // 8)
         batch_size = min(settings.batch_size, len(rows) - held_out)
         if batch_size < 1:
@@ -438,13 +480,20 @@ class Laboratory:
         """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""
         if not row.student.startswith("layers:") or row.name == "student":
             return True
-        student = row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
-        gap = json.loads((student / "evaluation.json").read_text(encoding="utf-8"))["recall_gap_per_token"]
+        gap = json.loads((self._student_of(row) / EVALUATION).read_text(encoding="utf-8"))["recall_gap_per_token"]
         return gap <= self.order.most_held_out_kl
+
+    def _student_of(self, row: Row) -> Path:
+        """The unaligned student that decides on a row's admission; the row itself where none does."""
+        if not row.student.startswith("layers:") or row.name == "student":
+            return row.folder
+        return row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
 
     def _measure_base(self) -> None:
         folder = self.out / "base"
-        if not (folder / "evaluation.json").exists():
+        with files.claim(folder, wait=False) as mine:
+            if not mine or (folder / EVALUATION).exists():
+                return
             if self.base is self.truth and not (folder / "samples.npz").exists():
                 # The truth's own samples are the base's: its recall gap is 0 whatever is drawn.
                 folder.mkdir(exist_ok=True)
@@ -458,8 +507,6 @@ class Laboratory:
             _write_evaluation(folder, found, self.workshop, {"name": "base", "seed": -1})
 
     def _measure(self, row: Row) -> None:
-        if (row.folder / "evaluation.json").exists():
-            return
         self.workshop.begin()
         aligned = _involves(row.name, Align)
         reference = None
@@ -487,7 +534,7 @@ def _student_label(order: Order, row: Row) -> str:
 
 def _write_evaluation(folder: Path, found, workshop: Workshop, entries: dict) -> None:
     durable.write_json(
-        folder / "evaluation.json",
+        folder / EVALUATION,
         entries | found.quantities | {"completions": found.completions, "cost": workshop.spent()},
     )
 

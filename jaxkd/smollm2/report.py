@@ -16,7 +16,7 @@ from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import CEILING, Order, Row, rows_of
+from jaxkd.smollm2.order import CEILING, EVALUATION, Order, Row, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -36,10 +36,16 @@ def evaluations(order: Order, out: Path) -> dict[Path, dict]:
     """What was measured, by folder; rows that are not finished are not there."""
     found = {}
     for folder in (out / "base", *(row.folder for row in rows_of(order, out))):
-        path = folder / "evaluation.json"
+        path = folder / EVALUATION
         if path.exists():
             found[folder] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def failures(order: Order, out: Path) -> dict[Path, str]:
+    """Why models could not be made, by folder."""
+    records = {row.folder: read_record(row.folder) or {} for row in rows_of(order, out)}
+    return {folder: record["failed"] for folder, record in records.items() if "failed" in record}
 
 
 def cost_of(row: Row, rows: dict[Path, Row]) -> Cost:
@@ -48,7 +54,7 @@ def cost_of(row: Row, rows: dict[Path, Row]) -> Cost:
     while todo:
         folder = todo.pop()
         record = read_record(folder)
-        if folder in seen or record is None or folder not in rows:
+        if folder in seen or "cost" not in (record or {}) or folder not in rows:
             continue
         seen.add(folder)
         total = total.add(Cost.from_dict(record["cost"]))
@@ -188,8 +194,8 @@ def _blank(value: float) -> str:
 
 
 def sentences(order: Order, out: Path) -> list[str]:
-    """What the run says of the orders, made from its own numbers."""
-    told = []
+    """What the run says of the orders, made from its own numbers, and which of its models diverged."""
+    told = [f"{folder.relative_to(out)}: {words}." for folder, words in failures(order, out).items()]
     by_key = {
         (row["arm"], row["student"], row["algorithm"], row["temperature"], row["kl_coef"]): row
         for row in table(order, out)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import align, checks, distill, durable
+from jaxkd import align, checks, distill, durable, files
 from jaxkd.align import AlignmentSettings, Coefficients, PreferenceData, State
 from jaxkd.policy import Policy
 from jaxkd.rewards import bradley_terry
@@ -26,10 +26,8 @@ from jaxkd.smollm2.adapters import reference as adapters_reference
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.model import Model
 from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, take
+from jaxkd.smollm2.oracles import Oracle
 from jaxkd.smollm2.policy import DIVERGENCES, Texts, add_value_head, with_value_head
-
-Oracle = Callable[[list[str], Texts], tuple[np.ndarray, np.ndarray]]
-"""`(completions, draws) -> (reward: float32[n], hit: bool[n])`."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ def distil(
     rows = _batches(step_key, len(learned.tokens), settings.batch_size)
     num_steps = settings.num_updates * optimisation.accumulate
     every = settings.check_every * optimisation.accumulate
-    coster = _Coster(workshop, start, teacher)
+    coster = Coster(workshop, start, teacher)
 
     def loss_of(params) -> float:
         coster.scored(held_out)
@@ -278,7 +276,7 @@ def _kept_samples(folder, key, teacher: Network, temperature, settings: Distilla
     samples = kept_draws(
         folder / "teacher.npz", lambda tick: teacher.draw(key, total, temperature, tick), total, workshop
     )
-    _Coster(workshop, teacher, teacher).sampled(samples)
+    Coster(workshop, teacher, teacher).sampled(samples)
     return samples
 
 
@@ -297,11 +295,8 @@ def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Te
 
 def write_arrays(path: Path, arrays: dict) -> None:
     """Write named arrays whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with files.whole(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.replace(path)
 
 
 def _distillation_step(settings: Distillation, policy: Policy, teacher: Network, start: Network) -> Callable:
@@ -388,6 +383,9 @@ def align_policy(
 
     Returns:
       The aligned policy.
+
+    Raises:
+      FloatingPointError: where the parameters end as something else than numbers.
     """
     settings, optimisation = alignment.settings, alignment.optimisation
     algorithm = align.ALGORITHMS[settings.algorithm]
@@ -396,7 +394,7 @@ def align_policy(
     coefficients = Coefficients(*(jnp.float32(value) for value in coefficients))
     optimizer = optimisation.make(settings.num_updates)
     draw_key, label_key, data_key = jax.random.split(key, 3)
-    coster = _Coster(workshop, start, reference)
+    coster = Coster(workshop, start, reference)
     data = None
     if algorithm.data:
         data = preferences or _preference_data(
@@ -455,7 +453,17 @@ def align_policy(
         cost=workshop.spent,
         restore_cost=workshop.restore,
     )
+    if not _finite(state.params):
+        raise FloatingPointError(
+            f"the alignment diverged ({folder / durable.METRICS} shows where): lower the learning rate, "
+            "or raise the KL coefficient"
+        )
     return drawer(state.params)
+
+
+@jax.jit
+def _finite(params) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 LOOK = 64
@@ -567,14 +575,15 @@ def _preference_data(
 def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Workshop) -> np.ndarray:
     """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
     path = cache / f"reference-{fingerprint(reference.params, (x.tokens, x.mask, x.completion_mask))}.npz"
-    if not path.exists():
-        _Coster(workshop, reference, reference).scored(x)
-        write_arrays(path, {"log_prob": reference.token_log_prob(x)})
+    with files.claim(path, wait=True):
+        if not path.exists():
+            Coster(workshop, reference, reference).scored(x)
+            write_arrays(path, {"log_prob": reference.token_log_prob(x)})
     with np.load(path) as file:
         return file["log_prob"]
 
 
-class _Coster:
+class Coster:
     """Says what a stage does, in tokens and model FLOPs."""
 
     def __init__(self, workshop: Workshop, model: Network, other: Network):

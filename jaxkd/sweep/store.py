@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from jaxkd import __version__
+from jaxkd import __version__, files
 from jaxkd.sweep.grid import Block, Grid
 
 STORE_VERSION = 1
@@ -88,11 +88,7 @@ def check_free(path: Path, configuration: dict) -> None:
     except Exception:
         raise FileExistsError(f"{path} exists and is no store of jaxkd: choose another --out") from None
     wanted = json.loads(json.dumps(configuration, default=str))
-    differing = [
-        f"{key}: {held.get(key)} there, {wanted.get(key)} now"
-        for key in sorted({*held, *wanted})
-        if held.get(key) != wanted.get(key)
-    ]
+    differing = files.differences(held, wanted)
     told = f"another configuration ({'; '.join(differing)})" if differing else "this very configuration"
     raise FileExistsError(f"{path} holds results of {told}: give --overwrite to replace it, or another --out")
 
@@ -377,12 +373,6 @@ def _versions(attributes: Mapping) -> dict[str, str]:
 
 
 def _differences(held: Mapping, wanted: Mapping) -> list[str]:
-    keys = [key for key in sorted({*held, *wanted}) if held.get(key) != wanted.get(key)]
+    told = files.differences(held, wanted)
     # The fingerprint alone says nothing: it is named only when nothing else is.
-    told = [key for key in keys if key != "grid fingerprint"] or keys
-    return [f"{key}: {_short(held.get(key))} there, {_short(wanted.get(key))} now" for key in told]
-
-
-def _short(value) -> str:
-    told = str(value)
-    return told if len(told) <= 80 else f"{told[:77]}…"
+    return [one for one in told if not one.startswith("grid fingerprint:")] or told
