@@ -4,17 +4,21 @@ Model FLOPs are those that the model's definition asks for: products with weight
 multiplication and an addition are two. Norms, softmax and rotary embeddings are left out (measured: 7 % of
 `Config.tiny()`, and the share falls with the width), and so is whatever a program does besides: scores that the causal
 mask throws away, keys of padding, activations computed again to save memory. Hence FLOPs by formula do not depend on
-`Model.remat`; those of the program do, see `compiled_flops`.
+`Model.remat`; those of the program do, see `counted_flops` and `log_prob_flops`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxkd import checks
 from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.policy import TOKEN_CHUNK, target_log_probs
 
 
 class Cost(NamedTuple):
@@ -93,7 +97,7 @@ def forward_flops(config: Config, tokens: float, context: float) -> float:
 
     Two a parameter, and four a layer, head, head width and position of the context, for scores and mixing (Kaplan et
     al., arXiv 2001.08361, table 1, with the head of the network counted). A sampled token costs as much as one of a
-    forward pass, for keys and values are kept (`sampling_flops` counts it to the token).
+    forward pass, for keys and values are kept.
 
     Args:
       config: the model's shape.
@@ -112,27 +116,6 @@ def training_flops(config: Config, tokens: float, context: float) -> float:
     return 3 * forward_flops(config, tokens, context)
 
 
-def sampling_flops(config: Config, prompt: int, drawn: int) -> float:
-    """Model FLOPs of one completion, with keys and values kept.
-
-    The prompt and all drawn tokens but the last, which nothing follows, pass the layers once; each attends to those
-    before it and itself. The head is needed once for each drawn token.
-
-    Args:
-      config: the model's shape.
-      prompt: tokens of the prompt, at least 1.
-      drawn: tokens drawn, at least 1, the one that ends the text among them.
-
-    Raises:
-      ValueError: where either is less.
-    """
-    checks.whole("prompt", prompt, least=1)
-    checks.whole("drawn", drawn, least=1)
-    fed = prompt + drawn - 1
-    layers = fed * (2 * layer_parameters(config) + _attention_flops(config) * mean_context(fed))
-    return layers + drawn * 2 * head_parameters(config)
-
-
 def _attention_flops(config: Config) -> int:
     """Of one token, a position of its context: two products of H heads of width N, two FLOPs each, in L layers."""
     return 4 * config.num_layers * config.num_heads * config.head_dim
@@ -141,21 +124,59 @@ def _attention_flops(config: Config) -> int:
 # --- by XLA ----------------------------------------------------------------------------------------------------------
 
 
-def compiled_flops(compiled: Any) -> float:
-    """FLOPs of a compiled program by XLA's own analysis: elementwise work, masked scores and recomputation included.
+def counted_flops(program: Any) -> float:
+    """FLOPs of a program by XLA's own analysis: elementwise work, masked scores and recomputation included.
 
-    The body of a loop is counted once, whatever its length. Of a scan over layers that is one layer: compile with
-    `unroll=True` to have them all. Of sampling it is one token; no setting helps there.
-
-    Held against the formulas with `context` the whole length T, since the program computes all T × T scores.
+    The body of a loop is counted once, whatever its length: see `log_prob_flops`.
 
     Args:
-      compiled: what `jax.jit(f).lower(...).compile()` gives.
+      program: what `jax.jit(f).lower(...)` gives, compiled or not.
 
     Raises:
       ValueError: where the backend's analysis counts no FLOPs.
     """
-    analysis = compiled.cost_analysis() or {}
+    analysis = program.cost_analysis() or {}
     if "flops" not in analysis:
         raise ValueError("XLA's cost analysis of this program counts no FLOPs on this backend: use the formulas")
     return float(analysis["flops"])
+
+
+def log_prob_flops(config: Config, batch: int, length: int, *, differentiate: bool, dtype="float32", remat="none"):
+    """FLOPs by XLA of the log-probabilities of whole texts, as `policy.token_log_probs` computes them.
+
+    Layers and the head's chunks of positions are loops, whose bodies XLA counts once. So the layers are counted without
+    a loop in models of one and of two, and the head for one chunk.
+
+    Args:
+      config: the model's shape.
+      batch: texts.
+      length: tokens of each.
+      differentiate: count the gradient as well.
+      dtype: of the operands of products.
+      remat: see `Model`.
+    """
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def of_layers(n: int) -> float:
+        model = make_model(replace(config, num_layers=n), compute_dtype=dtype, remat=remat, unroll=True)
+        return _counted(model.hidden, differentiate, model.shapes(), tokens)
+
+    def head(hidden, rows, targets):
+        return target_log_probs(hidden, rows, targets, jnp.dtype(dtype))[0]
+
+    positions = batch * (length - 1)
+    chunk = min(TOKEN_CHUNK, positions)
+    float32 = [jax.ShapeDtypeStruct((n, config.hidden_size), jnp.float32) for n in (chunk, config.vocab_size)]
+    of_head = _counted(head, differentiate, *float32, jax.ShapeDtypeStruct((chunk,), jnp.int32))
+    one, two = of_layers(1), of_layers(2)
+    return one + (config.num_layers - 1) * (two - one) + of_head * positions / chunk
+
+
+def _counted(function: Callable, differentiate: bool, *shapes) -> float:
+    """FLOPs of a function of parameters and one array of whole numbers, and of its derivative by all the others."""
+
+    def forth_and_back(*arguments):
+        out, pull_back = jax.vjp(lambda *floats: function(*floats, arguments[-1]), *arguments[:-1])
+        return out, pull_back(jnp.ones_like(out))
+
+    return counted_flops(jax.jit(forth_and_back if differentiate else function).lower(*shapes))

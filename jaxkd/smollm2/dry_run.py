@@ -21,6 +21,8 @@ from jaxkd.smollm2.network import ScoredTexts
 from jaxkd.smollm2.order import Order
 from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
 
+_REMAT = "layers"
+
 # The published shapes, for machines that can't ask the hub; a run takes them from the checkpoint's own configuration.
 _SHAPES = {
     "135M": Config(49152, 576, 1536, 30, 9, 3, 64, 8192, 100000.0, eos_ids=(0,)),
@@ -60,19 +62,23 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
         lines += _shards(configs[role], mesh)
     lines.append("")
     seconds = {}
-    for name, steps, compiled, flops in _steps(order, configs, mesh, dtype):
+    for name, steps, compiled, flops, by_xla in _steps(order, configs, mesh, dtype):
         memory = compiled.memory_analysis()
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         used -= memory.alias_size_in_bytes
         each = flops / (device_flops * utilisation * mesh.size)
         seconds[name] = each * steps
         lines.append(
-            f"{name:<34} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  {each:8.3f} s a step  "
-            f"× {steps} = {each * steps / 3600:.2f} h"
+            f"{name:<22} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  "
+            f"({by_xla / 1e12:.2f} by XLA)  {each:8.3f} s a step  × {steps} = {each * steps / 3600:.2f} h"
         )
     total = sum(seconds.values())
     lines += ["", f"all models together: {total / 3600:.1f} h on {mesh.size} devices of {device_flops:.3g} FLOP/s"]
     lines.append(f"at {utilisation:.0%} of it (--device-flops, --utilisation); sampling is counted by its FLOPs alone")
+    lines.append(
+        "FLOPs are the model's, by formula; XLA counts the program's: what is computed again, elementwise work"
+    )
+    lines.append("and masked scores as well, but in an alignment not the sampling")
     return "\n".join(lines)
 
 
@@ -87,7 +93,7 @@ def _shards(config: Config, mesh: Mesh) -> list[str]:
 
 
 def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
-    """Each kind of step: name, how often, compiled program and model FLOPs."""
+    """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
     length = 1 + order.max_new_tokens
     rows = orders.rows_of(order, orders.Path("."))
     students = {row.student for row in rows if row.student}
@@ -137,7 +143,7 @@ def _batch(mesh: Mesh, kind: Callable, n: int, length: int):
 
 
 def _policy(config: Config, dtype: str, order: Order):
-    model = make_model(config, compute_dtype=dtype, remat="layers")
+    model = make_model(config, compute_dtype=dtype, remat=_REMAT)
     return make_policy(model, [[0]], [[True]], max_new_tokens=order.max_new_tokens)
 
 
@@ -145,7 +151,8 @@ def _scoring(name, steps, config, mesh, dtype, batch, length):
     model = make_model(config, compute_dtype=dtype)
     program = jax.jit(lambda params, x: token_log_probs(model, params, x.tokens, x.mask))
     compiled = program.lower(_abstract(config, mesh), _batch(mesh, Texts, batch, length)).compile()
-    return name, steps, compiled, cost.forward_flops(config, batch * length, length / 2)
+    by_xla = cost.log_prob_flops(config, batch, length, differentiate=False, dtype=dtype)
+    return name, steps, compiled, cost.forward_flops(config, batch * length, length / 2), by_xla
 
 
 def _aligning(name, steps, config, mesh, dtype, order: Order, length):
@@ -159,8 +166,10 @@ def _aligning(name, steps, config, mesh, dtype, order: Order, length):
     )
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
     forward = cost.forward_flops(config, settings.batch_size * length, length / 2)
+    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=False, dtype=dtype)
+    by_xla += cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=_REMAT)
     # Sampling, the reference, and a pass forward and back.
-    return name, steps, compiled, 5 * forward
+    return name, steps, compiled, 5 * forward, by_xla
 
 
 def _distilling(name, steps, config, mesh, dtype, order: Order, length):
@@ -169,4 +178,5 @@ def _distilling(name, steps, config, mesh, dtype, order: Order, length):
     step = distill.maximum_likelihood_step(_policy(config, dtype, order), optimizer)
     inputs = (_batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32))
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
-    return name, steps, compiled, 3 * cost.forward_flops(config, settings.batch_size * length, length / 2)
+    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=_REMAT)
+    return name, steps, compiled, cost.training_flops(config, settings.batch_size * length, length / 2), by_xla

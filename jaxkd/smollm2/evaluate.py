@@ -131,8 +131,10 @@ def evaluate(
     coster = Coster(workshop, network, network)
     samples = kept_draws(
         folder / "samples.npz",
-        lambda tick: network.draw(key, settings.num_samples, 1.0, tick),
+        network,
+        key,
         settings.num_samples,
+        1.0,
         workshop,
     )
     coster.sampled(samples)
@@ -141,7 +143,8 @@ def evaluate(
 
     def score(by: Network, x) -> np.ndarray:
         coster.scored(x, by=by)
-        return by.log_prob(x)
+        with workshop.progress.bar(len(x.tokens), 0, "score", "text") as bar:
+            return by.log_prob(x, lambda texts, tokens: workshop.progress.tokens(bar, tokens, texts))
 
     own = score(network, scored)
     by_truth = score(yardstick.truth, scored)

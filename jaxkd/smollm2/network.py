@@ -5,7 +5,7 @@ shapes, so that one program of each kind serves a whole experiment.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -132,54 +132,50 @@ class Network:
         """Its functions."""
         return self.setting.model(self.config)
 
-    def draw(
-        self, key: jax.Array, n: int, temperature: float = 1.0, tick: Callable[[int], None] | None = None
-    ) -> Texts:
+    def draw(self, key: jax.Array, n: int, temperature: float = 1.0) -> Texts:
         """n completions of the prompt; each has a key of its own, so the first stay the same when more are asked for.
 
         Args:
           key: random key.
           n: how many.
           temperature: τ > 0.
-          tick: told the number of tokens after each batch.
         """
+        return join(list(self.draws(key, n, temperature)))
+
+    def draws(self, key: jax.Array, n: int, temperature: float = 1.0, first: int = 0) -> Iterator[Texts]:
+        """The same, batch by batch; what comes before `first` is left out."""
         size = self.setting.size_of_batches(n)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(-(-n // size) * size))
         # Always an array: a temperature of 1 then needs no program of its own.
         sampling = generate.at_temperature(generate.Sampling(jnp.float32(temperature)))
         tokens, mask = (
             jnp.asarray(np.repeat(one, size, axis=0)) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)
         )
-        parts = []
-        for start in range(0, n, size):
+        for start in range(first, n, size):
             drawn = generate.continue_prompts(
                 self.model,
                 self.params,
-                *self.setting.on_devices((tokens, mask, keys[start : start + size])),
+                *self.setting.on_devices((tokens, mask, _keys(key, start + jnp.arange(size)))),
                 self.setting.max_new_tokens,
                 sampling,
             )
-            parts.append([np.asarray(drawn.tokens), np.asarray(drawn.mask)])
-            if tick is not None:
-                tick(int(parts[-1][1].sum()))
-        drawn_tokens, drawn_mask = (np.concatenate(part)[:n] for part in zip(*parts, strict=True))
-        before = [np.repeat(one, n, axis=0) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)]
-        return Texts(
-            np.concatenate([before[0], drawn_tokens], axis=1),
-            np.concatenate([before[1], drawn_mask], axis=1),
-            np.concatenate([np.zeros_like(before[1]), drawn_mask], axis=1),
-        )
+            drawn_mask = np.asarray(drawn.mask)
+            whole = Texts(
+                np.concatenate([tokens, drawn.tokens], axis=1),
+                np.concatenate([mask, drawn_mask], axis=1),
+                np.concatenate([np.zeros_like(mask), drawn_mask], axis=1),
+            )
+            yield take(whole, slice(n - start))
 
-    def log_prob(self, x: Any, tick: Callable[[int], None] | None = None) -> np.ndarray:
+    def log_prob(self, x: Any, tick: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Log-probability of each completion given the prompt, its end included, float64[n] (nats)."""
         return self.token_log_prob(x, tick).sum(axis=1, dtype=np.float64)
 
-    def token_log_prob(self, x: Any, tick: Callable[[int], None] | None = None) -> np.ndarray:
+    def token_log_prob(self, x: Any, tick: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Log-probability of each token of the completions, float32[n, T − 1] (nats); 0 elsewhere.
 
         Args:
           x: n draws.
-          tick: told the number of tokens after each batch.
+          tick: told the numbers of texts and of tokens after each batch.
         """
         n = len(x.tokens)
         size, policy = self.setting.size_of_batches(n), self.setting.policy(self.config)
@@ -190,7 +186,7 @@ class Network:
             part = _log_prob(policy, self.params, self.setting.on_devices(batch))
             found.append(np.asarray(part)[: min(size, n - start)])
             if tick is not None:
-                tick(int(batch.completion_mask.sum()))
+                tick(len(found[-1]), int(batch.completion_mask[: len(found[-1])].sum()))
         return np.concatenate(found)
 
     def sharpened(self, temperature: float) -> "Network":
@@ -204,6 +200,11 @@ class Network:
         weights.save_pretrained(folder, self.config, self.params, self.setting.tokenizer)
 
 
+@jax.jit
+def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers)
+
+
 @partial(jax.jit, static_argnums=0)
 def _log_prob(policy: Policy, params: Params, x: Texts) -> jax.Array:
     return policy.log_prob(params, x)
@@ -212,6 +213,11 @@ def _log_prob(policy: Policy, params: Params, x: Texts) -> jax.Array:
 def take(x: Any, rows: Any) -> Any:
     """Some rows of a batch of draws."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], x)
+
+
+def join(parts: list[Texts]) -> Texts:
+    """Batches of draws as one."""
+    return Texts(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def fingerprint(*trees: Any) -> str:

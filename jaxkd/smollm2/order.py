@@ -250,8 +250,10 @@ class Laboratory:
         self.workshop.begin()
         self.truth_samples = stages.kept_draws(
             folder / "samples.npz",
-            lambda tick: self.truth.draw(jax.random.fold_in(self._key, _TRUTH_KEY), total, 1.0, tick),
+            self.truth,
+            jax.random.fold_in(self._key, _TRUTH_KEY),
             total,
+            1.0,
             self.workshop,
         )
         self.truth_texts = self.setting.texts_of(self.truth_samples)
@@ -321,8 +323,10 @@ class Laboratory:
         total = self.order.evaluation.num_samples
         x = stages.kept_draws(
             self.out / "base" / "samples.npz",
-            lambda tick: self.base.draw(self._seed_key(0, _EVALUATE), total, 1.0, tick),
+            self.base,
+            self._seed_key(0, _EVALUATE),
             total,
+            1.0,
             self.workshop,
         )
         return self.setting.texts_of(x)

@@ -114,6 +114,7 @@ def _column(values: list) -> np.ndarray:
 
 # --- table -----------------------------------------------------------------------------------------------------------
 
+_KEYS = ("arm", "student", "algorithm", "temperature", "kl_coef")
 TABLE_QUANTITIES = (
     "behaviour_frequency",
     "reward",
@@ -150,7 +151,7 @@ def table(order: Order, out: Path) -> list[dict]:
 
 
 def _table_row(key, runs: list[dict], base_reward: float) -> dict:
-    row = dict(zip(("arm", "student", "algorithm", "temperature", "kl_coef"), key, strict=True))
+    row = dict(zip(_KEYS, key, strict=True))
     row["seeds"] = len(runs)
     for name in TABLE_QUANTITIES:
         values = [run.get(name, math.nan) for run in runs]
@@ -191,6 +192,50 @@ def _format_row(row: dict) -> str:
 
 def _blank(value: float) -> str:
     return "" if math.isnan(value) else f"{value:g}"
+
+
+def stage_costs(order: Order, out: Path) -> list[dict]:
+    """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind."""
+    groups: dict[tuple, list[dict]] = {}
+    measured = evaluations(order, out)
+    if out / "base" in measured:
+        groups[("base", "", "", math.nan, math.nan)] = [_both_costs({}, measured[out / "base"])]
+    for row in rows_of(order, out):
+        record = read_record(row.folder) or {}
+        if "cost" in record:
+            key = (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
+            groups.setdefault(key, []).append(_both_costs(record, measured.get(row.folder, {})))
+    return [
+        dict(zip(_KEYS, key, strict=True))
+        | {"seeds": len(runs)}
+        | {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+        for key, runs in groups.items()
+    ]
+
+
+def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
+    nothing = Cost().to_dict()
+    kinds = (("made", record.get("cost", nothing)), ("measured", evaluation.get("cost", nothing)))
+    return {f"{kind}_{name}": cost[name] for kind, cost in kinds for name in nothing}
+
+
+def format_costs(rows: list[dict]) -> str:
+    """The costs for a terminal."""
+    head = (
+        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<43}to measure it:\n"
+        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}{'min':>7}"
+    )
+    return "\n".join([head, *(_format_cost(row) for row in rows)])
+
+
+def _format_cost(row: dict) -> str:
+    tokens = row["measured_tokens_sampled"] + row["measured_tokens_scored"]
+    return (
+        f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
+        f"{_blank(row['kl_coef']):>6}  {row['made_tokens_sampled']:>10.0f}{row['made_tokens_trained']:>10.0f}"
+        f"{row['made_model_flops'] / 1e15:>8.3f}{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"
+        f"{row['measured_model_flops'] / 1e15:>8.3f}{row['measured_seconds'] / 60:>7.1f}"
+    )
 
 
 def sentences(order: Order, out: Path) -> list[str]:

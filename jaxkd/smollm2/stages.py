@@ -25,7 +25,7 @@ from jaxkd.smollm2.adapters import LoRA, WithFrozen, adapt, init, merge, of_draw
 from jaxkd.smollm2.adapters import reference as adapters_reference
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.model import Model
-from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, take
+from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, join, take
 from jaxkd.smollm2.oracles import Oracle
 from jaxkd.smollm2.policy import DIVERGENCES, Texts, add_value_head, with_value_head
 
@@ -273,24 +273,42 @@ def distil(
 def _kept_samples(folder, key, teacher: Network, temperature, settings: Distillation, workshop: Workshop) -> Texts:
     """The teacher's samples, drawn once and kept beside the stage's checkpoint."""
     total = settings.num_samples + settings.num_held_out
-    samples = kept_draws(
-        folder / "teacher.npz", lambda tick: teacher.draw(key, total, temperature, tick), total, workshop
-    )
+    samples = kept_draws(folder / "teacher.npz", teacher, key, total, temperature, workshop)
     Coster(workshop, teacher, teacher).sampled(samples)
     return samples
 
 
-def kept_draws(path: Path, draw: Callable, total: int, workshop: Workshop) -> Texts:
-    """Draws from a file, or drawn now and written to it."""
+KEEP_EVERY = 60.0
+"""Seconds after which draws that are not complete are kept on disk."""
+
+
+def kept_draws(
+    path: Path, network: Network, key: jax.Array, total: int, temperature: float, workshop: Workshop
+) -> Texts:
+    """Draws from a file, or drawn now and written to it; goes on with what a killed process had drawn."""
     if path.exists():
-        with np.load(path) as file:
-            return Texts(**{name: file[name] for name in Texts._fields})
-    bar = workshop.progress.bar(total, 0, "sample", "text")
-    x = draw(lambda tokens: workshop.progress.tokens(bar, tokens, 0))
-    bar.update(total)
+        return _read_texts(path)
+    begun = path.with_name(f"begun-{path.name}")
+    parts = [_read_texts(begun)] if begun.exists() else []
+    done = sum(len(part.tokens) for part in parts)
+    bar = workshop.progress.bar(total, done, "sample", "text")
+    kept_at = time.monotonic()
+    for part in network.draws(key, total, temperature, first=done):
+        parts.append(part)
+        workshop.progress.tokens(bar, int(part.completion_mask.sum()), len(part.tokens))
+        if time.monotonic() - kept_at >= KEEP_EVERY:
+            write_arrays(begun, join(parts)._asdict())
+            kept_at = time.monotonic()
     bar.close()
+    x = join(parts)
     write_arrays(path, x._asdict())
+    begun.unlink(missing_ok=True)
     return x
+
+
+def _read_texts(path: Path) -> Texts:
+    with np.load(path) as file:
+        return Texts(**{name: file[name] for name in Texts._fields})
 
 
 def write_arrays(path: Path, arrays: dict) -> None:
@@ -552,8 +570,10 @@ def _preference_data(
     else:
         x = kept_draws(
             folder / "pairs.npz",
-            lambda tick: reference.draw(draw_key, total, 1.0, tick),
+            reference,
+            draw_key,
             total,
+            1.0,
             coster.workshop,
         )
         coster.sampled(x)
@@ -589,22 +609,22 @@ class Coster:
     def __init__(self, workshop: Workshop, model: Network, other: Network):
         self.workshop, self.model, self.other = workshop, model, other
 
-    def _flops(self, network: Network, x, passes: float) -> float:
+    def _flops(self, network: Network, x, of: Callable = cost.forward_flops) -> float:
         lengths = np.asarray(x.mask).sum(axis=1)
-        return passes * cost.forward_flops(network.config, int(lengths.sum()), cost.mean_context(lengths))
+        return of(network.config, int(lengths.sum()), cost.mean_context(lengths))
 
     def sampled(self, x, by: Network | None = None) -> None:
         """Texts were drawn."""
         network = by or self.model
-        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x, 1))
+        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
 
     def scored(self, x, by: Network | None = None) -> None:
         """Log-probabilities were computed."""
         network = by or self.model
-        self.workshop.spend(tokens_scored=int(x.completion_mask.sum()), model_flops=self._flops(network, x, 1))
+        self.workshop.spend(tokens_scored=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
 
     def trained(self, x, updates: int = 1, *, teacher: bool = False) -> None:
         """Updates were made on a batch: a forward and a backward pass each, and the teacher's forward pass."""
         tokens = int(np.asarray(x.completion_mask).sum()) * updates
-        flops = self._flops(self.model, x, 3 * updates) + (self._flops(self.other, x, updates) if teacher else 0)
-        self.workshop.spend(tokens_trained=tokens, model_flops=flops)
+        flops = self._flops(self.model, x, cost.training_flops) + (self._flops(self.other, x) if teacher else 0)
+        self.workshop.spend(tokens_trained=tokens, model_flops=updates * flops)

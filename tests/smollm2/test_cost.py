@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkd.smollm2 import cost
+from jaxkd.smollm2 import cost, policy
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.model import make_model
@@ -27,7 +27,7 @@ def test_the_formula_is_near_what_xla_counts(differentiate, passes):
     function = jax.grad(function) if differentiate else function
     compiled = jax.jit(function).lower(model.shapes(), TOKENS).compile()
     by_formula = passes * cost.forward_flops(CONFIG, 4 * 32, 16)
-    assert 0.95 < cost.compiled_flops(compiled) / by_formula < 1.45
+    assert 0.95 < cost.counted_flops(compiled) / by_formula < 1.45
 
 
 def test_costs_add_and_survive_json():
@@ -45,7 +45,7 @@ def _counted_by_xla(config, remat, differentiate=True, unroll=True):
     model = make_model(config, unroll=unroll, remat=remat)
     function = lambda params, tokens: model.logits(params, tokens).mean()  # noqa: E731
     program = jax.jit(jax.value_and_grad(function) if differentiate else function)
-    return cost.compiled_flops(program.lower(model.shapes(), TOKENS).compile())
+    return cost.counted_flops(program.lower(model.shapes(), TOKENS).compile())
 
 
 def test_formula_and_xla_agree_where_every_score_is_counted():
@@ -75,7 +75,7 @@ def test_flops_that_are_not_counted_are_refused():
             return None
 
     with pytest.raises(ValueError, match="counts no FLOPs"):
-        cost.compiled_flops(Uncounted())
+        cost.counted_flops(Uncounted())
 
 
 def test_mean_context_counts_every_token():
@@ -84,15 +84,17 @@ def test_mean_context_counts_every_token():
     assert math.isnan(cost.mean_context([0, 0]))
 
 
-def test_a_completion_costs_its_tokens_one_by_one():
-    prompt, drawn = 3, 4
-    a_position = 4 * CONFIG.num_layers * CONFIG.num_heads * CONFIG.head_dim
-    expected = drawn * 2 * cost.head_parameters(CONFIG)
-    expected += sum(2 * cost.layer_parameters(CONFIG) + a_position * (i + 1) for i in range(prompt + drawn - 1))
-    assert cost.sampling_flops(CONFIG, prompt, drawn) == pytest.approx(expected)
-    for lengths, flag in (((0, 1), "prompt"), ((1, 0), "drawn")):
-        with pytest.raises(ValueError, match=f"^{flag} must be"):
-            cost.sampling_flops(CONFIG, *lengths)
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_loops_are_counted_in_full(differentiate):
+    """Beside a program without a loop: three layers written out, and one chunk of positions."""
+    config, (batch, length) = Config.tiny(num_layers=3, **WIDE), TOKENS.shape
+    model = make_model(config, unroll=True, remat="layers")
+    function = lambda params, tokens: policy.token_log_probs(model, params, tokens).sum()  # noqa: E731
+    program = jax.jit(jax.grad(function) if differentiate else function).lower(model.shapes(), TOKENS)
+    counted = cost.log_prob_flops(config, batch, length, differentiate=differentiate, remat="layers")
+    assert counted == pytest.approx(cost.counted_flops(program), rel=0.02)
+    twice = cost.log_prob_flops(config, 64 * batch, length, differentiate=differentiate, remat="layers")
+    assert twice == pytest.approx(64 * counted, rel=0.02)
 
 
 def test_a_cost_with_missing_entries_is_refused():

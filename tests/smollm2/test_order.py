@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,11 @@ def test_report(finished, tmp_path):
     rows = report.table(order, out)
     assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
     assert "kd_align" in report.format_table(rows)
+    costs = {row["arm"]: row for row in report.stage_costs(order, out)}
+    assert set(costs) == {row["arm"] for row in rows}
+    assert costs["base"]["made_model_flops"] == 0 and costs["base"]["measured_tokens_scored"] > 0
+    assert costs["aligned_base"]["made_tokens_trained"] > 0
+    assert "aligned_base" in report.format_costs(list(costs.values()))
     report.draw(order, out, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -206,6 +212,28 @@ def test_refuses_another_vocabulary(tmp_path):
     order = tiny_order.make(students=(str(tmp_path / "other"),))
     with pytest.raises(ValueError, match="has a vocabulary of 272 tokens"):
         tiny_order.run(order, tmp_path / "run")
+
+
+def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch):
+    import jax
+
+    network, key, begun = finished[2].base, jax.random.key(3), []
+
+    def draws(*args, first):
+        begun.append(first)
+        for number, part in enumerate(network.draws(*args, first=first)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(stages, "KEEP_EVERY", 0.0)
+    path, workshop = tmp_path / "samples.npz", stages.Workshop(durable.Progress(quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
+    x = stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
+    assert begun == [0, 16] and [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+    for one, other in zip(x, network.draw(key, 20), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
