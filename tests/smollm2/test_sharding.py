@@ -1,14 +1,17 @@
 """Eight simulated devices need a process of their own: their number is fixed when the backend starts."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from jaxkd.smollm2 import sharding
+from jaxkd.smollm2 import sharding, text, weights
 from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.model import make_model
 
 
 @pytest.mark.slow
@@ -18,6 +21,43 @@ def test_eight_devices_give_the_single_devices_results(case):
     done = subprocess.run([sys.executable, "-W", "error", script, case], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "equal"
+
+
+@pytest.mark.slow
+def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
+    config = Config.tiny(hidden_size=64, num_layers=2)
+    params = make_model(config).init(jax.random.key(0))
+    weights.save_pretrained(tmp_path / "model", config, params, text.byte_tokenizer())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = [sys.executable, str(Path(__file__).with_name("on_two_hosts.py")), str(tmp_path / "model")]
+    processes = [
+        subprocess.Popen([*script, *cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for cluster in ([], [address, "2", "0"], [address, "2", "1"])
+    ]
+    told = []
+    for process in processes:
+        said, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-3000:]
+        # The collectives say hello first.
+        told.append(said.splitlines()[-1].split())
+    assert [words[1] for words in told] == ["2", "4", "4"] and told[1] == told[2]
+    alone, together = ([float(number) for number in words[3:]] for words in told[:2])
+    assert together == pytest.approx(alone, rel=1e-5) and alone[1] < alone[0]
+
+
+def test_a_checkpoint_is_loaded_in_its_shards(tmp_path):
+    config = Config.tiny()
+    params = make_model(config).init(jax.random.key(0))
+    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+    mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
+    _, loaded = weights.load(tmp_path, mesh=mesh)
+    wanted = sharding.param_shardings(config, mesh)
+    assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding == where, loaded, wanted))
+    cut, whole = (tree["layers"]["mlp"]["gate_up"] for tree in (loaded, params))
+    assert cut.addressable_shards[0].data.size * 4 == whole.size
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_a_mesh_that_does_not_divide_the_heads():
