@@ -10,7 +10,6 @@ The columns of the shards are described in jaxkd/smollm2/corpus.py; jaxkd.smollm
 
 import hashlib
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -170,45 +169,21 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
     return draw, size
 
 
-class Progress:
-    """A bar in samples with the time left, and tokens a second since the first batch, which compiles."""
-
-    def __init__(self, total: int, done: int):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=done, unit="sample", desc="sampling", file=sys.stderr)
-        self._bar.set_postfix_str("compiling")
-        self._begin, self.tokens, self.speed = None, 0, 0.0
-
-    def update(self, rows: list[dict]) -> None:
-        """Count a batch."""
-        now = time.perf_counter()
-        if self._begin is None:
-            self._begin = now
-            self._bar.unpause()
-        else:
-            self.tokens += sum(len(row["completion_ids"]) for row in rows)
-            self.speed = self.tokens / (now - self._begin)
-            self._bar.set_postfix_str(f"{self.speed:.0f} tokens/s", refresh=False)
-        self._bar.update(len(rows))
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
 def write_missing(shards, draw, size: int, examples: list) -> float:
     """Draw and write every shard that is not there; returns tokens a second."""
-    missing = list(shards.missing())
-    progress = Progress(shards.total, shards.total - sum(len(numbers) for _, numbers in missing))
+    from jaxkd import durable
+
+    missing, progress = list(shards.missing()), durable.Progress()
+    done = shards.total - sum(len(numbers) for _, numbers in missing)
+    bar = progress.bar(shards.total, done, "sampling", "sample")
     for shard, numbers in missing:
         rows = []
         for start in range(0, len(numbers), size):
             batch = list(draw(list(numbers[start : start + size])))
             rows += [{"prompt": examples[row["prompt_index"]].prompt} | row for row in batch]
-            progress.update(batch)
+            progress.tokens(bar, sum(len(row["completion_ids"]) for row in batch), len(batch))
         shards.write(shard, rows)
-    progress.close()
+    bar.close()
     return progress.speed
 
 

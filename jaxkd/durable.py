@@ -90,7 +90,10 @@ def wandb_sink(project: str, name: str, configuration: dict) -> Callable:
     except ImportError:
         raise ValueError("--wandb needs wandb: pip install 'jaxkd[wandb]'") from None
     run = wandb.init(project=project, name=name, config=configuration)
-    return lambda stage, step, metrics: run.log({f"{stage}/{key}": value for key, value in metrics.items()})
+    # Every stage counts its steps from 0, and one that goes on goes back to its checkpoint: the run's own count can't.
+    return lambda stage, step, metrics: run.log(
+        {f"{stage}/{key}": value for key, value in {"step": step, **metrics}.items()}
+    )
 
 
 def tensorboard_sink(folder: Path) -> Callable:
@@ -128,31 +131,38 @@ def sinks(wandb: str | None, tensorboard: bool, folder: Path, configuration: dic
 
 @dataclass
 class Progress:
-    """Bars on stderr: steps with the time left, and tokens a second.
+    """Bars on stderr: steps with the time left, and tokens a second since the first batch, which may compile.
 
     Attributes:
       quiet: draw nothing.
       prefix: what the bar says first, e.g. which stage of how many.
+      speed: tokens a second; 0 before there is a second batch.
     """
 
     quiet: bool = False
     prefix: str = ""
+    speed: float = field(default=0.0, init=False)
     _tokens: float = field(default=0.0, init=False)
-    _begin: float = field(default=0.0, init=False)
+    _begin: float | None = field(default=None, init=False)
 
     def bar(self, total: int, done: int, what: str, unit: str = "step"):
         """A bar of its own; close it when done."""
         from tqdm import tqdm
 
-        self._tokens, self._begin = 0.0, time.perf_counter()
+        self._tokens, self._begin, self.speed = 0.0, None, 0.0
         words = " · ".join(part for part in (self.prefix, what) if part)
         return tqdm(total=total, initial=done, desc=words, unit=unit, file=sys.stderr, disable=self.quiet)
 
     def tokens(self, bar, count: float, steps: int = 1) -> None:
         """Count tokens and steps."""
-        self._tokens += count
-        speed = self._tokens / max(time.perf_counter() - self._begin, 1e-9)
-        bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+        now = time.perf_counter()
+        if self._begin is None:
+            self._begin = now
+            bar.unpause()
+        else:
+            self._tokens += count
+            self.speed = self._tokens / (now - self._begin)
+            bar.set_postfix_str(f"{self.speed:.0f} tokens/s", refresh=False)
         bar.update(steps)
 
 
