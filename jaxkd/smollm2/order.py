@@ -386,9 +386,10 @@ class Laboratory:
                 yield row
 
     def _ready(self, row: Row, made_here: set[Path]) -> bool:
-        """Whether every model that a row needs is made and measured, or will never be."""
-        needed = {*row.models, self._student_of(row)} & made_here - {row.folder}
-        return all((folder / EVALUATION).exists() or self._lost(folder) for folder in needed)
+        """Whether every model that a row needs is made, and what decides on it is measured, or will never be."""
+        needed = dict.fromkeys(row.models, durable.RECORD) | {self._student_of(row): EVALUATION}
+        needed = {folder: file for folder, file in needed.items() if folder in made_here - {row.folder}}
+        return all((folder / file).exists() or self._lost(folder) for folder, file in needed.items())
 
     def _settle(self, row: Row, numbers: dict[Path, str]) -> bool:
         """Make and measure a row, or see that it is done or can't be; False where another process is at it."""

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from jaxkd import pipelines, statistics
 from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.smollm2 import behaviours
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
 from jaxkd.smollm2.order import CEILING, EVALUATION, Order, Row, rows_of
@@ -264,18 +266,25 @@ def sentences(order: Order, out: Path) -> list[str]:
 
 
 def draw(order: Order, out: Path, *paths: Path) -> None:
-    """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions."""
+    """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions.
+
+    Where the reward is the behaviour, its frequency is the mean reward; then the second panel tells how likely the
+    completions that show it are to the truth.
+    """
     found = evaluations(order, out)
     rows = {row.folder: row for row in rows_of(order, out)}
     behaviour = json.loads((out / "behaviour.json").read_text(encoding="utf-8"))
     with plt.rc_context(STYLE):
-        lines = _completions(found, rows, order.prompt + " … ")
+        lines = _completions(found, rows, behaviours.parse(behaviour["spec"]), order.prompt + " … ")
         height = 0.115 * len(lines)
         figure = plt.figure(figsize=(7.2, 5.8 + height), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
         axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
-        _frontier(axes[0], found, rows, out, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
-        _frontier(axes[1], found, rows, out, "reward", "mean reward")
+        _frontier(axes[0], found, rows, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
+        if order.reward == "behaviour":
+            _frontier(axes[1], found, rows, "behaviour_precision", "log p* a token (nats)\nof those that show it")
+        else:
+            _frontier(axes[1], found, rows, "reward", "mean reward")
         _recall_gaps(axes[2], found, rows)
         _curves(axes[3], rows)
         axes.append(figure.add_subplot(grid[2, :]))
@@ -283,8 +292,10 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
         axes[4].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=5.6, transform=axes[4].transAxes)
         for axis, letter in zip(axes, "abcde", strict=True):
             axis.set_title(letter, loc="left", fontweight="bold")
+        axes[4].set_title("the first completion of each model, and the first that shows the behaviour (+)", fontsize=7)
         handles, labels = axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
+        unique["hollow: distilled at τ < 1"] = Line2D([], [], linestyle="none")
         figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
         save(figure, paths)
 
@@ -306,17 +317,17 @@ def _point(axis, x, y, error, name: str, temperature: float) -> None:
     )
 
 
-def _frontier(axis, found, rows, out: Path, quantity: str, label: str) -> None:
+def _frontier(axis, found, rows, quantity: str, label: str) -> None:
     """One point a model and seed; hollow where the distillation sharpened."""
     for folder, values in found.items():
         row = rows.get(folder)
         name, temperature = ("base", math.nan) if row is None else (row.name, row.temperature)
         y = values[quantity]
-        if quantity == "reward":
-            error = [1.96 * values["reward_error"]] * 2
+        if quantity == "behaviour_frequency":
+            error = np.maximum([y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y], 0)
         else:
-            error = [y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y]
-        _point(axis, values["kl_to_base"], y, np.maximum(error, 0), name, temperature)
+            error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
+        _point(axis, values["kl_to_base"], y, error, name, temperature)
     axis.set(xlabel="KL to the base (nats a completion)", ylabel=label)
     if quantity == "behaviour_frequency":
         axis.set_yscale("log")
@@ -344,7 +355,7 @@ def _recall_gaps(axis, found, rows) -> None:
 
 
 def _curves(axis, rows) -> None:
-    """Reward of the draws along every alignment."""
+    """Reward of the draws along every alignment, and of the draws apart that it was looked at by."""
     for folder, row in rows.items():
         path = folder / METRICS
         if not isinstance(row.stage, pipelines.Align) or not path.exists():
@@ -363,20 +374,25 @@ def _curves(axis, rows) -> None:
             marker=".",
             markersize=3,
         )
-    axis.set(xlabel="step of the alignment", ylabel="mean reward of its draws\n(mean of up to 4 steps)")
+        looks = [(entry["step"] + 1, entry["look_reward"]) for entry in entries if "look_reward" in entry]
+        axis.plot(
+            *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
+        )
+    axis.set(xlabel="step of the alignment", ylabel="mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _completions(found, rows, prompt: str) -> list[str]:
-    """The first two completions of each arm of the first seed."""
+def _completions(found, rows, behaviour: behaviours.Behaviour, prompt: str) -> list[str]:
+    """Two completions of each arm of the first seed: the first, and the first other that shows the behaviour."""
     lines = []
     for folder, values in _first_of_each(found, rows):
         name = "base" if folder not in rows else _LABELS.get(rows[folder].name, rows[folder].name).replace("\n", " ")
         if folder in rows and not math.isnan(rows[folder].temperature):
             name += f" (τ {rows[folder].temperature:g})"
-        for one in values["completions"][:2]:
+        first, *others = values["completions"]
+        for one in [first, *[other for other in others if behaviour(other)][:1]]:
             words = textwrap.shorten(" ".join(_printed(one).split()), 92, placeholder=" …")
-            lines.append(f"{name:<28} {prompt}{words}".replace("$", r"\$"))
+            lines.append(f"{name:<28}{'+' if behaviour(one) else ' '} {prompt}{words}".replace("$", r"\$"))
             name = ""
     return lines[:24]
 
