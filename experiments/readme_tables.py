@@ -204,10 +204,12 @@ def smollm2_order() -> str:
         numbers = [f"{float(row[key]):.2f}" for key in ("kl_to_base", "recall_gap", "target_recall_gap")]
         numbers += [f"{float(row[key]):.2f}" for key in ("precision_per_token", "behaviour_precision")]
         numbers += [f"{petaflops:.2f}", "–" if petaflops == 0 else f"{float(row['reward_gain_per_petaflop']):.3f}"]
+        met = [float(row[key]) for key in ("expected_target_hits", "target_hits")]
+        numbers += ["–" if value != value else f"{value:.{digits}f}" for value, digits in zip(met, (1, 0), strict=True)]
         body.append([name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers])
     head = ["model", "algorithm", "frequency, every seed (%)", "95 % t interval", "KL to the base (nats)",
             "recall gap (nats)", "on the behaviour", "log p* a token", "on the behaviour", "PFLOP",
-            "reward gained a PFLOP"]  # fmt: skip
+            "reward gained a PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip
     return _table(head, body)
 
 

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from jaxkd import pipelines, statistics
+from jaxkd.align import ALGORITHMS
 from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.smollm2 import behaviours
@@ -28,6 +29,11 @@ COSTS = {
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
     "seconds": ("wall-clock, the same", "s"),
 }
+ENCOUNTERS = {
+    "expected_target_hits": ("n·T·m: draws of the alignment, times the behaviour's frequency where it starts", "draw"),
+    "target_hits": ("draws of the alignment that showed the behaviour", "draw"),
+    "first_hit_step": ("first step that saw one (NaN: none did)", "step"),
+}
 _FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _LABELS = LABELS | {CEILING: "ceiling"}
 _COLOURS = COLOURS | {CEILING: "0.45"}
@@ -42,6 +48,37 @@ def evaluations(order: Order, out: Path) -> dict[Path, dict]:
         if path.exists():
             found[folder] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def measured(order: Order, out: Path) -> dict[Path, dict]:
+    """The same, with what each model cost and what its alignment met."""
+    rows = {row.folder: row for row in rows_of(order, out)}
+    found = evaluations(order, out)
+    whole = {}
+    for folder, values in found.items():
+        row = rows.get(folder)
+        more = Cost() if row is None else cost_of(row, rows)
+        whole[folder] = values | more.to_dict() | (_encounters(order, row, found) if row is not None else {})
+    return whole
+
+
+def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, float]:
+    """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
+    path = row.folder / METRICS
+    if not isinstance(row.stage, pipelines.Align) or not ALGORITHMS[row.algorithm].on_policy or not path.exists():
+        return {}
+    hits = np.asarray([entry["target_hits"] for entry in _entries(path)])
+    settings = order.alignment.settings
+    m = found.get(row.models[0], {}).get("behaviour_frequency", math.nan)
+    return {
+        "expected_target_hits": m * settings.batch_size * settings.num_steps,
+        "target_hits": float(hits.sum()),
+        "first_hit_step": float(np.argmax(hits > 0)) if hits.any() else math.nan,
+    }
+
+
+def _entries(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def failures(order: Order, out: Path) -> dict[Path, str]:
@@ -70,7 +107,7 @@ def to_dataset(order: Order, out: Path) -> xr.Dataset:
     Models that were not made are NaN.
     """
     rows = {row.folder: row for row in rows_of(order, out)}
-    found = evaluations(order, out)
+    found = measured(order, out)
     seeds = sorted({row.seed for row in rows.values()})
     stages = ["base", *dict.fromkeys(row.name for row in rows.values())]
     coords = {
@@ -81,7 +118,7 @@ def to_dataset(order: Order, out: Path) -> xr.Dataset:
         "seed": seeds,
         "stage": stages,
     }
-    names = {**QUANTITIES, **COSTS}
+    names = {**QUANTITIES, **COSTS, **ENCOUNTERS}
     values = {name: np.full([len(coords[dim]) for dim in DIMS], np.nan) for name in names}
 
     def put(index, quantities):
@@ -91,7 +128,7 @@ def to_dataset(order: Order, out: Path) -> xr.Dataset:
 
     everywhere = (slice(None),) * 5
     if out / "base" in found:
-        put((*everywhere, 0), found[out / "base"] | Cost().to_dict())
+        put((*everywhere, 0), found[out / "base"])
     for folder, row in rows.items():
         if folder not in found:
             continue
@@ -99,7 +136,7 @@ def to_dataset(order: Order, out: Path) -> xr.Dataset:
         index = tuple(
             slice(None) if own[dim] == "" or own[dim] != own[dim] else coords[dim].index(own[dim]) for dim in DIMS[:5]
         )
-        put((*index, stages.index(row.name)), found[folder] | cost_of(row, rows).to_dict())
+        put((*index, stages.index(row.name)), found[folder])
     dataset = xr.Dataset({name: (DIMS, array) for name, array in values.items()})
     labels = {dim: _column(column) for dim, column in coords.items()}
     dataset = dataset.assign_coords(labels)
@@ -134,20 +171,23 @@ TABLE_QUANTITIES = (
     "seconds",
     "tokens_sampled",
     "tokens_trained",
+    "expected_target_hits",
+    "target_hits",
+    "first_hit_step",
 )
 
 
 def table(order: Order, out: Path) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval."""
-    found = evaluations(order, out)
+    found = measured(order, out)
     rows = {row.folder: row for row in rows_of(order, out)}
     groups: dict[tuple, list] = {}
     if out / "base" in found:
-        groups[("base", "", "", math.nan, math.nan)] = [found[out / "base"] | Cost().to_dict()]
+        groups[("base", "", "", math.nan, math.nan)] = [found[out / "base"]]
     for folder, row in rows.items():
         if folder in found:
             key = (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
-            groups.setdefault(key, []).append(found[folder] | cost_of(row, rows).to_dict())
+            groups.setdefault(key, []).append(found[folder])
     base = found.get(out / "base", {}).get("reward", math.nan)
     return [_table_row(key, runs, base) for key, runs in groups.items()]
 
@@ -173,7 +213,7 @@ def format_table(rows: list[dict]) -> str:
         f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<42}{'reward':>8}"
         f"{'KL to':>8}{'recall':>9}{'target':>9}{'perple-':>9}{'model':>8}{'reward gain':>12}\n"
         f"{'':<61}  {'(every seed) mean [95 % t interval]':<42}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
-        f"{'xity':>9}{'PFLOP':>8}{'a PFLOP':>12}"
+        f"{'xity':>9}{'PFLOP':>8}{'a PFLOP':>12}   n·T·m → seen"
     )
     return "\n".join([head, *(_format_row(row) for row in rows)])
 
@@ -188,8 +228,15 @@ def _format_row(row: dict) -> str:
         f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
         f"{_blank(row['kl_coef']):>6}  {frequency:<42}{row['reward']:>8.3f}{row['kl_to_base']:>8.2f}"
         f"{row['recall_gap']:>9.2f}{row['target_recall_gap']:>9.2f}{row['held_out_perplexity']:>9.2f}"
-        f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}"
+        f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}   {_seen(row)}"
     )
+
+
+def _seen(row: dict) -> str:
+    """Draws that showed the behaviour while aligning: expected from where it starts, and seen."""
+    if math.isnan(row["target_hits"]):
+        return ""
+    return f"{row['expected_target_hits']:.1f} → {row['target_hits']:.0f}"
 
 
 def _blank(value: float) -> str:
@@ -360,7 +407,7 @@ def _curves(axis, rows) -> None:
         path = folder / METRICS
         if not isinstance(row.stage, pipelines.Align) or not path.exists():
             continue
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = _entries(path)
         rewards = np.asarray([entry["reward"] for entry in entries])
         # A step sees few draws.
         width = min(4, max(1, len(rewards) // 4))

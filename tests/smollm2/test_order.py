@@ -128,6 +128,12 @@ def test_report(finished, tmp_path):
     rows = report.table(order, out)
     assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
     assert "kd_align" in report.format_table(rows)
+    arm = next(row for row in rows if row["arm"] == "kd_align")
+    student = next(row for row in rows if row["arm"] == "student")
+    assert arm["expected_target_hits"] == pytest.approx(6 * 8 * student["behaviour_frequency"])
+    folder = next(row.folder for row in orders.rows_of(order, out) if row.name == "kd_align")
+    seen = [json.loads(line)["target_hits"] for line in (folder / durable.METRICS).read_text().splitlines()]
+    assert arm["target_hits"] == sum(seen) > 0 and seen[int(arm["first_hit_step"])] > 0
     costs = {row["arm"]: row for row in report.stage_costs(order, out)}
     assert set(costs) == {row["arm"] for row in rows}
     assert costs["base"]["made_model_flops"] == 0 and costs["base"]["measured_tokens_scored"] > 0
