@@ -47,6 +47,7 @@ def offline(tmp_path_factory):
     return order, out, tiny_order.run(order, out)
 
 
+@pytest.mark.slow
 def test_every_row_is_made_once(finished):
     order, out, _ = finished
     rows = orders.rows_of(order, out)
@@ -63,6 +64,7 @@ def test_every_row_is_made_once(finished):
     assert {path: path.stat().st_mtime_ns for path in _files(out)} == before
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_what_it_says(finished):
     order, out, laboratory = finished
     base = json.loads((out / "base" / "evaluation.json").read_text())
@@ -89,6 +91,7 @@ def test_step_0_of_an_alignment_is_at_its_reference(finished, offline):
                     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_sharpening_divides_the_logits(finished):
     import jax
     import jax.numpy as jnp
@@ -110,6 +113,7 @@ def test_cut_students_are_checkpoints(offline):
     assert config.num_layers == 2 and laboratory.base.config.num_layers == 3
 
 
+@pytest.mark.slow
 def test_report(finished, tmp_path):
     order, out, _ = finished
     dataset = report.to_dataset(order, out)
@@ -143,6 +147,7 @@ def test_report(finished, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_costs_add_up_over_what_a_model_is_made_from(finished):
     order, out, _ = finished
     rows = {row.folder: row for row in orders.rows_of(order, out)}
@@ -193,6 +198,7 @@ def test_refuses_a_behaviour_that_is_never_shown(tmp_path):
         tiny_order.run(tiny_order.make(behaviour="words:unlikelihood"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_refuses_a_run_of_another_configuration_and_extends_its_own(finished, tmp_path):
     order, out, _ = finished
     with pytest.raises(ValueError, match=r"max_new_tokens: 8 there, 9 now"):
@@ -220,6 +226,7 @@ def test_refuses_another_vocabulary(tmp_path):
         tiny_order.run(order, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch):
     import jax
 
