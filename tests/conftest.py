@@ -30,10 +30,18 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep a file's tests in one process: they share compiled programs and fixtures."""
-    from xdist.scheduler import LoadFileScheduling
+    """Keep a file's tests of the language model in one process, for they share compiled programs and whole runs.
 
-    return LoadFileScheduling(config, log)
+    Files come first, by their number of tests; all other tests follow one by one and fill what is left.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::", 1)[0]
+            return file if file.startswith("tests/smollm2/") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
