@@ -224,7 +224,6 @@ _MADE = (
     smollm2_speed,
     smollm2_training_speed,
     smollm2_order,
-    smollm2_order,
     sharpened,
     control,
     two_by_two,

@@ -399,6 +399,9 @@ class Laboratory:
         with files.claim(row.folder, wait=False) as mine:
             if not mine:
                 return False
+            # Another process may have ended it between the look and the claim.
+            if (row.folder / EVALUATION).exists():
+                return True
             self.workshop.progress.prefix = numbers[row.folder]
             refusal = self._refusal(row)
             if refusal:
@@ -484,9 +487,10 @@ class Laboratory:
 
     def _admitted(self, row: Row) -> bool:
         """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""
-        if not row.student.startswith("layers:") or row.name == "student":
+        student = self._student_of(row)
+        if student == row.folder:
             return True
-        gap = json.loads((self._student_of(row) / EVALUATION).read_text(encoding="utf-8"))["recall_gap_per_token"]
+        gap = json.loads((student / EVALUATION).read_text(encoding="utf-8"))["recall_gap_per_token"]
         return gap <= self.order.most_held_out_kl
 
     def _student_of(self, row: Row) -> Path:

@@ -339,7 +339,9 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
         axes[4].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=5.6, transform=axes[4].transAxes)
         for axis, letter in zip(axes, "abcde", strict=True):
             axis.set_title(letter, loc="left", fontweight="bold")
-        axes[4].set_title("the first completion of each model, and the first that shows the behaviour (+)", fontsize=7)
+        axes[4].set_title(
+            "the first completion of each model, and the first of 32 that shows the behaviour (+)", fontsize=7
+        )
         handles, labels = axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         unique["hollow: distilled at τ < 1"] = Line2D([], [], linestyle="none")
@@ -364,6 +366,11 @@ def _point(axis, x, y, error, name: str, temperature: float) -> None:
     )
 
 
+def _note_temperature(axis, x, y, temperature: float) -> None:
+    """Say beside a point at which temperature its student was distilled."""
+    axis.annotate(f"τ {temperature:g}", (x, y), (6, 4), textcoords="offset points", fontsize=6.5, color="0.3")
+
+
 def _frontier(axis, found, rows, quantity: str, label: str) -> None:
     """One point a model and seed; hollow where the distillation sharpened."""
     for folder, values in found.items():
@@ -375,6 +382,8 @@ def _frontier(axis, found, rows, quantity: str, label: str) -> None:
         else:
             error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
         _point(axis, values["kl_to_base"], y, error, name, temperature)
+        if not math.isnan(temperature):
+            _note_temperature(axis, values["kl_to_base"], y, temperature)
     axis.set(xlabel="KL to the base (nats a completion)", ylabel=label)
     if quantity == "behaviour_frequency":
         axis.set_yscale("log")
@@ -421,6 +430,8 @@ def _curves(axis, rows) -> None:
             marker=".",
             markersize=3,
         )
+        if not math.isnan(row.temperature):
+            _note_temperature(axis, len(rewards), running[-1], row.temperature)
         looks = [(entry["step"] + 1, entry["look_reward"]) for entry in entries if "look_reward" in entry]
         axis.plot(
             *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
