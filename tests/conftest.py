@@ -3,8 +3,11 @@
 import importlib.util
 import os
 
-# Tests compile much and compute little: LLVM's expensive passes cost more than they save. Set before jax starts.
-_QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile much and compute little: LLVM's expensive passes and XLA's fusion emitters cost more than they save.
+# Set before jax starts.
+_QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".strip()
 
 import jax  # noqa: E402
