@@ -51,6 +51,12 @@ class Flags:
     """behaviour, or the target's log-likelihood a token: reflected, clipped or plain."""
     behaviour: str | None = None
     """auto, digit, words:one,two, ends:full-stop or regex:PATTERN."""
+    preferences: str | None = None
+    """JSONL or Parquet file in TRL's preference formats that alignments learn from instead of the reward, which is then
+    only measured. Give --algorithms among offline_dpo_data (DPO), cdpo, robust_dpo, ipo, simpo, kto, orpo; an eighth of
+    the pairs is held out to measure by."""
+    max_length: int = 512
+    """The most tokens of prompt and answer of a pair; longer answers are cut."""
     prompt: str | None = None
     """What every completion follows."""
     max_new_tokens: int | None = None
@@ -190,12 +196,16 @@ def paper():
 
 def order_of(flags: Flags):
     """The order that the flags ask for."""
+    from jaxkd.smollm2.preferences import Preferences
+
     order = quick() if flags.quick else {"laptop": laptop, "paper": paper}[flags.preset]()
     names = ("truth", "base", "target", "reward", "behaviour", "prompt", "max_new_tokens", "arms", "algorithms")
     names += ("temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
     changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     if flags.student is not None:
         changes["students"] = flags.student
+    if flags.preferences is not None:
+        changes["preferences"] = Preferences(flags.preferences, flags.max_length)
     distillation, alignment = order.distillation, order.alignment
     if flags.learning_rate is not None:
         optimisation = replace(distillation.optimisation, learning_rate=flags.learning_rate)
@@ -243,12 +253,11 @@ def main(flags: Flags) -> None:
     if flags.dry_run:
         print(dry_run.report(order, flags.dtype, flags.device_flops, flags.utilisation))
         return
-    configuration = orders.configuration(order) | {"dtype": flags.dtype}
     resolved = asdict(order) | {"dtype": flags.dtype}
     mesh = dry_run.mesh_of_all_devices()
     workshop = Workshop(durable.Progress())
     laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
-    durable.check_configuration(flags.out, configuration)
+    durable.check_configuration(flags.out, laboratory.configuration() | {"dtype": flags.dtype})
     workshop.sinks = durable.sinks(flags.wandb, flags.tensorboard, flags.out, resolved)
     rows = orders.rows_of(order, flags.out)
     print(budget(order, rows), file=sys.stderr)

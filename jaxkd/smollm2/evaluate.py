@@ -5,6 +5,7 @@ Log-probabilities are of whole completions, the end included, in nats; quantitie
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxkd import checks, statistics
-from jaxkd.smollm2 import diversity
+from jaxkd.smollm2 import diversity, preferences
 from jaxkd.smollm2.network import Network, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.stages import Coster, Workshop, kept_draws
@@ -39,6 +40,7 @@ QUANTITIES = {
     "kl_to_base": ("KL divergence to the base", "nat"),
     "kl_to_base_error": ("its standard error", "nat"),
     "kl_to_reference": ("KL divergence to the reference of the last alignment", "nat"),
+    "preference_accuracy": ("share of held-out pairs whose chosen answer gained more on the base's log p", "1"),
     "entropy_per_token": ("entropy a token", "nat/token"),
     "held_out_perplexity": ("perplexity a token on samples of the truth", "1"),
     "distinct_1": ("unique words over all words", "1"),
@@ -87,6 +89,8 @@ class Yardstick(NamedTuple):
       truth_samples: one fixed set, [num_truth_samples].
       truth_log_prob: log p* of it.
       truth_hit: whether each shows the behaviour.
+      pairs: a user's preferences, chosen answers first, or None.
+      base_pairs_log_prob: log p′ of them.
     """
 
     truth: Network
@@ -97,6 +101,8 @@ class Yardstick(NamedTuple):
     truth_samples: Texts
     truth_log_prob: np.ndarray
     truth_hit: np.ndarray
+    pairs: Texts | None = None
+    base_pairs_log_prob: np.ndarray | None = None
 
 
 class Evaluated(NamedTuple):
@@ -158,6 +164,7 @@ def evaluate(
         "kl_to_base": (own - by_base).mean(),
         "kl_to_base_error": _standard_error(own - by_base),
         "target_precision": np.nan if yardstick.target is None else score(yardstick.target, scored).mean(),
+        "preference_accuracy": _preference_accuracy(yardstick, partial(score, network)),
         "length": samples.completion_mask.sum(axis=1).mean(),
     }
     kl = np.nan
@@ -186,6 +193,12 @@ def _reward_and_behaviour(samples, texts, scored, yardstick: Yardstick, settings
         "reward": rewards.mean(dtype=np.float64),
         "reward_error": _standard_error(rewards),
     }
+
+
+def _preference_accuracy(yardstick: Yardstick, log_prob: Callable[[Texts], np.ndarray]) -> float:
+    if yardstick.pairs is None:
+        return np.nan
+    return preferences.accuracy(log_prob(yardstick.pairs), yardstick.base_pairs_log_prob)
 
 
 def _recall(network: Network, yardstick: Yardstick, score) -> dict:

@@ -22,12 +22,13 @@ import jax
 import numpy as np
 
 from jaxkd import checks, durable, files, pipelines
-from jaxkd.align import ALGORITHMS
+from jaxkd.align import ALGORITHMS, PreferenceData
 from jaxkd.pipelines import Align, Distil, Sharpen
-from jaxkd.smollm2 import behaviours, oracles, stages, students, text, weights
+from jaxkd.smollm2 import behaviours, oracles, preferences, stages, students, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
-from jaxkd.smollm2.network import Network, Setting, take
+from jaxkd.smollm2.network import Network, Setting, fingerprint, take
 from jaxkd.smollm2.policy import Texts
+from jaxkd.smollm2.preferences import Preferences
 from jaxkd.smollm2.stages import Alignment, Distillation, Workshop
 
 REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
@@ -36,9 +37,12 @@ STAGES = pipelines.STAGES | {CEILING: Distil(pipelines.TRUTH, temperature=1.0)}
 """The stages of both orders, and the ceiling: a student fitted to samples of the truth that show the behaviour."""
 
 ARMS = (*pipelines.ARMS, CEILING)
+FROM_PREFERENCES = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.data == "truth")
+"""Algorithms that can be given a user's pairs."""
+
 EVALUATION = "evaluation.json"
 _WAIT = 5.0  # seconds between looks at what other processes have made
-_TRUTH_KEY, _TARGET_KEY, _BASE_KEY = range(3)
+_TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY = range(4)
 _ALIGN, _DISTIL, _EVALUATE = range(3)
 
 
@@ -53,6 +57,7 @@ class Order:
       target: source of the target; "distil:τ" for the base distilled at τ; None where no reward asks for one.
       reward: a name of `REWARDS`.
       behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate.
+      preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
       arms: names of `ARMS`.
@@ -78,6 +83,7 @@ class Order:
     target: str | None = None
     reward: str = "behaviour"
     behaviour: str = "auto"
+    preferences: Preferences | None = None
     prompt: str = "The"
     max_new_tokens: int = 32
     arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened", CEILING)
@@ -115,6 +121,8 @@ class Order:
             behaviours.parse(self.behaviour)
         if self.reward != "behaviour" and self.target is None:
             raise ValueError(f"the reward {self.reward!r} is a likelihood under a target: give target")
+        if self.preferences is not None:
+            checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
 
     def lengths(self) -> dict[str, int]:
         """Lengths of the axes of `pipelines.AXES`."""
@@ -232,9 +240,18 @@ class Laboratory:
             compute_dtype=dtype,
             mesh=mesh,
         )
+        self._pairs = self._held_out_pairs = None
+        if order.preferences is not None:
+            pairs = preferences.read(Path(order.preferences.path), tokenizer, order.preferences.max_length)
+            self._pairs, self._held_out_pairs = preferences.split(pairs, self._shared_key(_PAIRS_KEY))
+            preferences.check_enough(self._pairs, order.alignment.settings.batch_size)
         self._held: dict[Path, Network] = {}
         self._refused: set[Path] = set()
-        self._key = jax.random.key(0)
+
+    def configuration(self) -> dict:
+        """What every row of the run folder depends on, the pairs of a preference file by their contents."""
+        pairs = {} if self._pairs is None else {"pairs": fingerprint(self._pairs, self._held_out_pairs)}
+        return configuration(self.order) | pairs
 
     # --- what every seed shares ---
 
@@ -252,7 +269,7 @@ class Laboratory:
         self.truth_samples = stages.kept_draws(
             folder / "samples.npz",
             self.truth,
-            jax.random.fold_in(self._key, _TRUTH_KEY),
+            self._shared_key(_TRUTH_KEY),
             total,
             1.0,
             self.workshop,
@@ -269,8 +286,18 @@ class Laboratory:
         with np.load(path) as file:
             log_prob = file["log_prob"]
         hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
+        pairs = self._held_out_pairs
         self.yardstick = Yardstick(
-            self.truth, self.base, self.target, self.oracle, order.reward == "behaviour", kept, log_prob, hit
+            self.truth,
+            self.base,
+            self.target,
+            self.oracle,
+            order.reward == "behaviour",
+            kept,
+            log_prob,
+            hit,
+            pairs,
+            None if pairs is None else self.base.log_prob(pairs),
         )
 
     def _make_base(self) -> Network:
@@ -280,14 +307,14 @@ class Laboratory:
         if not base.startswith("fit:"):
             return self.setting.load(base)
         start = self.setting.load(base.removeprefix("fit:"))
-        return self._distilled(self.out / "base", jax.random.fold_in(self._key, _BASE_KEY), self.truth, start, 1.0)
+        return self._distilled(self.out / "base", self._shared_key(_BASE_KEY), self.truth, start, 1.0)
 
     def _make_target(self) -> Network | None:
         target = self.order.target
         if target is None or not target.startswith("distil:"):
             return None if target is None else self.setting.load(target)
         temperature = _number(target, float)
-        key = jax.random.fold_in(self._key, _TARGET_KEY)
+        key = self._shared_key(_TARGET_KEY)
         return self._distilled(self.out / "target", key, self.base, self.base, temperature)
 
     def _distilled(self, folder, key, teacher, start, temperature) -> Network:
@@ -344,11 +371,15 @@ class Laboratory:
         path = self.out / "target" / "level.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            x = self.target.draw(jax.random.fold_in(self._key, _TARGET_KEY), self.order.evaluation.num_scored)
+            x = self.target.draw(self._shared_key(_TARGET_KEY), self.order.evaluation.num_scored)
             durable.write_json(path, {"level": float(oracles.likelihood(self.target)(x).mean())})
         return json.loads(path.read_text(encoding="utf-8"))["level"]
 
     # --- rows ---
+
+    def _shared_key(self, purpose: int) -> jax.Array:
+        """One key for everything that all seeds share."""
+        return jax.random.fold_in(jax.random.key(0), purpose)
 
     def _seed_key(self, seed: int, purpose: int) -> jax.Array:
         """One key a seed and purpose: arms, algorithms and students of a seed are paired."""
@@ -447,16 +478,18 @@ class Laboratory:
                 order.alignment.optimisation,
                 look_every=order.look_every,
             )
+            reference = self.model(row.models[-1])
             return stages.align_policy(
                 row.folder,
                 self._seed_key(row.seed, _ALIGN),
                 self.model(row.models[0]),
-                self.model(row.models[-1]),
+                reference,
                 self.oracle,
                 row.kl_coef,
                 alignment,
                 self.workshop,
                 truth_samples=self.truth_samples,
+                preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
@@ -473,6 +506,14 @@ class Laboratory:
             self.workshop,
             samples,
         )
+
+    def _preference_data(self, row: Row, reference: Network) -> PreferenceData | None:
+        """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""
+        if self._pairs is None:
+            return None
+        log_prob = stages.reference_log_prob(row.folder.parent, reference, self._pairs, self.workshop)
+        key = jax.random.fold_in(self._seed_key(row.seed, _ALIGN), _PAIRS_KEY)
+        return preferences.batched(self._pairs, key, self.order.alignment.settings.batch_size, log_prob)
 
     def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
         """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's."""
@@ -596,4 +637,6 @@ _MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "see
 
 def configuration(order: Order) -> dict:
     """What every row of a run folder depends on, as plain JSON; an axis that grows only adds rows."""
-    return {key: value for key, value in asdict(order).items() if key not in _MORE_ROWS}
+    # Orders without a preference file say nothing of one.
+    left_out = (*_MORE_ROWS, "preferences") if order.preferences is None else _MORE_ROWS
+    return {key: value for key, value in asdict(order).items() if key not in left_out}

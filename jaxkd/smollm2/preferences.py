@@ -1,15 +1,39 @@
 """A user's own pairs as what an offline alignment learns from."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxkd import checks
 from jaxkd.align import PreferenceData
 from jaxkd.smollm2 import text
 from jaxkd.smollm2.network import ScoredTexts, take
 from jaxkd.smollm2.policy import Texts
+
+MOST_HELD_OUT = 256
+"""The most pairs by which models are measured."""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """A preference file, and how much of it is read.
+
+    Attributes:
+      path: JSONL or Parquet file, or a folder of them.
+      max_length: the most tokens of prompt and answer; longer answers are cut.
+
+    Raises:
+      ValueError: on a length below 2.
+    """
+
+    path: str
+    max_length: int = 512
+
+    def __post_init__(self):
+        checks.whole("max_length", self.max_length, least=2)
 
 
 def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
@@ -49,6 +73,45 @@ def _padded(side: text.Sequences, length: int, pad_id: int) -> Texts:
     )
 
 
+def split(pairs: Texts, key: jax.Array) -> tuple[Texts, Texts]:
+    """Pairs to learn from, and an eighth of them (at most `MOST_HELD_OUT`) held out; chosen at random.
+
+    Raises:
+      ValueError: when there are not two pairs.
+    """
+    total = len(pairs.tokens) // 2
+    if total < 2:
+        raise ValueError(f"one pair is held out and one learned from: the preferences have {total}")
+    order = np.asarray(jax.random.permutation(key, total))
+    held_out = min(MOST_HELD_OUT, -(-total // 8))
+    learned, held = (np.sort(rows) for rows in (order[held_out:], order[:held_out]))
+    return _sides(pairs, learned), _sides(pairs, held)
+
+
+def _sides(pairs: Texts, rows: np.ndarray) -> Texts:
+    return take(pairs, np.concatenate([rows, rows + len(pairs.tokens) // 2]))
+
+
+def accuracy(log_prob: np.ndarray, reference_log_prob: np.ndarray) -> float:
+    """Share of pairs whose chosen answer gained more on the reference than the rejected one; a tie counts half.
+
+    The accuracy of DPO's implicit reward (arXiv 2305.18290, section 5), each float[2P], chosen first (nats).
+    """
+    chosen, rejected = np.split(np.asarray(log_prob) - reference_log_prob, 2)
+    return float(np.mean((np.sign(chosen - rejected) + 1) / 2))
+
+
+def check_enough(pairs: Texts, batch_size: int) -> None:
+    """Raise where the pairs fill no batch.
+
+    Raises:
+      ValueError: fewer pairs than a batch of `batch_size` sequences holds.
+    """
+    total, each = len(pairs.tokens) // 2, batch_size // 2
+    if total < each:
+        raise ValueError(f"a batch holds {each} pairs; the preferences have {total}: choose a smaller batch size")
+
+
 def batched(pairs: Texts, key: jax.Array, batch_size: int, reference_log_prob: np.ndarray) -> PreferenceData:
     """Pairs as batches of `align`: shuffled, first half of each the chosen answers, second half the rejected.
 
@@ -61,9 +124,8 @@ def batched(pairs: Texts, key: jax.Array, batch_size: int, reference_log_prob: n
     Raises:
       ValueError: fewer pairs than a batch holds.
     """
+    check_enough(pairs, batch_size)
     total, each = len(pairs.tokens) // 2, batch_size // 2
-    if total < each:
-        raise ValueError(f"a batch holds {each} pairs; the preferences have {total}: choose a smaller batch size")
     order = np.asarray(jax.random.permutation(key, total))[: total // each * each].reshape(-1, each)
     rows = np.concatenate([order, order + total], axis=1)
     reward = np.tile(np.repeat(np.asarray([1, 0], np.float32), each), (len(order), 1))

@@ -167,6 +167,7 @@ TABLE_QUANTITIES = (
     "held_out_perplexity",
     "distinct_2",
     "self_bleu",
+    "preference_accuracy",
     "model_flops",
     "seconds",
     "tokens_sampled",
@@ -209,11 +210,12 @@ def _table_row(key, runs: list[dict], base_reward: float) -> dict:
 
 def format_table(rows: list[dict]) -> str:
     """The table for a terminal: the frequency of every seed, means over seeds, and a t interval where there are two."""
+    of_pairs = any(math.isfinite(row["preference_accuracy"]) for row in rows)
     head = (
         f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<42}{'reward':>8}"
         f"{'KL to':>8}{'recall':>9}{'target':>9}{'perple-':>9}{'model':>8}{'reward gain':>12}\n"
         f"{'':<61}  {'(every seed) mean [95 % t interval]':<42}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
-        f"{'xity':>9}{'PFLOP':>8}{'a PFLOP':>12}   n·T·m → seen"
+        f"{'xity':>9}{'PFLOP':>8}{'a PFLOP':>12}   {'held-out pairs ranked right' if of_pairs else 'n·T·m → seen'}"
     )
     return "\n".join([head, *(_format_row(row) for row in rows)])
 
@@ -233,7 +235,9 @@ def _format_row(row: dict) -> str:
 
 
 def _seen(row: dict) -> str:
-    """Draws that showed the behaviour while aligning: expected from where it starts, and seen."""
+    """Held-out pairs ranked right, or draws of an alignment that showed the behaviour: expected at first, and seen."""
+    if math.isfinite(row["preference_accuracy"]):
+        return f"{100 * row['preference_accuracy']:.1f} %"
     if math.isnan(row["target_hits"]):
         return ""
     return f"{row['expected_target_hits']:.1f} → {row['target_hits']:.0f}"
@@ -302,11 +306,17 @@ def sentences(order: Order, out: Path) -> list[str]:
             if other is not None:
                 told.append(
                     f"{algorithm}, student {student}, β = {kl_coef:g}: {_LABELS[arm]}"
-                    f"{'' if math.isnan(temperature) else f' (τ = {temperature:g})'} shows the behaviour in "
-                    f"{100 * row['behaviour_frequency']:.2f} % of completions, KD→Align (τ = {other_temperature:g}) in "
-                    f"{100 * other['behaviour_frequency']:.2f} % ({row['seeds']} and {other['seeds']} seeds)."
+                    f"{'' if math.isnan(temperature) else f' (τ = {temperature:g})'} {_does(row)}, "
+                    f"KD→Align (τ = {other_temperature:g}) {_does(other)} ({row['seeds']} and {other['seeds']} seeds)."
                 )
     return told
+
+
+def _does(row: dict) -> str:
+    """What a model does of what its alignment asked for."""
+    if math.isfinite(row["preference_accuracy"]):
+        return f"ranks {100 * row['preference_accuracy']:.1f} % of the held-out pairs right"
+    return f"shows the behaviour in {100 * row['behaviour_frequency']:.2f} % of completions"
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
@@ -316,7 +326,8 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
     """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions.
 
     Where the reward is the behaviour, its frequency is the mean reward; then the second panel tells how likely the
-    completions that show it are to the truth.
+    completions that show it are to the truth. Where alignments learn from a user's pairs, it tells how many of those
+    held out are ranked right.
     """
     found = evaluations(order, out)
     rows = {row.folder: row for row in rows_of(order, out)}
@@ -328,12 +339,14 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
         grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
         axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
         _frontier(axes[0], found, rows, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
-        if order.reward == "behaviour":
+        if order.preferences is not None:
+            _frontier(axes[1], found, rows, "preference_accuracy", "held-out pairs ranked right")
+        elif order.reward == "behaviour":
             _frontier(axes[1], found, rows, "behaviour_precision", "log p* a token (nats)\nof those that show it")
         else:
             _frontier(axes[1], found, rows, "reward", "mean reward")
         _recall_gaps(axes[2], found, rows)
-        _curves(axes[3], rows)
+        _curves(axes[3], rows, "reward" if order.preferences is None else "loss")
         axes.append(figure.add_subplot(grid[2, :]))
         axes[4].axis("off")
         axes[4].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=5.6, transform=axes[4].transAxes)
@@ -410,19 +423,19 @@ def _recall_gaps(axis, found, rows) -> None:
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
 
 
-def _curves(axis, rows) -> None:
-    """Reward of the draws along every alignment, and of the draws apart that it was looked at by."""
+def _curves(axis, rows, quantity: str) -> None:
+    """Loss, or reward of the draws, along every alignment; and of the draws apart that it was looked at by."""
     for folder, row in rows.items():
         path = folder / METRICS
         if not isinstance(row.stage, pipelines.Align) or not path.exists():
             continue
         entries = _entries(path)
-        rewards = np.asarray([entry["reward"] for entry in entries])
+        values = np.asarray([entry[quantity] for entry in entries])
         # A step sees few draws.
-        width = min(4, max(1, len(rewards) // 4))
-        running = np.convolve(rewards, np.ones(width) / width, mode="valid")
+        width = min(4, max(1, len(values) // 4))
+        running = np.convolve(values, np.ones(width) / width, mode="valid")
         axis.plot(
-            np.arange(width, len(rewards) + 1),
+            np.arange(width, len(values) + 1),
             running,
             color=_COLOURS.get(row.name, "0.2"),
             linestyle="-" if math.isnan(row.temperature) or row.temperature == 1 else "--",
@@ -431,12 +444,15 @@ def _curves(axis, rows) -> None:
             markersize=3,
         )
         if not math.isnan(row.temperature):
-            _note_temperature(axis, len(rewards), running[-1], row.temperature)
+            _note_temperature(axis, len(values), running[-1], row.temperature)
+        if quantity != "reward":
+            continue
         looks = [(entry["step"] + 1, entry["look_reward"]) for entry in entries if "look_reward" in entry]
         axis.plot(
             *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
         )
-    axis.set(xlabel="step of the alignment", ylabel="mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)")
+    rewards = "mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)"
+    axis.set(xlabel="step of the alignment", ylabel=rewards if quantity == "reward" else "mean loss of up to 4 steps")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -19,6 +19,7 @@ from jaxkd import durable, pipelines
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2 import report, stages, weights
 from jaxkd.smollm2.order import CEILING, Order
+from jaxkd.smollm2.preferences import Preferences
 from tests.smollm2 import tiny_order
 
 # Orbax, optax and the host loop are not ours to be strict about.
@@ -181,11 +182,35 @@ def test_one_implementation_of_each_step():
         ({"temperatures": (0.0,)}, "temperatures must be"),
         ({"temperatures": ()}, "at least one value"),
         ({"seeds": (1, 1)}, "names a value twice"),
+        ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
     ],
 )
 def test_refuses_orders(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_order.make(**changes)
+
+
+@pytest.mark.slow
+def test_a_users_pairs_replace_the_reward(tmp_path):
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": f" no {i}"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    order = tiny_order.make(
+        preferences=Preferences(str(file), max_length=32), algorithms=("offline_dpo_data",), arms=("kd_align",)
+    )
+    tiny_order.run(order, out)
+    table = {row["arm"]: row for row in report.table(order, out)}
+    assert table["base"]["preference_accuracy"] == 0.5
+    assert table["kd_align"]["preference_accuracy"] > 0.9
+    assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
+    aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert "held-out pairs ranked right" in report.format_table(report.table(order, out))
+    report.draw(order, out, tmp_path / "figure.png")
+    file.write_text(file.read_text().replace(" yes", " yeah"))
+    with pytest.raises(ValueError, match="pairs: "):
+        tiny_order.run(order, out)
 
 
 def test_refuses_a_fraction_outside_its_range():

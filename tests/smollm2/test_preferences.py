@@ -65,3 +65,27 @@ def test_refuses_fewer_pairs_than_a_batch(tmp_path):
     pairs = preferences.read(_write(tmp_path / "pairs.jsonl", _rows(1)), TOKENIZER, 64)
     with pytest.raises(ValueError, match="a batch holds 2 pairs; the preferences have 1"):
         preferences.batched(pairs, jax.random.key(0), 4, np.zeros((2, pairs.tokens.shape[1] - 1), np.float32))
+
+
+def test_held_out_pairs_are_no_others_and_keep_their_sides(tmp_path):
+    pairs = preferences.read(_write(tmp_path / "pairs.jsonl", _rows(20)), TOKENIZER, 64)
+    learned, held = preferences.split(pairs, jax.random.key(0))
+    assert (len(learned.tokens), len(held.tokens)) == (2 * 17, 2 * 3)
+    both = [_couples(part) for part in (learned, held)]
+    assert both[0] | both[1] == _couples(pairs) and not both[0] & both[1]
+    with pytest.raises(ValueError, match="the preferences have 1"):
+        preferences.split(preferences.read(_write(tmp_path / "one.jsonl", _rows(1)), TOKENIZER, 64), jax.random.key(0))
+
+
+def _couples(pairs):
+    chosen, rejected = np.split(pairs.tokens, 2)
+    return {(a.tobytes(), b.tobytes()) for a, b in zip(chosen, rejected, strict=True)}
+
+
+def test_accuracy_counts_gains_on_the_reference_and_half_of_ties():
+    reference = np.asarray([-5.0, -5.0, -9.0, -1.0, -1.0, -2.0])
+    assert preferences.accuracy(reference, reference) == 0.5
+    # The first pair is ranked right by its gain alone, the second is a tie, the third is wrong.
+    gains = np.asarray([1.0, 2.0, -1.0, 0.0, 2.0, 1.0])
+    assert preferences.accuracy(reference + gains, reference) == 0.5
+    assert preferences.accuracy(reference + np.repeat([1, 0], 3), reference) == 1

@@ -93,6 +93,11 @@ def test_distill_writes_a_student(run, tmp_path):
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--preferences", "absent.jsonl", "--algorithms", "ipo"],
+            "there is no file absent.jsonl",
+        ),
     ],
 )
 def test_refuses(run, tmp_path, monkeypatch, script, arguments, message):

@@ -43,7 +43,7 @@ def make(**changes) -> Order:
 def run(order: Order, out: Path) -> orders.Laboratory:
     """Everything that is not there yet."""
     laboratory = orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), dry_run.mesh_of_all_devices())
-    durable.check_configuration(out, orders.configuration(order))
+    durable.check_configuration(out, laboratory.configuration())
     laboratory.prepare()
     for row in laboratory.run(orders.rows_of(order, out)):
         print(row.name, flush=True)
