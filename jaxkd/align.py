@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxkd import random
+from jaxkd import loops, random
 from jaxkd.losses import policy_gradient, preference
 from jaxkd.policy import Draws, Params, Policy
 from jaxkd.rewards import Reward, bradley_terry
@@ -629,7 +629,7 @@ def align(
     # One draw more than there are steps: the last is not used.
     draw_keys = random.keys(draw_key, settings.num_steps + 1)
     inputs = (random.keys(label_key, settings.num_steps), draw_keys[1:], jnp.arange(1, settings.num_steps + 1))
-    first = (State(start, optimizer.init(start)), *batches(start, draw_keys[0], 0))
+    first = (State(start, loops.per_run(optimizer.init(start), start)), *batches(start, draw_keys[0], 0))
     (state, *_), infos = lax.scan(body, first, inputs)
     return state.params, _record(state.params, infos)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkd import random
+from jaxkd import loops, random
 from jaxkd.policy import Policy
 
 INACTIVE_LOGIT = -1e9
@@ -510,7 +510,7 @@ def fit(
 
     # One start after another: the arrays of a single start already fill a core's cache.
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
-    return lax.fori_loop(0, starts, better, nothing)
+    return lax.fori_loop(0, starts, better, loops.per_run(nothing, x))
 
 
 def _check_fit(x, num_components, capacity, starts, iterations):

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,3 +16,12 @@ def test_a_carried_map_is_a_map(length):
 
     for expected, got in zip(lax.map(function, inputs), loops.map_carried(function, inputs), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_what_a_loop_carries_is_each_runs_own_from_the_start():
+    """Under vmap the body is batched once, and numbers stay what they are whatever they depend on."""
+    carried = {"sum": jnp.float32(2), "count": jnp.int32(3)}
+    own = jax.vmap(lambda x: loops.per_run(carried, x), out_axes={"sum": 0, "count": None})
+    got = own(jnp.array([1.0, jnp.nan, jnp.inf]))
+    np.testing.assert_array_equal(got["sum"], [2, 2, 2])
+    assert got["count"] == 3

@@ -404,6 +404,7 @@ class Laboratory:
         self._measure_base()
         numbers = {row.folder: f"[{number}/{len(rows)}] {_words(row)}" for number, row in enumerate(rows, start=1)}
         left, made_here, waiting = list(rows), {row.folder for row in rows}, False
+        there = {row.folder for row in rows if (row.folder / EVALUATION).exists()}
         while left:
             row = next((row for row in left if self._ready(row, made_here) and self._settle(row, numbers)), None)
             if row is None:
@@ -414,7 +415,7 @@ class Laboratory:
                 continue
             waiting = False
             left.remove(row)
-            if (row.folder / EVALUATION).exists():
+            if row.folder not in there and (row.folder / EVALUATION).exists():
                 yield row
 
     def _ready(self, row: Row, made_here: set[Path]) -> bool:

@@ -274,6 +274,7 @@ class _Sweep:
     def __init__(self, function, grid, shared, settings, finish, devices, quick_compile):
         self.grid, self.devices, self._quick_compile = grid, devices, quick_compile
         self.programs: dict[tuple, Future[Compiled]] = {}
+        self._runs: dict[tuple, Callable] = {}
         self.first_compile_seconds = 0.0
         self._function, self._settings = function, settings
         # Placed once, or every batch would copy it to every device again.
@@ -287,19 +288,36 @@ class _Sweep:
         return {**block.static, **own}
 
     def one_run(self, static: Mapping) -> Callable:
-        """The function of one run, from numbers that a program takes."""
+        """The function of one run, from numbers that a program takes; traced once for all programs that map it."""
+        key = tuple(sorted(static.items()))
+        if key not in self._runs:
 
-        def run(hyperparameters, seed, *shared):
-            return self._function(jax.random.key(seed), hyperparameters, *shared, **static)
+            def run(hyperparameters, seed, *shared):
+                return self._function(jax.random.key(seed), hyperparameters, *shared, **static)
 
-        return run
+            self._runs[key] = jax.jit(run)
+        return self._runs[key]
 
     def variables(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of one run's values, by name; traces the function but computes nothing."""
         block = self.grid.block(0)
-        axes = {name: values[0] for name, values in block.axes.items()}
-        outcome = jax.eval_shape(self.one_run(self.static_of(block)), axes, block.seeds[0], *self._shared)
-        zeros = jax.tree.map(lambda leaf: np.zeros((block.num_runs, *leaf.shape), leaf.dtype), outcome)
+        run = self.one_run(self.static_of(block))
+
+        def first(arguments, shared):
+            arguments = jax.tree.map(lambda leaf: leaf[0], arguments)
+            return jax.tree.map(lambda leaf: leaf[None], run(*arguments, *shared))
+
+        # Over the same mesh as the programs, or jax would trace the function again for them.
+        runs, everywhere = PartitionSpec("runs"), PartitionSpec()
+        over_mesh = jax.shard_map(
+            first, mesh=_mesh(self.devices), in_specs=(runs, everywhere), out_specs=runs, check_vma=False
+        )
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((len(self.devices), *leaf.shape[1:]), leaf.dtype),
+            (block.axes, block.seeds),
+        )
+        outcome = jax.eval_shape(over_mesh, arguments, self._shared)
+        zeros = jax.tree.map(lambda leaf: np.zeros((block.num_runs, *leaf.shape[1:]), leaf.dtype), outcome)
         return {
             name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
             for name, array in self.finish(zeros, block).items()

@@ -50,7 +50,7 @@ def offline(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_row_is_made_once(finished):
-    order, out, _ = finished
+    order, out, laboratory = finished
     rows = orders.rows_of(order, out)
     assert len({row.folder for row in rows}) == len(rows)
     for row in rows:
@@ -60,6 +60,7 @@ def test_every_row_is_made_once(finished):
     many = orders.rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
     assert sum(row.name == "student" for row in many) == 2
     assert sum(row.name == "aligned_base" for row in many) == 2
+    assert not list(laboratory.run(rows))
     before = {path: path.stat().st_mtime_ns for path in _files(out)}
     tiny_order.run(order, out)
     assert {path: path.stat().st_mtime_ns for path in _files(out)} == before

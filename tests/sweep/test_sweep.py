@@ -154,6 +154,7 @@ def test_a_run_that_goes_bad_stays_one_run(finished, tmp_path):
     xr.testing.assert_equal(got.where(~hit), want.where(~hit))
 
 
+@pytest.mark.loose  # strictness is a setting of this thread alone, and jax traces anew under other settings
 def test_one_program_a_static_combination_and_the_cache_is_used(tmp_path):
     traces = []
 
@@ -163,9 +164,12 @@ def test_one_program_a_static_combination_and_the_cache_is_used(tmp_path):
 
     first = sweep(tmp_path / "a", function=counted, settings=padding_of)
     assert first.programs == 6
-    assert len(traces) == 6 + 1  # one more for the shapes of the store
+    assert len(traces) == 6  # the shapes of the store come from the first
     second = sweep(tmp_path / "b", function=counted, settings=padding_of)
     assert second.cache_hits == second.programs == 6
+    traces.clear()
+    sweep(tmp_path / "c", function=counted, chunk=None)
+    assert len(traces) == 2  # however many chunks are tried
 
 
 def test_results_can_be_turned_into_variables_on_the_host(tmp_path):
