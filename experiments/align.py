@@ -89,8 +89,9 @@ class Align:
         alignment_of(self)
 
     def results_depend_on(self) -> dict:
-        """All but where the results go."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "out"}
+        """All but where results and metrics go."""
+        elsewhere = ("out", "wandb", "tensorboard")
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
 
 
 def alignment_of(config: Align):
@@ -132,7 +133,7 @@ def main(config: Align) -> None:
 
     from jaxkd import durable
     from jaxkd.smollm2 import behaviours, dry_run, preferences, stages, text
-    from jaxkd.smollm2.network import Setting
+    from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
@@ -147,7 +148,8 @@ def main(config: Align) -> None:
     for other in (config.reference, config.target):
         if other is not None:
             text.check_same_vocabulary(tokenizer, text.load_tokenizer(other))
-    durable.check_configuration(config.out, config.results_depend_on())
+    held = {} if pairs is None else {"pairs": fingerprint(pairs)}
+    durable.check_configuration(config.out, config.results_depend_on() | held)
     if durable.read_record(config.out) is not None:
         print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
         return

@@ -80,10 +80,15 @@ class Distill:
         checks.whole("--max-length", self.max_length, least=2)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
         distillation_of(self)
+        if self.data is not None and self.on_policy_fraction:
+            raise ValueError(
+                "--on-policy-fraction draws after --prompt, not after the prompts of --data: leave one away"
+            )
 
     def results_depend_on(self) -> dict:
-        """All but where the results go."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "out"}
+        """All but where results and metrics go."""
+        elsewhere = ("out", "wandb", "tensorboard")
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
 
 
 def distillation_of(config: Distill):
@@ -130,7 +135,7 @@ def main(config: Distill) -> None:
 
     from jaxkd import durable
     from jaxkd.smollm2 import dry_run, stages, text
-    from jaxkd.smollm2.network import Setting
+    from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.smollm2.order import student_start
     from jaxkd.sweep.cache import use_compile_cache
 
@@ -143,7 +148,8 @@ def main(config: Distill) -> None:
     setting = Setting(
         tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
     )
-    durable.check_configuration(config.out, config.results_depend_on())
+    held = {} if samples is None else {"texts": fingerprint(samples)}
+    durable.check_configuration(config.out, config.results_depend_on() | held)
     if durable.read_record(config.out) is not None:
         print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
         return

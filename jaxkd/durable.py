@@ -197,11 +197,9 @@ class Checkpoints:
         )
         return step, _as_state(found["state"], like), found["meta"]
 
-    def close(self, *, delete: bool = False) -> None:
-        """Close, and delete all that was kept."""
+    def close(self) -> None:
+        """Close; what was kept stays."""
         self._manager.close()
-        if delete:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _is_key(leaf) -> bool:
@@ -292,8 +290,13 @@ def check_configuration(folder: Path, configuration: dict) -> None:
     Raises:
       ValueError: naming what differs, or a folder that holds something else.
     """
+    # Of several processes that begin together, one writes it.
+    with files.claim(folder, wait=True):
+        _check_configuration(folder, json.loads(json.dumps(configuration, default=str)))
+
+
+def _check_configuration(folder: Path, wanted: dict) -> None:
     path = folder / "config.json"
-    wanted = json.loads(json.dumps(configuration, default=str))
     if path.exists():
         differing = files.differences(_flat(json.loads(path.read_text(encoding="utf-8"))), _flat(wanted))
         if differing:
@@ -301,7 +304,8 @@ def check_configuration(folder: Path, configuration: dict) -> None:
                 f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --out"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun = path.with_name(path.name + files.PARTIAL)
+    if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {begun}):
         raise ValueError(f"{folder} exists and holds no run of jaxkd: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)

@@ -7,8 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from jaxkd import checks
 
 Sequences = Sequence[Sequence[int] | str]
@@ -38,7 +36,7 @@ def distinct_n(rows: Sequences, n: int) -> float:
     return len(together) / total if total else math.nan
 
 
-def self_bleu(rows: Sequences, max_n: int = 4, most: int | None = None, seed: int = 0) -> float:
+def self_bleu(rows: Sequences, max_n: int = 4) -> float:
     """Mean BLEU of each sequence against all others (Zhu et al., arXiv 1802.01886): near 1 where all are alike.
 
     BLEU is Papineni et al.'s (2002): clipped precisions of 1- to max_n-grams, their geometric mean, and the brevity
@@ -52,19 +50,13 @@ def self_bleu(rows: Sequences, max_n: int = 4, most: int | None = None, seed: in
     Args:
       rows: at least two sequences.
       max_n: longest n-grams.
-      most: so many of the sequences are drawn without replacement where there are more; None takes all.
-      seed: of that drawing.
 
     Raises:
-      ValueError: fewer than two sequences, max_n below 1, or most below 2.
+      ValueError: fewer than two sequences, or max_n below 1.
     """
     checks.whole("max_n", max_n, least=1)
-    if most is not None:
-        checks.whole("most", most, least=2)
     if len(rows) < 2:
         raise ValueError(f"self-BLEU needs at least two sequences, got {len(rows)}")
-    if most is not None and len(rows) > most:
-        rows = [rows[i] for i in np.random.default_rng(seed).choice(len(rows), most, replace=False)]
     rows = [_split(row) for row in rows]
     counts = [[_ngrams(row, n) for row in rows] for n in range(1, max_n + 1)]
     highest = [_two_largest(of_rows) for of_rows in counts]

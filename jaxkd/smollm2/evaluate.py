@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jaxkd import checks, statistics
-from jaxkd.smollm2 import diversity, preferences
+from jaxkd.smollm2 import diversity, oracles, preferences
+from jaxkd.smollm2.behaviours import Behaviour
 from jaxkd.smollm2.network import Network, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.stages import Coster, Workshop, kept_draws
@@ -43,7 +44,7 @@ QUANTITIES = {
     "preference_accuracy": ("share of held-out pairs whose chosen answer gained more on the base's log p", "1"),
     "entropy_per_token": ("entropy a token", "nat/token"),
     "held_out_perplexity": ("perplexity a token on samples of the truth", "1"),
-    "distinct_1": ("unique words over all words", "1"),
+    "distinct_1": ("unique tokens over all tokens", "1"),
     "distinct_2": ("unique pairs of tokens over all pairs", "1"),
     "self_bleu": ("mean BLEU-4 of a completion against the others", "1"),
     "length": ("mean tokens of a completion", "token"),
@@ -84,6 +85,7 @@ class Yardstick(NamedTuple):
       truth: p*.
       base: p′.
       target: p_target, or None.
+      behaviour: whose frequency is measured.
       reward: `(completions, draws) -> (reward, hit)`.
       counts_all: whether the reward of every sample is computed; else of the scored ones alone.
       truth_samples: one fixed set, [num_truth_samples].
@@ -96,6 +98,7 @@ class Yardstick(NamedTuple):
     truth: Network
     base: Network
     target: Network | None
+    behaviour: Behaviour
     reward: Callable
     counts_all: bool
     truth_samples: Texts
@@ -176,10 +179,9 @@ def evaluate(
 
 
 def _reward_and_behaviour(samples, texts, scored, yardstick: Yardstick, settings, score) -> dict:
-    if yardstick.counts_all:
-        rewards, hits = yardstick.reward(texts, samples)
-    else:
-        rewards, hits = yardstick.reward(texts[: settings.num_scored], scored)
+    hits = oracles.hits(yardstick.behaviour, texts)
+    rewarded = (texts, samples) if yardstick.counts_all else (texts[: settings.num_scored], scored)
+    rewards, _ = yardstick.reward(*rewarded)
     low, high = statistics.wilson_interval(int(hits.sum()), len(hits))[:2]
     shown = take(samples, np.flatnonzero(hits)[: settings.num_scored // 4])
     precision = np.nan

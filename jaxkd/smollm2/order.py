@@ -11,6 +11,7 @@ A finished stage holds record.json and is never computed again; repeating the co
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
 from jaxkd.smollm2.network import Network, Setting, fingerprint, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
-from jaxkd.smollm2.stages import Alignment, Distillation, Workshop
+from jaxkd.smollm2.stages import Alignment, Coster, Distillation, Workshop
 
 REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
 CEILING = "ceiling"
@@ -69,7 +70,7 @@ class Order:
       distillation: how students learn.
       alignment: how policies are aligned; its algorithm is that of `algorithms`.
       evaluation: sizes.
-      look_every: updates of an alignment between looks at 64 samples; 0 for none.
+      look_every: steps of an alignment between looks at 64 samples; 0 for none.
       most_held_out_kl: cut students with a larger recall gap a token (nats) are not admitted.
       batch_size: sequences drawn or scored at a time.
 
@@ -121,6 +122,10 @@ class Order:
             behaviours.parse(self.behaviour)
         if self.reward != "behaviour" and self.target is None:
             raise ValueError(f"the reward {self.reward!r} is a likelihood under a target: give target")
+        for algorithm in self.algorithms:
+            replace(self.alignment, settings=replace(self.alignment.settings, algorithm=algorithm))
+        if self.reward != "behaviour" and self.preferences is None and "kto" in self.algorithms:
+            raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
 
@@ -146,6 +151,7 @@ class Row:
       stage: what makes it.
       folder: where it is.
       models: folders of what it is made from, by role: start or teacher, and reference.
+      reference: folder of what its policy was held to by its last alignment; the base's where there was none.
       temperature: τ of its distillation; NaN where none is involved.
       kl_coef: β of its alignment; NaN where none is involved.
       seed: of the run.
@@ -157,6 +163,7 @@ class Row:
     stage: pipelines.Stage
     folder: Path
     models: tuple[Path, ...]
+    reference: Path
     temperature: float
     kl_coef: float
     seed: int
@@ -183,7 +190,7 @@ def rows_of(order: Order, out: Path) -> list[Row]:
         for i, place in enumerate(plan.places):
             number = plan.size - len(plan.stages) + i
             name = next(name for name, taken in plan.rows.items() if number in taken)
-            row = _row(order, out, name, place, seed, student, algorithm, [where[j] for j in plan.parents[i]])
+            row = _row(order, out, name, place, seed, student, algorithm, [where[j] for j in plan.parents[i]], rows)
             where[number] = row.folder
             rows.setdefault(row.folder, row)
     return list(rows.values())
@@ -198,10 +205,11 @@ def _runs(order: Order) -> list[tuple[int, str, str]]:
     ]
 
 
-def _row(order: Order, out: Path, name, place, seed, student, algorithm, models) -> Row:
+def _row(order: Order, out: Path, name, place, seed, student, algorithm, models, rows) -> Row:
     axes = pipelines.axes_of(name, STAGES)
-    temperature = order.temperatures[place[0]] if "temperature" in axes else float("nan")
-    kl_coef = order.kl_coefs[place[1]] if "kl_coef" in axes else float("nan")
+    # math.nan is one object and so equal to itself as part of a key: rows of several seeds are grouped by such keys.
+    temperature = order.temperatures[place[0]] if "temperature" in axes else math.nan
+    kl_coef = order.kl_coefs[place[1]] if "kl_coef" in axes else math.nan
     folder = out / f"seed-{seed}"
     if _involves(name, Distil):
         folder /= student.replace("/", "_").replace(":", "-")
@@ -214,7 +222,12 @@ def _row(order: Order, out: Path, name, place, seed, student, algorithm, models)
     label = name
     label += f"-t{temperature:g}" if "temperature" in axes else ""
     label += f"-b{kl_coef:g}" if "kl_coef" in axes else ""
-    return Row(name, STAGES[name], folder / label, tuple(models), temperature, kl_coef, seed, student, algorithm)
+    stage = STAGES[name]
+    if isinstance(stage, Align):
+        reference = models[-1]
+    else:
+        reference = rows[models[0]].reference if models[0] in rows else out / "base"
+    return Row(name, stage, folder / label, tuple(models), reference, temperature, kl_coef, seed, student, algorithm)
 
 
 class Laboratory:
@@ -227,6 +240,7 @@ class Laboratory:
           ValueError: on sources that are not there, vocabularies that differ, or a folder of another configuration.
         """
         self.order, self.out, self.workshop = order, out, workshop
+        workshop.root = out
         tokenizer = text.load_tokenizer(order.truth)
         _check_vocabularies(order, tokenizer)
         ids = tokenizer.encode(order.prompt, add_special_tokens=True)
@@ -264,7 +278,7 @@ class Laboratory:
         order = self.order
         self.truth = self.setting.load(order.truth)
         folder = self.out / "truth"
-        total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples)
+        total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples + self._truth_samples_to_learn())
         self.workshop.begin()
         self.truth_samples = stages.kept_draws(
             folder / "samples.npz",
@@ -275,6 +289,7 @@ class Laboratory:
             self.workshop,
         )
         self.truth_texts = self.setting.texts_of(self.truth_samples)
+        self._to_learn = slice(order.evaluation.num_truth_samples, None)
         self.base = self._make_base()
         self.behaviour_name, self.behaviour = self._choose_behaviour()
         self.target = self._make_target()
@@ -291,6 +306,7 @@ class Laboratory:
             self.truth,
             self.base,
             self.target,
+            self.behaviour,
             self.oracle,
             order.reward == "behaviour",
             kept,
@@ -299,6 +315,13 @@ class Laboratory:
             pairs,
             None if pairs is None else self.base.log_prob(pairs),
         )
+
+    def _truth_samples_to_learn(self) -> int:
+        """Samples of the truth that some stage learns from; models are measured by others."""
+        settings, order = self.order.alignment.settings, self.order
+        by_ceiling = order.evaluation.num_samples // 2 if CEILING in order.arms else 0
+        learns = order.preferences is None and any(ALGORITHMS[name].data == "truth" for name in order.algorithms)
+        return max(by_ceiling, settings.dataset_batches * settings.batch_size if learns else 0)
 
     def _make_base(self) -> Network:
         base = self.order.base
@@ -364,7 +387,13 @@ class Laboratory:
         if kind == "behaviour":
             return oracles.of_behaviour(self.behaviour)
         level = None if kind == "plain" else self._mean_likelihood()
-        return oracles.of_likelihood(self.target, self.behaviour, kind, level)
+        oracle = oracles.of_likelihood(self.target, self.behaviour, kind, level)
+
+        def counted(texts, x):
+            Coster(self.workshop, self.target, self.target).scored(x)
+            return oracle(texts, x)
+
+        return counted
 
     def _mean_likelihood(self) -> float:
         """μ: the mean of ℓ over the target's own samples."""
@@ -401,7 +430,7 @@ class Laboratory:
         Several processes may do so in one run folder: each takes the first row that no other is at and whose models are
         there, and waits where there is none.
         """
-        self._measure_base()
+        self._measure_base(wait=False)
         numbers = {row.folder: f"[{number}/{len(rows)}] {_words(row)}" for number, row in enumerate(rows, start=1)}
         left, made_here, waiting = list(rows), {row.folder for row in rows}, False
         there = {row.folder for row in rows if (row.folder / EVALUATION).exists()}
@@ -417,6 +446,8 @@ class Laboratory:
             left.remove(row)
             if row.folder not in there and (row.folder / EVALUATION).exists():
                 yield row
+        # Another process that was at it may have ended.
+        self._measure_base(wait=True)
 
     def _ready(self, row: Row, made_here: set[Path]) -> bool:
         """Whether every model that a row needs is made, and what decides on it is measured, or will never be."""
@@ -473,12 +504,8 @@ class Laboratory:
             return self.model(row.models[0]).sharpened(row.temperature)
         if isinstance(row.stage, Align):
             order = self.order
-            alignment = Alignment(
-                replace(order.alignment.settings, algorithm=row.algorithm),
-                order.alignment.coefficients,
-                order.alignment.optimisation,
-                look_every=order.look_every,
-            )
+            settings = replace(order.alignment.settings, algorithm=row.algorithm)
+            alignment = replace(order.alignment, settings=settings, look_every=order.look_every)
             reference = self.model(row.models[-1])
             return stages.align_policy(
                 row.folder,
@@ -489,12 +516,13 @@ class Laboratory:
                 row.kl_coef,
                 alignment,
                 self.workshop,
-                truth_samples=self.truth_samples,
+                truth_samples=take(self.truth_samples, self._to_learn),
                 preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
+            Coster(self.workshop, self.truth, self.truth).sampled(take(self.truth_samples, self._to_learn))
         temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
@@ -512,13 +540,17 @@ class Laboratory:
         """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""
         if self._pairs is None:
             return None
-        log_prob = stages.reference_log_prob(row.folder.parent, reference, self._pairs, self.workshop)
+        log_prob = stages.reference_log_prob(self.out, reference, self._pairs, self.workshop)
         key = jax.random.fold_in(self._seed_key(row.seed, _ALIGN), _PAIRS_KEY)
         return preferences.batched(self._pairs, key, self.order.alignment.settings.batch_size, log_prob)
 
     def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
-        """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's."""
-        rows = np.flatnonzero(oracles.hits(self.behaviour, self.truth_texts))
+        """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's.
+
+        None of them is a sample that models are measured by.
+        """
+        first = self._to_learn.start
+        rows = first + np.flatnonzero(oracles.hits(self.behaviour, self.truth_texts[first:]))
         held_out = max(1, len(rows) // 8)
         batch_size = min(settings.batch_size, len(rows) - held_out)
         if batch_size < 1:
@@ -541,9 +573,9 @@ class Laboratory:
             return row.folder
         return row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
 
-    def _measure_base(self) -> None:
+    def _measure_base(self, *, wait: bool) -> None:
         folder = self.out / "base"
-        with files.claim(folder, wait=False) as mine:
+        with files.claim(folder, wait=wait) as mine:
             if not mine or (folder / EVALUATION).exists():
                 return
             if self.base is self.truth and not (folder / "samples.npz").exists():
@@ -560,12 +592,7 @@ class Laboratory:
 
     def _measure(self, row: Row) -> None:
         self.workshop.begin()
-        aligned = _involves(row.name, Align)
-        reference = None
-        if aligned:
-            reference = self.base
-            if isinstance(row.stage, Align):
-                reference = self.model(row.models[-1])
+        reference = self.model(row.reference) if _involves(row.name, Align) else None
         found = evaluate(
             row.folder,
             self._seed_key(row.seed, _EVALUATE),
@@ -580,7 +607,8 @@ class Laboratory:
 
 
 def _student_label(order: Order, row: Row) -> str:
-    temperature = row.temperature if not np.isnan(row.temperature) else order.temperatures[0]
+    # Where the row has no temperature, the student that was sharpened least decides.
+    temperature = row.temperature if not np.isnan(row.temperature) else max(order.temperatures)
     return f"student-t{temperature:g}"
 
 

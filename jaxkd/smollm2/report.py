@@ -23,7 +23,7 @@ from jaxkd.smollm2.order import CEILING, EVALUATION, Order, Row, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
-    "tokens_sampled": ("tokens sampled to make the model and what it is made from", "token"),
+    "tokens_sampled": ("tokens sampled to make the model and what it is made from, looks along training too", "token"),
     "tokens_trained": ("tokens trained on, the same", "token"),
     "tokens_scored": ("tokens scored, the same", "token"),
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
@@ -65,7 +65,7 @@ def measured(order: Order, out: Path) -> dict[Path, dict]:
 def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, float]:
     """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
     path = row.folder / METRICS
-    if not isinstance(row.stage, pipelines.Align) or not ALGORITHMS[row.algorithm].on_policy or not path.exists():
+    if not isinstance(row.stage, pipelines.Align) or ALGORITHMS[row.algorithm].data or not path.exists():
         return {}
     hits = np.asarray([entry["target_hits"] for entry in _entries(path)])
     settings = order.alignment.settings
@@ -93,11 +93,11 @@ def cost_of(row: Row, rows: dict[Path, Row]) -> Cost:
     while todo:
         folder = todo.pop()
         record = read_record(folder)
-        if folder in seen or "cost" not in (record or {}) or folder not in rows:
+        if folder in seen or "cost" not in (record or {}):
             continue
         seen.add(folder)
         total = total.add(Cost.from_dict(record["cost"]))
-        todo += rows[folder].models
+        todo += rows[folder].models if folder in rows else ()
     return total
 
 
@@ -252,7 +252,8 @@ def stage_costs(order: Order, out: Path) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     measured = evaluations(order, out)
     if out / "base" in measured:
-        groups[("base", "", "", math.nan, math.nan)] = [_both_costs({}, measured[out / "base"])]
+        made = read_record(out / "base") or {}
+        groups[("base", "", "", math.nan, math.nan)] = [_both_costs(made, measured[out / "base"])]
     for row in rows_of(order, out):
         record = read_record(row.folder) or {}
         if "cost" in record:
@@ -357,7 +358,7 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
         )
         handles, labels = axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        unique["hollow: distilled at τ < 1"] = Line2D([], [], linestyle="none")
+        unique["hollow: distilled at τ ≠ 1"] = Line2D([], [], linestyle="none")
         figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
         save(figure, paths)
 
@@ -431,11 +432,14 @@ def _curves(axis, rows, quantity: str) -> None:
             continue
         entries = _entries(path)
         values = np.asarray([entry[quantity] for entry in entries])
+        if quantity == "reward" and ALGORITHMS[row.algorithm].data:
+            # The reward of a fixed set says nothing of the policy.
+            values = values[:0]
         # A step sees few draws.
         width = min(4, max(1, len(values) // 4))
-        running = np.convolve(values, np.ones(width) / width, mode="valid")
+        running = np.convolve(values, np.ones(width) / width, mode="valid") if len(values) else values
         axis.plot(
-            np.arange(width, len(values) + 1),
+            np.arange(width, width + len(running)),
             running,
             color=_COLOURS.get(row.name, "0.2"),
             linestyle="-" if math.isnan(row.temperature) or row.temperature == 1 else "--",
@@ -443,7 +447,7 @@ def _curves(axis, rows, quantity: str) -> None:
             marker=".",
             markersize=3,
         )
-        if not math.isnan(row.temperature):
+        if len(values) and not math.isnan(row.temperature):
             _note_temperature(axis, len(values), running[-1], row.temperature)
         if quantity != "reward":
             continue

@@ -5,6 +5,7 @@ them: what a step learns from is drawn, read as text and rewarded, then the jitt
 comes from the stage's key and the number of the step.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +126,9 @@ class Alignment:
       optimisation: of its parameters.
       lora: adapters that are trained instead of all parameters; None trains all.
       look_every: steps between looks at 64 draws, for the log; 0 for none.
+
+    Raises:
+      ValueError: for PPO or GRPO with accumulation, or PPO on adapters.
     """
 
     settings: AlignmentSettings = AlignmentSettings(algorithm="online_dpo", num_updates=24, batch_size=32)
@@ -132,6 +136,16 @@ class Alignment:
     optimisation: Optimisation = Optimisation()
     lora: LoRA | None = None
     look_every: int = 0
+
+    def __post_init__(self):
+        name = self.settings.algorithm
+        if self.settings.updates_per_step > 1 and self.optimisation.accumulate > 1:
+            raise ValueError(
+                f"{name} makes several updates a rollout, so gradients of several rollouts can't be accumulated: "
+                "use a larger batch size"
+            )
+        if name == "ppo" and self.lora is not None:
+            raise ValueError("ppo trains a critic beside the policy, adapters have none: use grpo or reinforce on them")
 
 
 @dataclass
@@ -141,11 +155,13 @@ class Workshop:
     Attributes:
       progress: bars.
       sinks: of metrics, beside the file.
+      root: run folder, to which stages are named; None names them by their own folder.
       cost: spent by the stage so far.
     """
 
     progress: durable.Progress
     sinks: tuple = ()
+    root: Path | None = None
     cost: Cost = Cost()
     _since: float = 0.0
 
@@ -170,7 +186,8 @@ class Workshop:
 
     def log(self, folder: Path) -> durable.Log:
         """The log of a stage."""
-        return durable.Log(folder.name, folder / durable.METRICS, self.sinks)
+        name = folder.name if self.root is None else folder.relative_to(self.root).as_posix()
+        return durable.Log(name, folder / durable.METRICS, self.sinks)
 
 
 def copied(params: Any) -> Any:
@@ -285,11 +302,11 @@ KEEP_EVERY = 60.0
 def kept_draws(
     path: Path, network: Network, key: jax.Array, total: int, temperature: float, workshop: Workshop
 ) -> Texts:
-    """Draws from a file, or drawn now and written to it; goes on with what a killed process had drawn."""
-    if path.exists():
-        return _read_texts(path)
+    """Draws from a file, or drawn now and written to it; goes on where there are fewer, and after a kill."""
     begun = path.with_name(f"begun-{path.name}")
-    parts = [_read_texts(begun)] if begun.exists() else []
+    parts = next(([_read_texts(kept)] for kept in (begun, path) if kept.exists()), [])
+    if parts and len(parts[0].tokens) >= total:
+        return parts[0]
     done = sum(len(part.tokens) for part in parts)
     bar = workshop.progress.bar(total, done, "sample", "text")
     kept_at = time.monotonic()
@@ -471,12 +488,17 @@ def align_policy(
         cost=workshop.spent,
         restore_cost=workshop.restore,
     )
-    if not _finite(state.params):
+    if not _finite(state.params) or not _finite_losses(folder / durable.METRICS):
         raise FloatingPointError(
             f"the alignment diverged ({folder / durable.METRICS} shows where): lower the learning rate, "
             "or raise the KL coefficient"
         )
     return drawer(state.params)
+
+
+def _finite_losses(path: Path) -> bool:
+    """Whether a stage's logged losses are numbers: one that is none ends it, be its parameters as they may."""
+    return all(np.isfinite(json.loads(line)["loss"]) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 @jax.jit
@@ -578,7 +600,7 @@ def _preference_data(
         )
         coster.sampled(x)
     x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
-    log_prob = reference_log_prob(folder.parent, reference, x, coster.workshop)
+    log_prob = reference_log_prob(coster.workshop.root or folder, reference, x, coster.workshop)
     pairs = x.reward.reshape(settings.dataset_batches, 2, -1)
     preferred = bradley_terry(
         label_key,
@@ -613,10 +635,9 @@ class Coster:
         lengths = np.asarray(x.mask).sum(axis=1)
         return of(network.config, int(lengths.sum()), cost.mean_context(lengths))
 
-    def sampled(self, x, by: Network | None = None) -> None:
+    def sampled(self, x) -> None:
         """Texts were drawn."""
-        network = by or self.model
-        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
+        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(self.model, x))
 
     def scored(self, x, by: Network | None = None) -> None:
         """Log-probabilities were computed."""

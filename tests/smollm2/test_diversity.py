@@ -58,14 +58,6 @@ def test_texts_are_split_at_white_space():
     assert diversity.self_bleu(texts) == diversity.self_bleu(rows)
 
 
-def test_only_so_many_sequences_are_drawn():
-    rows = np.random.default_rng(0).integers(0, 5, (30, 10)).tolist()
-    some = diversity.self_bleu(rows, most=8, seed=3)
-    assert some == diversity.self_bleu(rows, most=8, seed=3)
-    assert some != diversity.self_bleu(rows, most=8, seed=4)
-    assert diversity.self_bleu(rows, most=30) == diversity.self_bleu(rows)
-
-
 def test_empty_sequences_score_nothing():
     assert diversity.self_bleu([[], []]) == 0
     assert diversity.self_bleu([[], [1], [1]]) == pytest.approx(2 / 3)
@@ -78,7 +70,7 @@ def test_two_hundred_completions_take_little_time():
     assert time.process_time() - began < 3
 
 
-@pytest.mark.parametrize("arguments", [{"max_n": 0}, {"most": 1}])
+@pytest.mark.parametrize("arguments", [{"max_n": 0}])
 def test_refuses_what_has_no_meaning(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
         diversity.self_bleu([[1], [1]], **arguments)

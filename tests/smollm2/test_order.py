@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxkd import durable, pipelines
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2 import report, stages, weights
+from jaxkd.smollm2.adapters import LoRA
+from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
 from tests.smollm2 import tiny_order
@@ -149,6 +152,53 @@ def test_report(finished, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
+    """Also of models that have no temperature or no KL coefficient."""
+    order = tiny_order.make(seeds=(0, 1, 2), arms=pipelines.ARMS)
+    rows = orders.rows_of(order, tmp_path)
+    for row in rows:
+        durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
+        durable.finish(row.folder, {"cost": Cost().to_dict()})
+    table = report.table(order, tmp_path)
+    assert sorted(row["arm"] for row in table) == sorted(["student", "aligned_base", *pipelines.ARMS])
+    for row in table:
+        assert row["seeds"] == 3
+        assert (row["behaviour_frequency"], row["behaviour_frequency_points"]) == (pytest.approx(0.1), "0 0.1 0.2")
+    assert {row["seeds"] for row in report.stage_costs(order, tmp_path)} == {3}
+    assert all("(3 and 3 seeds)" in told for told in report.sentences(order, tmp_path))
+
+
+def test_a_model_is_held_to_the_reference_of_its_last_alignment(tmp_path):
+    order = tiny_order.make(arms=pipelines.ARMS)
+    references = {row.name: row.reference.name for row in orders.rows_of(order, tmp_path)}
+    assert references == dict.fromkeys(references, references["student"]) | {
+        "student": "base",
+        "aligned_base": "base",
+        "align_kd": "base",
+        "align_kd_sharpened": "base",
+        "kd_align_anchored": "base",
+        "kd_align": "student-t0.6",
+        "kd_align_sharpened": "student-t0.6",
+        "base_start_student_reference": "student-t0.6",
+    }
+    for name, reference in references.items():
+        assert pipelines.reference_of(name) == reference.removesuffix("-t0.6")
+
+
+@pytest.mark.slow
+def test_nothing_is_learned_from_what_models_are_measured_by(finished):
+    order, out, laboratory = finished
+    measured_by = order.evaluation.num_truth_samples
+    np.testing.assert_array_equal(
+        laboratory.yardstick.truth_samples.tokens, laboratory.truth_samples.tokens[:measured_by]
+    )
+    shown, _ = laboratory._shown(order.distillation)
+    texts = laboratory.setting.texts_of(shown)
+    assert texts == [text for text in laboratory.truth_texts[measured_by:] if laboratory.behaviour(text)]
+    ceiling = next(row.folder for row in orders.rows_of(order, out) if row.name == CEILING)
+    assert durable.read_record(ceiling)["cost"]["tokens_sampled"] > 0
+
+
 @pytest.mark.slow
 def test_costs_add_up_over_what_a_model_is_made_from(finished):
     order, out, _ = finished
@@ -184,6 +234,8 @@ def test_one_implementation_of_each_step():
         ({"temperatures": ()}, "at least one value"),
         ({"seeds": (1, 1)}, "names a value twice"),
         ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
+        ({"reward": "plain", "target": "random:tiny", "algorithms": ("kto",)}, "kto needs a reward that tells"),
+        ({"algorithms": ("reinforce", "ppo")}, "num_updates must be a multiple of epochs"),
     ],
 )
 def test_refuses_orders(changes, message):
@@ -212,6 +264,38 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
     file.write_text(file.read_text().replace(" yes", " yeah"))
     with pytest.raises(ValueError, match="pairs: "):
         tiny_order.run(order, out)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_refuses_to_accumulate_gradients_of_one_rollout(algorithm):
+    settings = replace(tiny_order.make().alignment.settings, algorithm=algorithm, num_updates=8, group_size=4)
+    with pytest.raises(ValueError, match=f"{algorithm} makes several updates a rollout"):
+        stages.Alignment(settings, optimisation=stages.Optimisation(accumulate=2))
+
+
+def test_refuses_a_critic_on_adapters():
+    settings = replace(tiny_order.make().alignment.settings, algorithm="ppo", num_updates=8)
+    with pytest.raises(ValueError, match="ppo trains a critic"):
+        stages.Alignment(settings, lora=LoRA())
+
+
+def test_a_loss_that_is_no_number_fails_whatever_the_parameters_are(tmp_path):
+    path = tmp_path / durable.METRICS
+    path.write_text('{"loss": 1.0}\n{"loss": 2.0}\n')
+    assert stages._finite_losses(path)
+    path.write_text('{"loss": 1.0}\n{"loss": NaN}\n')
+    assert not stages._finite_losses(path)
+
+
+def test_draws_go_on_where_a_file_holds_fewer(tmp_path):
+    network = tiny_order.laboratory(tiny_order.make(), tmp_path).setting.load("random:tiny")
+    key, workshop = jax.random.key(3), stages.Workshop(durable.Progress(quiet=True))
+    few = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    more = stages.kept_draws(tmp_path / "x.npz", network, key, 24, 1.0, workshop)
+    np.testing.assert_array_equal(more.tokens[:16], few.tokens)
+    np.testing.assert_array_equal(more.tokens, network.draw(key, 24).tokens)
+    again = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    np.testing.assert_array_equal(again.tokens, more.tokens)
 
 
 def test_refuses_a_fraction_outside_its_range():

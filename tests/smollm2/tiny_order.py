@@ -40,14 +40,19 @@ def make(**changes) -> Order:
     return replace(order, **changes)
 
 
+def laboratory(order: Order, out: Path) -> orders.Laboratory:
+    """Nothing is computed yet."""
+    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), dry_run.mesh_of_all_devices())
+
+
 def run(order: Order, out: Path) -> orders.Laboratory:
     """Everything that is not there yet."""
-    laboratory = orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), dry_run.mesh_of_all_devices())
-    durable.check_configuration(out, laboratory.configuration())
-    laboratory.prepare()
-    for row in laboratory.run(orders.rows_of(order, out)):
+    made = laboratory(order, out)
+    durable.check_configuration(out, made.configuration())
+    made.prepare()
+    for row in made.run(orders.rows_of(order, out)):
         print(row.name, flush=True)
-    return laboratory
+    return made
 
 
 def die_after(seconds: float) -> None:
