@@ -4,7 +4,10 @@ Every step is traced with shapes alone, laid out over the mesh and compiled; mem
 one device.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,16 +15,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import align, distill
-from jaxkd.align import Coefficients, Inputs, State
+from jaxkd.align import AlignmentSettings, Coefficients, Inputs, State
+from jaxkd.pipelines import Align, Distil
 from jaxkd.smollm2 import cost, sharding, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
-from jaxkd.smollm2.network import ScoredTexts
-from jaxkd.smollm2.order import Order
+from jaxkd.smollm2.network import REMAT, ScoredTexts
+from jaxkd.smollm2.order import CEILING, Order, Row
 from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
 
-_REMAT = "layers"
+_OUT = Path()  # nothing is written
+_SAMPLING = tuple(name for name, algorithm in align.ALGORITHMS.items() if not algorithm.data and name != "ppo")
 
 # The published shapes, for machines that can't ask the hub; a run takes them from the checkpoint's own configuration.
 _SHAPES = {
@@ -54,12 +59,19 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     roles["base"] = order.truth if order.base == "truth" else order.base.removeprefix("fit:")
     for student in order.students:
         roles[f"student {student}"] = roles["base"] if student.startswith(("same", "layers:")) else student
+    own_target = order.target is not None and not order.target.startswith("distil:")
+    if own_target:
+        roles["target"] = order.target
     lines = [f"{len(jax.devices())} devices ({jax.devices()[0].platform}), data-parallel with sharded parameters"]
     configs = {}
     for role, source in roles.items():
         configs[role], told = config_of(source)
+        if role.startswith("student layers:"):
+            configs[role] = replace(configs[role], num_layers=int(role.rpartition(":")[2]))
         lines += ["", f"{role}: {source}, {configs[role].num_parameters / 1e6:.1f} M parameters ({told})"]
         lines += _shards(configs[role], mesh)
+    if not own_target:
+        configs["target"] = configs["base"]
     lines.append("")
     seconds = {}
     for name, steps, compiled, flops, by_xla in _steps(order, configs, mesh, dtype):
@@ -69,9 +81,12 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
         each = flops / (device_flops * utilisation * mesh.size)
         seconds[name] = each * steps
         lines.append(
-            f"{name:<22} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  "
+            f"{name:<54} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  "
             f"({by_xla / 1e12:.2f} by XLA)  {each:8.3f} s a step  × {steps} = {each * steps / 3600:.2f} h"
         )
+    for name, flops in _without_compiling(order, configs).items():
+        seconds[name] = flops / (device_flops * utilisation * mesh.size)
+        lines.append(f"{name:<54} {flops / 1e15:10.3f} PFLOP in all = {seconds[name] / 3600:.2f} h")
     total = sum(seconds.values())
     lines += ["", f"all models together: {total / 3600:.1f} h on {mesh.size} devices of {device_flops:.3g} FLOP/s"]
     lines.append(f"at {utilisation:.0%} of it (--device-flops, --utilisation); sampling is counted by its FLOPs alone")
@@ -94,24 +109,60 @@ def _shards(config: Config, mesh: Mesh) -> list[str]:
 
 def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
     """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
-    length = 1 + order.max_new_tokens
-    rows = orders.rows_of(order, orders.Path("."))
-    students = {row.student for row in rows if row.student}
-    student = configs[f"student {order.students[0]}"]
-    evaluated = len(rows) * order.evaluation.num_samples + max(len(students), 1) * order.distillation.num_samples
-    batch = order.batch_size
-    yield _scoring("truth: score a batch", -(-evaluated // batch), configs["truth"], mesh, dtype, batch, length)
-    settings = order.alignment.settings
-    of_base = sum(row.name == "aligned_base" for row in rows)
-    of_students = sum(isinstance(row.stage, orders.Align) for row in rows) - of_base
-    for name, config, count in (
-        ("align the base", configs["base"], of_base),
-        ("align a student", student, of_students),
-    ):
-        yield _aligning(name, count * settings.num_steps, config, mesh, dtype, order, length)
-    distillations = sum(type(row.stage) is orders.Distil for row in rows)
-    steps = distillations * order.distillation.num_updates
-    yield _distilling("distil a student", steps, student, mesh, dtype, order, length)
+    length, batch = 1 + order.max_new_tokens, order.batch_size
+    rows = orders.rows_of(order, _OUT)
+    scored = -(-len(rows) * order.evaluation.num_scored // batch)
+    yield _scoring("truth: score a batch", scored, configs["truth"], mesh, dtype, batch, length)
+    # An offline algorithm's step is the same without its sampling.
+    algorithm = next((name for name in order.algorithms if name in _SAMPLING), _SAMPLING[0])
+    settings = replace(order.alignment.settings, algorithm=algorithm)
+    for role, times in Counter(_role(row) for row in rows if isinstance(row.stage, Align)).items():
+        yield _aligning(role, times * settings.num_steps, configs[role], mesh, dtype, order, settings, length)
+    for role, times in Counter(_role(row) for row in rows if type(row.stage) is Distil).items():
+        steps = times * order.distillation.num_updates
+        yield _distilling(f"distil {role}", steps, configs[role], mesh, dtype, order, length)
+
+
+def _role(row: Row) -> str:
+    """Whose shape a row's model has."""
+    return f"student {row.student}" if row.student else "base"
+
+
+def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, float]:
+    """Model FLOPs of what `_steps` leaves out: sampling, scoring, and the steps that make base and target."""
+    rows = {row.folder: row for row in orders.rows_of(order, _OUT)}
+    evaluation, distillation = order.evaluation, order.distillation
+    to_distil = distillation.num_samples + distillation.num_held_out
+    total: Counter = Counter()
+
+    def add(what: str, role: str, texts: float, of: Callable = cost.forward_flops) -> None:
+        length = 1 + order.max_new_tokens
+        total[what] += of(configs[role], texts * length, length / 2)
+
+    def add_distillation(teacher: str, student: str) -> None:
+        add("sample to distil from", teacher, to_distil)
+        steps = distillation.num_updates * distillation.batch_size
+        add("distil base and target", student, steps, cost.training_flops)
+
+    add("sample the truth", "truth", max(evaluation.num_samples, evaluation.num_truth_samples))
+    if order.base.startswith("fit:"):
+        add_distillation("truth", "base")
+    if (order.target or "").startswith("distil:"):
+        add_distillation("base", "base")
+    for row in rows.values():
+        if type(row.stage) is Distil and row.name != CEILING:
+            teacher = rows.get(row.models[0])
+            add("sample to distil from", "base" if teacher is None else _role(teacher), to_distil)
+        add("sample to measure by", _role(row), evaluation.num_samples)
+        add("score to measure by", _role(row), evaluation.num_scored + evaluation.num_truth_samples)
+        if order.base != "truth":
+            add("score to measure by", "base", evaluation.num_scored)
+        if order.target is not None:
+            add("score to measure by", "target", 2 * evaluation.num_scored)
+        if isinstance(row.stage, Align) and order.reward != "behaviour":
+            settings = replace(order.alignment.settings, algorithm=row.algorithm)
+            add("reward by the target", "target", settings.num_steps * settings.batch_size)
+    return total
 
 
 def _abstract(config: Config, mesh: Mesh) -> Any:
@@ -143,7 +194,7 @@ def _batch(mesh: Mesh, kind: Callable, n: int, length: int):
 
 
 def _policy(config: Config, dtype: str, order: Order):
-    model = make_model(config, compute_dtype=dtype, remat=_REMAT)
+    model = make_model(config, compute_dtype=dtype, remat=REMAT)
     return make_policy(model, [[0]], [[True]], max_new_tokens=order.max_new_tokens)
 
 
@@ -155,8 +206,8 @@ def _scoring(name, steps, config, mesh, dtype, batch, length):
     return name, steps, compiled, cost.forward_flops(config, batch * length, length / 2), by_xla
 
 
-def _aligning(name, steps, config, mesh, dtype, order: Order, length):
-    settings, optimisation = order.alignment.settings, order.alignment.optimisation
+def _aligning(role, steps, config, mesh, dtype, order: Order, settings: AlignmentSettings, length):
+    optimisation = order.alignment.optimisation
     optimizer = optimisation.make(settings.num_updates)
     step = align.make_step(_policy(config, dtype, order), optimizer, settings, lambda x: x.reward, lambda x: x.hit)
     draws = _batch(mesh, ScoredTexts, settings.batch_size, length)
@@ -167,9 +218,11 @@ def _aligning(name, steps, config, mesh, dtype, order: Order, length):
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
     forward = cost.forward_flops(config, settings.batch_size * length, length / 2)
     by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=False, dtype=dtype)
-    by_xla += cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=_REMAT)
-    # Sampling, the reference, and a pass forward and back.
-    return name, steps, compiled, 5 * forward, by_xla
+    trained = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
+    by_xla += settings.updates_per_step * trained
+    # Sampling, the reference, and a pass forward and back for each update.
+    model_flops = (2 + 3 * settings.updates_per_step) * forward
+    return f"align {role} ({settings.algorithm})", steps, compiled, model_flops, by_xla
 
 
 def _distilling(name, steps, config, mesh, dtype, order: Order, length):
@@ -178,5 +231,5 @@ def _distilling(name, steps, config, mesh, dtype, order: Order, length):
     step = distill.maximum_likelihood_step(_policy(config, dtype, order), optimizer)
     inputs = (_batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32))
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
-    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=_REMAT)
+    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
     return name, steps, compiled, cost.training_flops(config, settings.batch_size * length, length / 2), by_xla

@@ -42,6 +42,10 @@ class ScoredTexts(NamedTuple):
     hit: Any
 
 
+REMAT = "products"
+"""What training keeps of a forward pass: `Model.remat`."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all models of an experiment share.
@@ -61,7 +65,7 @@ class Setting:
     max_new_tokens: int
     batch_size: int = 32
     compute_dtype: str = "float32"
-    remat: str = "products"
+    remat: str = REMAT
     mesh: Any = None
 
     @property

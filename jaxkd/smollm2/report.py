@@ -71,7 +71,7 @@ def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, fl
     settings = order.alignment.settings
     m = found.get(row.models[0], {}).get("behaviour_frequency", math.nan)
     return {
-        "expected_target_hits": m * settings.batch_size * settings.num_steps,
+        "expected_target_hits": m * settings.batch_size * len(hits),
         "target_hits": float(hits.sum()),
         "first_hit_step": float(np.argmax(hits > 0)) if hits.any() else math.nan,
     }
