@@ -262,7 +262,7 @@ def measure_forms(benchmark: Benchmark, counts: tuple[int, ...], tell) -> dict:
     tell("compiling: one run")
     loop = loop_form(benchmark.workload, benchmark.loop_runs)
     tell("starting PyTorch")
-    with torch_form(benchmark.workload, benchmark.torch_runs, len(os.sched_getaffinity(0))) as torch:
+    with torch_form(benchmark.workload, benchmark.torch_runs, engine.cpu_cores()) as torch:
         repeat_in_turn([*forms, loop, *([torch] if torch else [])], benchmark.repetitions, tell)
     return {
         "engine": [form.result() for form in forms],
@@ -288,7 +288,7 @@ def measure_growth(benchmark: Benchmark, chunk: int, devices: int, tell) -> dict
 
     # The largest of every axis is one and the same program; all are compiled side by side.
     different = list(dict.fromkeys(wanted.values()))
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(max_workers=engine.cpu_cores()) as pool:
         forms = dict(zip(different, pool.map(make, different), strict=True))
     repeat_in_turn(list(forms.values()), benchmark.repetitions, tell)
     growth = {}
@@ -316,7 +316,7 @@ def measure(benchmark: Benchmark) -> dict:
     counts = device_counts(benchmark)
     # Where the files go is no part of what was measured.
     configuration = {name: value for name, value in asdict(benchmark).items() if name != "out"}
-    results = {"provenance": store.provenance(configuration), "cores": len(os.sched_getaffinity(0)), "growth": {}}
+    results = {"provenance": store.provenance(configuration), "cores": engine.cpu_cores(), "growth": {}}
     with tqdm(desc="benchmark_sweep", total=count_steps(benchmark, counts), unit="step", file=sys.stderr) as bar:
 
         def tell(what):

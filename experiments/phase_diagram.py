@@ -88,6 +88,10 @@ QUICK = {
 """What --quick changes of a preset, beside the number of seeds."""
 
 
+OWN_FLAGS = {"noise": "label_noise", "base-data": "base_samples", "reward": "rewards"}
+"""What a preset is drawn along, where that is no axis of every store."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Every flag that is not given keeps the preset's value."""
@@ -152,7 +156,12 @@ class Config:
             checks.whole("--chunk", self.chunk, least=1)
         if self.devices is not None:
             checks.whole("--devices", self.devices, least=1)
-        check(self.settings())
+        settings = self.settings()
+        check(settings)
+        own = OWN_FLAGS.get(self.preset)
+        if own is not None and len(getattr(settings, own)) < 2:
+            flag = f"--{own.replace('_', '-')}"
+            raise ValueError(f"{flag} needs two values or more in the preset {self.preset}, which is drawn along it")
 
     def settings(self) -> Settings:
         """The preset with --quick carried out and the given flags in place."""
@@ -188,6 +197,8 @@ def check(settings: Settings) -> None:
     checks.wholes("--num-targets", settings.num_targets, least=1, most=2)
     checks.wholes("--base-samples", settings.base_samples, least=16)
     checks.wholes("--starts", settings.starts, least=1)
+    if len(settings.starts) > 2:
+        raise ValueError(f"--starts takes one or two values, drawn as two kinds of line; got {list(settings.starts)}")
     checks.no_repeats("--match-component-evaluations", settings.match_component_evaluations)
     checks.whole("--seeds", settings.seeds, least=1)
     checks.whole("--distillation-starts", settings.distillation_starts, least=1)
@@ -230,10 +241,46 @@ def grid_of(settings: Settings):
     return Grid(axes, range(settings.seeds), static=static, per_block=per_block, runs_per_block=32)
 
 
+def laboratory_of(settings: Settings, own: dict, student_components: int, quick: bool):
+    """A run's static settings, from its own values of the axes."""
+    from jaxkd.align import AlignmentSettings
+    from jaxkd.laboratory import LaboratorySettings
+
+    return LaboratorySettings(
+        alignment=AlignmentSettings(algorithm=own["algorithm"], num_updates=settings.steps),
+        arms=settings.arms,
+        reward=own["reward_name"],
+        student_components=student_components,
+        num_samples=own["base_samples"],
+        distillation_samples=2048,
+        starts=own["starts"],
+        distillation_starts=settings.distillation_starts,
+        match_component_evaluations=own["match_component_evaluations"],
+        uniform_padding=quick,
+    )
+
+
+def coefficients_of(algorithm: str, label_noise):
+    """A run's traced settings; the KL coefficients are an axis."""
+    from jaxkd.align import ALGORITHMS, Coefficients
+
+    return Coefficients(learning_rate=ALGORITHMS[algorithm].learning_rate, flip_rate=label_noise)
+
+
+def fixed_settings(settings: Settings, quick: bool) -> dict:
+    """What no flag says and results depend on all the same, for the store."""
+    own = {name: values[0] for name, values in axes_of(settings).items()}
+    laboratory = asdict(laboratory_of(settings, own, LARGEST_CAPACITY, quick))
+    varied = ("arms", "reward", "num_samples", "starts", "distillation_starts", "match_component_evaluations")
+    kept = {name: value for name, value in laboratory.items() if name not in (*varied, "student_components")}
+    coefficients = {algorithm: coefficients_of(algorithm, 0.0)._asdict() for algorithm in settings.algorithms}
+    return {"alignment": kept.pop("alignment"), "laboratory": kept, "coefficients": coefficients}
+
+
 def function_of(settings: Settings, quick: bool):
     """One run, and the static keywords of a block that are no axes."""
     from jaxkd import laboratory
-    from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients
+    from jaxkd.align import Coefficients
     from jaxkd.truth import with_target_weight
 
     fixed = {name: value[0] for name, value in axes_of(settings).items()}
@@ -242,20 +289,8 @@ def function_of(settings: Settings, quick: bool):
         import jax.numpy as jnp
 
         own = {**fixed, **static, **hyperparameters}
-        chosen = laboratory.LaboratorySettings(
-            alignment=AlignmentSettings(algorithm=own["algorithm"], num_updates=settings.steps),
-            arms=settings.arms,
-            reward=own["reward_name"],
-            student_components=student_components,
-            num_samples=own["base_samples"],
-            distillation_samples=2048,
-            starts=own["starts"],
-            distillation_starts=settings.distillation_starts,
-            match_component_evaluations=own["match_component_evaluations"],
-            uniform_padding=quick,
-        )
-        rate = ALGORITHMS[own["algorithm"]].learning_rate
-        coefficients = Coefficients(learning_rate=rate, flip_rate=own["label_noise"])
+        chosen = laboratory_of(settings, own, student_components, quick)
+        coefficients = coefficients_of(own["algorithm"], own["label_noise"])
         return laboratory.run_seed(
             key,
             with_target_weight(truths[own["num_targets"]], own["target_weight"]),
@@ -285,6 +320,7 @@ def sweep(config: Config, settings: Settings, name: str):
     truths = {count: make_truth(num_targets=count) for count in settings.num_targets}
     points = laboratory.Points(jnp.asarray(settings.temperatures), jnp.asarray(settings.kl_coefs))
     depends_on = {"preset": config.preset} | {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    depends_on |= fixed_settings(settings, config.quick)
     return run_sweep(
         run,
         grid_of(settings),
@@ -292,7 +328,12 @@ def sweep(config: Config, settings: Settings, name: str):
         shared=(truths, points, metrics.make_grid(next(iter(truths.values())))),
         settings=of_block,
         finish=lambda outcome, block: results.of_runs(
-            outcome, names, settings.temperatures, settings.kl_coefs, block.static["algorithm"]
+            outcome,
+            names,
+            settings.temperatures,
+            settings.kl_coefs,
+            block.static["algorithm"],
+            block.axes.get("label_noise", settings.label_noise[0]),
         ),
         labels=results.labels(),
         coordinates={"temperature": settings.temperatures, "kl_coef": settings.kl_coefs, "stage": names},
@@ -334,7 +375,8 @@ def main(config: Config) -> None:
     if jax.process_index() > 0:
         return
     print("\n".join(map(str, reports)))
-    stores = {path.stem: xr.open_zarr(path) for path in sorted(config.folder.glob("*.zarr"))}
+    names = ["sweep", "more_weights"][: len(reports)]
+    stores = {name: xr.open_zarr(config.folder / f"{name}.zarr") for name in names}
     print(phase_diagram.report(stores, config.folder))
     print(f"in {time.perf_counter() - begin:.0f} s")
 

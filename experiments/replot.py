@@ -27,7 +27,8 @@ def main(config: Config) -> None:
     from jaxkd import phase_diagram
 
     folder = config.store.parent if config.store.suffix == ".zarr" else config.store
-    stores = {path.stem: path for path in sorted(folder.glob("*.zarr"))}
+    paths = {name: folder / f"{name}.zarr" for name in ("sweep", "more_weights")}
+    stores = {name: path for name, path in paths.items() if path.exists()}
     if "sweep" not in stores:
         raise ValueError(f"STORE must be a folder that holds sweep.zarr; got {config.store}")
     out = config.out or folder

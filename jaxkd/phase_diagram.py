@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 
-from jaxkd import pipelines, results, statistics
-from jaxkd.align import AlignmentSettings
+from jaxkd import files, pipelines, results, statistics
+from jaxkd.align import ALGORITHMS, AlignmentSettings
 from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.metrics import RECOVERED_MASS
 
 BASELINE, CHALLENGER = "kd_align", "align_kd"
+_LARGEST_LOG_ODDS = 1e4  # above all that a small coefficient makes of a finite reward
+_NEAR = 0.5  # largest |log(β_c / β)| of a reference that says something of the crossing
 SMALLEST_MASS = 1e-12
 """Floor of a target mass before its logarithm: quadrature in single precision knows no smaller one."""
 
@@ -78,15 +80,18 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
 
 
 def rows_of(summary: xr.Dataset) -> list[dict]:
-    """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there."""
+    """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there.
+
+    `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell.
+    """
     dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
     arms = [str(name) for name in summary.stage.values if name in (*pipelines.ARMS, "aligned_base")]
     rows = []
     for place in itertools.product(*(range(summary.sizes[dim]) for dim in dims)):
         cell = summary.isel(dict(zip(dims, place, strict=True)))
         settings = {dim: cell[dim].item() for dim in dims}
-        test = {"difference": float(cell.difference), "mcnemar_p": float(cell.p_value)}
-        test["significant"] = bool(cell.significant)
+        test = {"order_difference": float(cell.difference), "order_mcnemar_p": float(cell.p_value)}
+        test["order_significant"] = bool(cell.significant)
         for arm in arms:
             one = cell.sel(stage=arm)
             rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
@@ -96,7 +101,7 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
 
 
 def format_table(summary: xr.Dataset) -> str:
-    """For a terminal: a line a setting, its last two dimensions across; each cell KD→Align / Align→KD."""
+    """For a terminal: a line a setting, temperatures across; each cell KD→Align / Align→KD."""
     dims = [dim for dim in summary.difference.dims if summary.sizes[dim] > 1]
     across = "temperature" if "temperature" in dims else (dims or list(summary.difference.dims))[-1]
     down = [dim for dim in summary.difference.dims if dim != across and (summary.sizes[dim] > 1 or dim == "kl_coef")]
@@ -124,15 +129,20 @@ def _told(value) -> str:
 
 
 def verdict(summary: xr.Dataset) -> str:
-    """What the cells say, in one sentence."""
-    gain = (summary.significant & (summary.difference > 0)).sum()
-    loss = (summary.significant & (summary.difference < 0)).sum()
-    either = (np.fmax(summary.recovery_baseline, summary.recovery_challenger) > 0.5).sum()
-    return (
-        f"Align→KD recovers more often than KD→Align in {int(gain)} of {summary.difference.size} cells and less often "
-        f"in {int(loss)} (McNemar, false-discovery rate 0.05); in {int(either)} cells at least one order recovers in "
+    """What the cells say; students of one component, which fail for a reason of their own, are told apart."""
+    several = summary.sel(capacity=summary.capacity > 1) if (summary.capacity > 1).any() else summary
+    gain, loss = (int((several.significant & (sign * several.difference > 0)).sum()) for sign in (1, -1))
+    either = int((np.fmax(several.recovery_baseline, several.recovery_challenger) > 0.5).sum())
+    told = (
+        f"Align→KD recovers more often than KD→Align in {gain} of {several.difference.size} cells and less often "
+        f"in {loss} (McNemar, false-discovery rate 0.05); in {either} cells at least one order recovers in "
         "more than half of the seeds."
     )
+    if several.difference.size == summary.difference.size:
+        return told
+    lone = summary.sel(capacity=1)
+    gain, loss = (int((lone.significant & (sign * lone.difference > 0)).sum()) for sign in (1, -1))
+    return f"{told} (K = 1, set apart: more often in {gain} of {lone.difference.size}, less often in {loss}.)"
 
 
 # --- critical mass ---------------------------------------------------------------------------------------------------
@@ -200,47 +210,64 @@ class CriticalMass:
       kl_coef: β.
       by_mass: recovery against log10 of the reference's target mass.
       by_log_odds: recovery against the Gibbs policy's log-odds, whose own boundary is 0.
-      gibbs_mass: the target mass at which the references' β_c equals β; NaN where none of them is near.
+      gibbs_mass: the target mass at which the references' β_c equals β; NaN where there are not some near it on either
+        side.
+      seen: smallest and largest log10 mass of a reference.
     """
 
     kl_coef: float
     by_mass: statistics.RecoveryCurve
     by_log_odds: statistics.RecoveryCurve
     gibbs_mass: float
+    seen: tuple[float, float]
 
     def __str__(self):
         curve = self.by_mass
-        if not math.isfinite(curve.critical):
-            word = {True: "all runs recover", False: "no mass seen suffices"}[curve.critical == -math.inf]
-            found = f"no critical mass ({word})"
+        if self.is_seen:
+            low, high = (f"{10.0**end:.2g}" for end in np.clip(curve.critical_interval, -300, 300))
+            found = f"critical mass {10**curve.critical:.2g} (95 % interval {low} to {high})"
         else:
-            low, high = curve.critical_interval
-            found = f"critical mass {10**curve.critical:.2g} (95 % interval {10**low:.2g} to {10**high:.2g})"
+            found = f"no critical mass ({self._why_not})"
         predicted = f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
         return f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds; Gibbs says {predicted}"
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the critical mass lies among those of the references: a curve's extrapolation says nothing."""
+        return self.seen[0] <= self.by_mass.critical <= self.seen[1]
+
+    @property
+    def _why_not(self) -> str:
+        if math.isnan(self.by_mass.critical):
+            return "recovery does not rise with the mass"
+        return "all masses seen suffice" if self.by_mass.critical < self.seen[0] else "no mass seen suffices"
 
 
 def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) -> CriticalMass:
     """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters."""
     recovered = points.outcome > RECOVERED_MASS
-    log_odds = np.clip(points.log_odds, -60, 60)
+    log_odds = np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
+    masses = np.log10(points.mass)
+    used = masses[~points.failed & np.isfinite(masses)]
 
     def fit(abscissa):
         return statistics.recovery_curve(
             abscissa, recovered, points.seed, num_resamples=num_resamples, failed=points.failed
         )
 
-    return CriticalMass(kl_coef, fit(np.log10(points.mass)), fit(log_odds), gibbs_mass(points, kl_coef))
+    seen = (float(used.min()), float(used.max())) if used.size else (math.nan, math.nan)
+    return CriticalMass(kl_coef, fit(masses), fit(log_odds), gibbs_mass(points, kl_coef), seen)
 
 
 def gibbs_mass(points: References, kl_coef: float) -> float:
     """The mass at which the references' own β_c crosses β: medians of the runs next to the crossing, on both sides."""
     apart = np.log(np.clip(points.half_mass_coefficient, 1e-6, 1e6) / kl_coef)
-    below, above = apart < 0, apart >= 0
+    near = np.abs(apart) < _NEAR
+    below, above = near & (apart < 0), near & (apart >= 0)
     if not below.any() or not above.any():
         return math.nan
-    near = [np.argsort(np.abs(np.where(side, apart, np.inf)))[: min(20, side.sum())] for side in (below, above)]
-    return float(10 ** np.mean([np.median(np.log10(points.mass[which])) for which in near]))
+    nearest = [np.argsort(np.abs(np.where(side, apart, np.inf)))[: min(20, side.sum())] for side in (below, above)]
+    return float(10 ** np.mean([np.median(np.log10(points.mass[which])) for which in nearest]))
 
 
 # --- Figure 1: the plane ---------------------------------------------------------------------------------------------
@@ -259,12 +286,38 @@ _PANELS = (
 )
 
 
-def draw_plane(summary: xr.Dataset, alignment: AlignmentSettings, *paths: Path) -> None:
+@dataclass(frozen=True)
+class Predictions:
+    """What theory says of an alignment before any is made.
+
+    Attributes:
+      gibbs: whether its optimum is the reference's Gibbs policy.
+      draws_a_step: n, draws of the reference or policy that a step learns from; 0 where it learns from others.
+      draws: n·T, different ones in all.
+    """
+
+    gibbs: bool
+    draws_a_step: int
+    draws: int
+
+
+def predictions(alignment: AlignmentSettings, label_noise: float = 0.0) -> Predictions:
+    """Of an algorithm. Flipped labels move the optimum of those that learn from preferences."""
+    algorithm = ALGORITHMS[alignment.algorithm]
+    gibbs = algorithm.has_gibbs_optimum and not (label_noise > 0 and algorithm.kind != "policy_gradient")
+    if algorithm.data == "truth":
+        return Predictions(gibbs, 0, 0)
+    # A fixed set is gone through again and again.
+    steps = min(alignment.num_steps, alignment.dataset_batches) if algorithm.data else alignment.num_steps
+    return Predictions(gibbs, alignment.batch_size, alignment.batch_size * steps)
+
+
+def draw_plane(summary: xr.Dataset, predicted: Predictions, *paths: Path) -> None:
     """Draw the phase diagram, a row of panels for each KL coefficient.
 
     Args:
       summary: from `summarise`, over kl_coef, capacity and temperature alone.
-      alignment: gives n and T of the sampling boundaries.
+      predicted: which boundaries there are, and where.
       paths: files to write; their endings choose the formats.
     """
     rows = summary.sizes["kl_coef"]
@@ -285,13 +338,13 @@ def draw_plane(summary: xr.Dataset, alignment: AlignmentSettings, *paths: Path) 
             one = summary.sel(kl_coef=kl_coef)
             for axis, (name, _, colours, limits) in zip(row, _PANELS, strict=True):
                 image = _plane(axis, one[name], colours, limits)
-                drawn |= _boundaries(axis, one, alignment, float(kl_coef))
+                drawn |= _boundaries(axis, one, predicted, float(kl_coef))
                 figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
             _marks(row[-1], one)
             row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
         for axis in axes[-1]:
             axis.set_xlabel("distillation temperature τ")
-        figure.legend(handles=_legend(drawn), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles=_legend(drawn, predicted), loc="outside lower center", ncols=2, frameon=False)
         save(figure, paths)
 
 
@@ -317,7 +370,15 @@ def _plane(axis, values: xr.DataArray, colours: str, limits):
     return image
 
 
-def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: float) -> set[str]:
+def _levels(predicted: Predictions, kl_coef: float) -> dict[str, float]:
+    """Where each boundary lies that an alignment has: log β_c, or log10 of the target mass."""
+    levels = {"half_mass": math.log(kl_coef)} if predicted.gibbs else {}
+    if predicted.draws:
+        levels |= {"seen_at_once": -math.log10(predicted.draws_a_step), "seen_ever": -math.log10(predicted.draws)}
+    return levels
+
+
+def _boundaries(axis, one: xr.Dataset, predicted: Predictions, kl_coef: float) -> set[str]:
     """Draw contours at which the median student beyond K = 1 crosses what theory says; returns which there are."""
     ordered = one.sortby("temperature", ascending=False).transpose("capacity", "temperature", ...)
     beyond = ordered.sel(capacity=ordered.capacity > 1)
@@ -326,12 +387,9 @@ def _boundaries(axis, one: xr.Dataset, alignment: AlignmentSettings, kl_coef: fl
         return drawn
     heights = _heights(one.capacity.values)[one.capacity.values > 1]
     mass = np.log10(np.maximum(beyond.student_target_mass.values, SMALLEST_MASS))
-    draws = alignment.batch_size
-    for name, values, level in (
-        ("half_mass", np.log(np.clip(beyond.half_mass_coefficient.values, 1e-3, 1e3)), math.log(kl_coef)),
-        ("seen_at_once", mass, -math.log10(draws)),
-        ("seen_ever", mass, -math.log10(draws * alignment.num_steps)),
-    ):
+    coefficient = np.log(np.clip(beyond.half_mass_coefficient.values, 1e-3, 1e3))
+    for name, level in _levels(predicted, kl_coef).items():
+        values = coefficient if name == "half_mass" else mass
         colour, line, _ = _BOUNDARIES[name]
         if np.nanmin(values) < level < np.nanmax(values):
             drawn.add(name)
@@ -351,14 +409,16 @@ def _marks(axis, one: xr.Dataset) -> None:
         axis.plot(where, np.full(where.size, height), "o", color="black", mec="white", mew=0.5, ms=3.5)
 
 
-def _legend(drawn: set[str]) -> list[Line2D]:
-    """The boundaries, edged as in the panels; one that the plane does not hold is said to be so."""
+def _legend(drawn: set[str], predicted: Predictions) -> list[Line2D]:
+    """The boundaries that there are, edged as in the panels; one that the plane does not hold is said to be so."""
+    there = _levels(predicted, 1.0)
     edge = [Stroke(linewidth=3.0, foreground="black"), Normal()]
     handles = [
         Line2D([], [], color=colour, ls=line, lw=1.4, path_effects=edge, label=text)
         if name in drawn
         else Line2D([], [], ls="", label=f"not within this plane: {text}")
         for name, (colour, line, text) in _BOUNDARIES.items()
+        if name in there
     ]
     mark = Line2D([], [], color="black", marker="o", ms=3.5, ls="", label="d: passes at a false-discovery rate of 0.05")
     return [*handles, mark]
@@ -368,13 +428,13 @@ def _legend(drawn: set[str]) -> list[Line2D]:
 
 
 def draw_critical_mass(
-    by_coefficient: Mapping[float, tuple[References, CriticalMass]], alignment: AlignmentSettings, *paths: Path
+    by_coefficient: Mapping[float, tuple[References, CriticalMass]], predicted: Predictions, *paths: Path
 ) -> None:
     """Draw recovery against the reference's measured target mass, and against the exact Gibbs log-odds.
 
     Args:
       by_coefficient: by KL coefficient, from `references` and `critical_mass`.
-      alignment: gives n and T of the sampling boundaries.
+      predicted: which boundaries there are, and where.
       paths: files to write; their endings choose the formats.
     """
     with plt.rc_context(STYLE):
@@ -390,25 +450,32 @@ def draw_critical_mass(
             upper.set_title(f"β = {kl_coef:g}")
             _curve(upper, np.log10(points.mass), points, found.by_mass)
             upper.set_xlabel("log₁₀ of the reference's measured target mass m")
-            if math.isfinite(found.gibbs_mass):
+            if predicted.gibbs and math.isfinite(found.gibbs_mass):
                 upper.axvline(math.log10(found.gibbs_mass), color="black", ls="--", lw=1.2)
-            upper.axvline(-math.log10(alignment.batch_size), color="#009E73", ls="-.", lw=1.2)
-            upper.axvline(-math.log10(alignment.batch_size * alignment.num_steps), color="#009E73", ls=":", lw=1.2)
-            _curve(lower, np.clip(points.log_odds, -60, 60), points, found.by_log_odds)
-            lower.axvline(0.0, color="black", ls="--", lw=1.2)
+            if predicted.draws:
+                upper.axvline(-math.log10(predicted.draws_a_step), color="#009E73", ls="-.", lw=1.2)
+                upper.axvline(-math.log10(predicted.draws), color="#009E73", ls=":", lw=1.2)
+            _curve(lower, np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS), points, found.by_log_odds)
+            if predicted.gibbs:
+                lower.axvline(0.0, color="black", ls="--", lw=1.2)
             lower.set_xlabel("log-odds of the target under the reference's Gibbs policy (nat)")
         for row in axes:
             row[0].set_ylabel("target mass after alignment (points),\nprobability of recovery (curve)")
         points = {"ls": "", "ms": 4, "mew": 0}
+        lines = {
+            "half_mass": Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction (β_c = β)"),
+            "seen_at_once": Line2D(
+                [], [], color="#009E73", ls="-.", lw=1.2, label="n·m = 1: a hit is expected in the first step"
+            ),
+            "seen_ever": Line2D([], [], color="#009E73", ls=":", lw=1.2, label="n·T·m = 1: a hit is expected at all"),
+        }
         figure.legend(
             handles=[
                 Line2D([], [], color=COLOURS["kd_align"], marker="o", label="reference: student (K > 1)", **points),
                 Line2D([], [], color=COLOURS["align_kd"], marker="^", label="reference: base", **points),
                 Line2D([], [], color="black", lw=1.6, label="penalised logistic curve, 95 % band (seeds as clusters)"),
                 Line2D([], [], color="#CC79A7", lw=1.6, label="critical mass with its 95 % interval"),
-                Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction (β_c = β)"),
-                Line2D([], [], color="#009E73", ls="-.", lw=1.2, label="n·m = 1: a hit is expected in the first step"),
-                Line2D([], [], color="#009E73", ls=":", lw=1.2, label="n·T·m = 1: a hit is expected at all"),
+                *(lines[name] for name in _levels(predicted, 1.0)),
             ],
             loc="outside lower center",
             ncols=3,
@@ -423,12 +490,13 @@ def _curve(axis, abscissa: np.ndarray, points: References, curve: statistics.Rec
         axis.plot(
             abscissa[shown], points.outcome[shown], marker, color=colour, ms=2.4, mew=0, alpha=0.35, rasterized=True
         )
-    line = np.linspace(abscissa.min(), abscissa.max(), 300)
+    used = abscissa[~points.failed & np.isfinite(abscissa)]
+    line = np.linspace(used.min(), used.max(), 300)
     low, high = curve.band(line)
     axis.fill_between(line, low, high, color="black", alpha=0.18, lw=0)
     axis.plot(line, curve.probability(line), color="black", lw=1.6)
     axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
-    if math.isfinite(curve.critical):
+    if line[0] <= curve.critical <= line[-1]:
         axis.axvline(curve.critical, color="#CC79A7", lw=1.6)
         axis.axvspan(*np.clip(curve.critical_interval, line[0], line[-1]), color="#CC79A7", alpha=0.3, lw=0)
     axis.set_ylim(-0.04, 1.04)
@@ -627,7 +695,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
       folder: where figures and tables go.
 
     Raises:
-      ValueError: when there is no store named "sweep", or it is not finished.
+      ValueError: when there is no store named "sweep", one is not finished, or the other is of another sweep.
     """
     if "sweep" not in stores:
         raise ValueError(f"{folder} holds no store sweep.zarr; it holds {', '.join(stores) or 'none'}")
@@ -636,6 +704,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
             raise ValueError(f"{name}.zarr is not finished: repeat the command that made it")
     dataset = stores["sweep"].drop_vars("done").load()
     configuration = json.loads(dataset.attrs["configuration"])
+    _check_same(configuration, stores)
     preset = configuration["preset"]
     summary = summarise(dataset)
     results.write_csv(rows_of(summary), folder / f"{preset}.csv")
@@ -652,15 +721,32 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
     (folder / f"{preset}.txt").write_text("\n".join(told) + "\n")
-    names = sorted(path.name for path in folder.iterdir() if not path.name.endswith((".old", ".partial")))
-    return "\n".join([*told, f"Wrote {', '.join(names)} to {folder}"])
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".pdf", ".csv", ".txt", ".zarr"))
+    return "\n".join([*told, f"In {folder}: {', '.join(names)}"])
+
+
+_MAY_DIFFER = ("target_weights", "capacities")
+"""What stores may differ in whose references are put into one picture."""
+
+
+def _check_same(configuration: Mapping, stores: Mapping[str, xr.Dataset]) -> None:
+    for name, dataset in stores.items():
+        other = json.loads(dataset.attrs["configuration"])
+        differing = files.differences(
+            *({key: value for key, value in one.items() if key not in _MAY_DIFFER} for one in (other, configuration))
+        )
+        if differing:
+            raise ValueError(
+                f"{name}.zarr is of another sweep ({'; '.join(differing)}): move it away, or repeat the command with "
+                "--overwrite"
+            )
 
 
 def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list[str]:
     inner = ("kl_coef", "capacity", "temperature")
     others = [dim for dim in summary.difference.dims if dim not in inner]
     for at, suffix in _settings(summary, others):
-        draw_plane(summary.sel(at), _alignment(at, configuration), *_paths(folder, f"phase_diagram{suffix}"))
+        draw_plane(summary.sel(at), _predictions(at, configuration), *_paths(folder, f"phase_diagram{suffix}"))
     beside = [other.drop_vars("done").load() for name, other in stores.items() if name != "sweep"]
     told = ["", verdict(summary)]
     # Target weights make the references differ in mass: all of them are in one picture.
@@ -669,7 +755,7 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
         for kl_coef in dataset.kl_coef.values:
             runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
             found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
-        draw_critical_mass(found, _alignment(at, configuration), *_paths(folder, f"critical_mass{suffix}"))
+        draw_critical_mass(found, _predictions(at, configuration), *_paths(folder, f"critical_mass{suffix}"))
         where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
         masses = "; ".join(str(one) for _, one in found.values())
         told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")
@@ -683,8 +769,14 @@ def _settings(summary: xr.Dataset, dims: Sequence[str]) -> Iterator[tuple[dict, 
         yield at, "".join(f"_{_told(at[dim])}" for dim in dims if summary.sizes[dim] > 1)
 
 
-def _alignment(at: Mapping, configuration: Mapping) -> AlignmentSettings:
-    return AlignmentSettings(algorithm=str(at["algorithm"]), num_updates=configuration["steps"])
+def _predictions(at: Mapping, configuration: Mapping) -> Predictions:
+    """Of the store's own settings, which need not be today's."""
+    settings = AlignmentSettings(**(configuration["alignment"] | {"algorithm": str(at["algorithm"])}))
+    matched = any(configuration["match_component_evaluations"])
+    label_noise = float(at.get("label_noise", max(configuration["label_noise"])))
+    predicted = predictions(settings, label_noise)
+    # A smaller student then makes more updates than these, and has boundaries of its own.
+    return replace(predicted, draws=0) if matched else predicted
 
 
 def _paths(folder: Path, name: str) -> list[Path]:

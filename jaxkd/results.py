@@ -99,7 +99,9 @@ def labels() -> dict[str, Label]:
     }
 
 
-def of_runs(outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algorithm: str) -> dict[str, np.ndarray]:
+def of_runs(
+    outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algorithm: str, flip_rate=0.0
+) -> dict[str, np.ndarray]:
     """All variables of a sweep's runs by name, [runs, temperature, kl_coef, stage] each, or [runs].
 
     Args:
@@ -108,6 +110,7 @@ def of_runs(outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algo
       temperatures: τ of the distillations, [temperatures].
       kl_coefs: β, [coefficients].
       algorithm: which one it was; the distance to the Gibbs policy is NaN where that is not its optimum.
+      flip_rate: share of flipped labels, one for all runs or [runs]; with any, Gibbs is no optimum of preferences.
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
     lengths = {axis: len(along) for axis, along in points._asdict().items()}
@@ -131,7 +134,8 @@ def of_runs(outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algo
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
-    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum
+    flipped = (np.asarray(flip_rate) > 0) & (ALGORITHMS[algorithm].kind != "policy_gradient")
+    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~flipped.reshape(-1, 1, 1, 1)
     shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
     found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
     return found | {

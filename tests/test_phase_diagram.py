@@ -1,6 +1,7 @@
 import csv
 import json
 import runpy
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
@@ -9,13 +10,15 @@ import pytest
 import xarray as xr
 
 from jaxkd import phase_diagram, statistics
-from jaxkd.align import AlignmentSettings
+from jaxkd.align import ALGORITHMS, AlignmentSettings
 
 pytestmark = pytest.mark.loose
 
 STAGES = ["base", "student", "aligned_base", "kd_align", "align_kd"]
 TEMPERATURES, KL_COEFS, CAPACITIES, SEEDS = [1.0, 0.5, 0.25], [0.3, 1.0], [1, 2, 4], 24
-ALIGNMENT = AlignmentSettings("ppo")
+
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "phase_diagram.py"))
 
 
 def finished(**axes):
@@ -53,6 +56,13 @@ def finished(**axes):
     dataset["base_failed"] = ((*axes,), np.zeros([sizes[dim] for dim in axes], bool))
     dataset["done"] = ("block", np.ones(3, np.int8))
     return dataset
+
+
+def configuration(preset, **changes):
+    """What a sweep's store says of itself, as far as figures depend on it."""
+    alignment = asdict(AlignmentSettings())
+    fixed = {"alignment": alignment, "match_component_evaluations": [False], "label_noise": [0.0]}
+    return json.dumps({"preset": preset, **fixed, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +143,72 @@ def test_the_table_and_the_sentence_are_made_from_the_cells(summary):
     assert len(text.splitlines()) == 2 + len(KL_COEFS) * len(CAPACITIES)
     cell = summary.sel(capacity=2, temperature=0.25, kl_coef=1.0).squeeze()
     assert f"{float(cell.recovery_baseline):.2f}/{float(cell.recovery_challenger):.2f}*" in text
-    assert f"in {int(summary.significant.sum())} of {summary.difference.size} cells" in phase_diagram.verdict(summary)
+    several, lone = summary.sel(capacity=summary.capacity > 1), summary.sel(capacity=1)
+    told = phase_diagram.verdict(summary)
+    assert f"in {int(several.significant.sum())} of {several.difference.size} cells" in told
+    assert f"K = 1, set apart: more often in {int(lone.significant.sum())} of {lone.difference.size}" in told
+
+
+def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
+    points = phase_diagram.references([dataset.isel(algorithm=0)], 0.3)
+    falling = phase_diagram.References(**{**vars(points), "outcome": (points.mass < np.median(points.mass)) * 0.9})
+    assert "no critical mass (recovery does not rise" in str(phase_diagram.critical_mass(falling, 0.3, 19))
+    # All but the lightest recover: a curve would place its half far below what was seen.
+    rarely = points.mass > np.sort(points.mass)[1]
+    light = phase_diagram.References(**{**vars(points), "outcome": rarely * 0.9, "mass": 0.01 + 0.001 * rarely})
+    found = phase_diagram.critical_mass(light, 0.3, 19)
+    assert found.is_seen == (found.seen[0] <= found.by_mass.critical <= found.seen[1])
+    # With a small coefficient every optimum lies far on the target: the log-odds still differ.
+    sure = phase_diagram.References(**{**vars(points), "log_odds": points.log_odds + 120})
+    assert np.isfinite(phase_diagram.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "label_noise", "expected"),
+    [
+        ("ppo", 0.2, (True, 256, 256 * 100)),
+        ("reinforce", 0.0, (True, 256, 256 * 400)),
+        ("grpo", 0.0, (False, 256, 256 * 100)),
+        ("online_dpo", 0.0, (True, 256, 256 * 400)),
+        ("online_dpo", 0.2, (False, 256, 256 * 400)),
+        ("offline_dpo_ref", 0.0, (True, 256, 256 * 16)),
+        ("offline_dpo_data", 0.0, (True, 0, 0)),
+        ("kto", 0.0, (False, 0, 0)),
+    ],
+)
+def test_boundaries_are_those_that_the_algorithm_has(algorithm, label_noise, expected):
+    found = phase_diagram.predictions(AlignmentSettings(algorithm=algorithm), label_noise)
+    assert (found.gibbs, found.draws_a_step, found.draws) == expected
+
+
+def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
+    one, other = finished(), finished()
+    one.attrs["configuration"] = configuration("plane", target_weights=[0.03])
+    other.attrs["configuration"] = configuration("plane", target_weights=[0.1], rewards=["disc"])
+    with pytest.raises(ValueError, match=r"more_weights\.zarr is of another sweep \(rewards"):
+        phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "message"),
+    [
+        ("noise", {"label_noise": (0.2,)}, "--label-noise needs two values"),
+        ("reward", {"rewards": ("disc",)}, "--rewards needs two values"),
+        ("base-em", {"starts": (1, 3, 10)}, "--starts takes one or two values"),
+    ],
+)
+def test_refuses_what_its_figure_cannot_show(preset, flags, message):
+    with pytest.raises(ValueError, match=message):
+        SCRIPT["Config"](preset, **flags)
+
+
+def test_the_store_says_what_no_flag_does():
+    chosen = SCRIPT["Config"]("plane").settings()
+    fixed = SCRIPT["fixed_settings"](chosen, False)
+    assert fixed["alignment"] == asdict(AlignmentSettings(algorithm="ppo"))
+    assert fixed["coefficients"]["ppo"]["learning_rate"] == ALGORITHMS["ppo"].learning_rate
+    assert {"distillation_samples", "iterations", "covariance_floor"} <= set(fixed["laboratory"])
+    json.dumps(fixed)
 
 
 def quick_and_slow(presets):
@@ -153,7 +228,7 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
         "cost": {"match_component_evaluations": [False, True]},
     }.get(preset, {})
     dataset = finished(**axes)
-    dataset.attrs["configuration"] = json.dumps({"preset": preset, "steps": 400})
+    dataset.attrs["configuration"] = configuration(preset)
     told = phase_diagram.report({"sweep": dataset}, tmp_path)
     assert "Align→KD recovers more often than KD→Align in" in told
     names = ["phase_diagram", "critical_mass"] if preset == "plane" else [preset]
@@ -164,9 +239,6 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
     cells = phase_diagram.summarise(dataset).difference.size
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
-
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "phase_diagram.py"))
 
 
 @pytest.mark.parametrize("preset", SCRIPT["PRESETS"])

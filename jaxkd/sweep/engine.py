@@ -29,6 +29,11 @@ from jaxkd.sweep.grid import Block, Grid
 from jaxkd.sweep.store import Label, Store, Template
 
 
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cpu_cores_as_devices(count: int | None = None) -> None:
     """Make each core of the CPU a device of its own; call it before jax starts. Has no effect on GPUs and TPUs.
 
@@ -36,7 +41,7 @@ def use_cpu_cores_as_devices(count: int | None = None) -> None:
     be split inside an operation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", count or cpu_cores())
 
 
 _QUICK_COMPILE = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}

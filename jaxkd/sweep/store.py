@@ -189,6 +189,12 @@ class Store:
           OSError: when the disk is full or the folder cannot be written; earlier blocks stay as they are.
         """
         region = tuple(block.region.values())
+        wanted = json.loads(self._group.attrs["configuration"])["variables"]
+        if {*wanted} != {*values}:
+            raise ValueError(
+                f"block {block.index} has the variables {', '.join(sorted(values))}, the store "
+                f"{', '.join(sorted(wanted))}: they may not depend on the block's settings"
+            )
         for name, array in values.items():
             expected = self._group[name].shape[len(region) :] if name in self._group else None
             if expected != array.shape[1:] or len(array) != block.num_runs:
