@@ -148,12 +148,12 @@ def main(config: Align) -> None:
     for other in (config.reference, config.target):
         if other is not None:
             text.check_same_vocabulary(tokenizer, text.load_tokenizer(other))
+    start = setting.load(config.source)
     held = {} if pairs is None else {"pairs": fingerprint(pairs)}
     durable.check_configuration(config.out, config.results_depend_on() | held)
     if durable.read_record(config.out) is not None:
         print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
         return
-    start = setting.load(config.source)
     reference = start if config.reference is None else setting.load(config.reference)
     key = jax.random.key(config.seed)
     alignment = alignment_of(config)

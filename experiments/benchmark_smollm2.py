@@ -71,6 +71,8 @@ class Benchmark:
         for flag in ("batch", "length", "prompt_length", "new_tokens", "long_batch", "long_length", "repetitions"):
             checks.whole(f"--{flag.replace('_', '-')}", getattr(self, flag), least=1)
         checks.numbers("--decode-batches", self.decode_batches, least=1)
+        if self.only:
+            checks.names("--only", self.only, ("forward", "gradient", "decode", *TRAINING))
 
 
 TRAINING = ("dpo", "distillation")
@@ -119,6 +121,8 @@ def tasks_of(benchmark: Benchmark) -> list[Task]:
 def memory_tasks_of(benchmark: Benchmark) -> list[Task]:
     """What is measured besides, for memory alone."""
     shape = (benchmark.long_batch, benchmark.long_length)
+    if benchmark.only and "gradient" not in benchmark.only:
+        return []
     return [Task(what, "float32", *shape) for what in ("gradient", "naive_gradient")]
 
 
@@ -447,12 +451,19 @@ class Peer:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, folder), daemon=True)
         self._process.start()
-        self._connection.recv()
+        theirs.close()
+        self._receive()
+
+    def _receive(self):
+        try:
+            return self._connection.recv()
+        except EOFError:
+            raise OSError(f"the process of {self.name} ended: it may have run out of memory") from None
 
     def ask(self, verb: str, task: Task) -> float:
         """Seconds: of compiling, for "prepare", which also runs once; of one run, for "run"."""
         self._connection.send((verb, task))
-        return self._connection.recv()
+        return self._receive()
 
     def stop(self):
         """Let the process end."""
@@ -547,7 +558,11 @@ def convert(source: str, folder: str) -> dict:
     mine, theirs = context.Pipe()
     process = context.Process(target=_convert, args=(theirs, source, folder))
     process.start()
-    outcome = mine.recv()
+    theirs.close()
+    try:
+        outcome = mine.recv()
+    except EOFError:
+        raise OSError(f"the process that converts {source} ended: it may have run out of memory") from None
     process.join()
     if isinstance(outcome, Exception):
         raise outcome
@@ -609,17 +624,18 @@ def draw(result: dict, path: Path) -> None:
     timed = [row for row in result["tasks"] if "seconds" in row]
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=[1.15, 1, 1.35])
-        passes = [row for row in timed if row["what"] != "decode"]
-        labels = [f"{row['what']}\n{row['dtype']}" for row in passes]
-        _bars(axes[0], labels, [row["seconds"] for row in passes], "{:.2f}")
-        shape = f"{passes[0]['batch']} × {passes[0]['length']} tokens"
-        axes[0].set(
-            title=f"Forward, and log-probability with gradient\n{shape}",
-            ylabel="seconds (less is better)",
-            yscale="log",
-        )
-        _plain_ticks(axes[0])
-        _lines(axes[1], [row for row in timed if row["what"] == "decode"])
+        passes = [row for row in timed if row["what"] in ("forward", "gradient")]
+        passes = passes or [row for row in timed if row["what"] in TRAINING]
+        if passes:
+            what = {"dpo": "step of DPO", "distillation": "step of\ndistillation"}
+            labels = [f"{what.get(row['what'], row['what'])}\n{row['dtype']}" for row in passes]
+            _bars(axes[0], labels, [row["seconds"] for row in passes], "{:.2f}")
+            shapes = ", ".join(dict.fromkeys(f"{row['batch']} × {row['length']}" for row in passes))
+            axes[0].set(title=f"A pass or a step\n{shapes} tokens", ylabel="seconds (less is better)", yscale="log")
+            _plain_ticks(axes[0])
+        decoding = [row for row in timed if row["what"] == "decode"]
+        if decoding:
+            _lines(axes[1], decoding)
         weighed = [row for row in result["tasks"] if "memory_bytes" in row and row["what"] != "decode"]
         if weighed:
             gib = [{k: v["peak"] / 2**30 for k, v in row["memory_bytes"].items()} for row in weighed]
@@ -686,8 +702,8 @@ def main(benchmark: Benchmark) -> None:
         draw(json.loads(benchmark.json_file.read_text(encoding="utf-8")), benchmark.figure)
         return
     result = measure(benchmark)
-    draw(result, benchmark.figure)
     print(json.dumps(result, indent=2))
+    draw(result, benchmark.figure)
 
 
 if __name__ == "__main__":

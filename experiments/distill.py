@@ -148,12 +148,12 @@ def main(config: Distill) -> None:
     setting = Setting(
         tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
     )
+    teacher = setting.load(config.teacher)
     held = {} if samples is None else {"texts": fingerprint(samples)}
     durable.check_configuration(config.out, config.results_depend_on() | held)
     if durable.read_record(config.out) is not None:
         print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
         return
-    teacher = setting.load(config.teacher)
     sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
     workshop = stages.Workshop(durable.Progress(), sinks)
     workshop.begin()

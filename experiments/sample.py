@@ -189,7 +189,9 @@ def write_missing(shards, draw, size: int, examples: list) -> float:
 
 def main(config: Config) -> None:
     """Sample what is missing, shard by shard."""
+    from jaxkd import files
     from jaxkd.smollm2 import corpus, text, weights
+    from jaxkd.smollm2.network import fingerprint
 
     model_config = weights.load_config(config.source, config.revision)
     tokenizer = text.load_tokenizer(config.source, config.revision)
@@ -203,10 +205,15 @@ def main(config: Config) -> None:
         return
     shards = corpus.Corpus(config.out, len(examples) * config.samples, config.samples_per_shard, config.format)
     settings = config.results_depend_on() | {"prompts_digest": digest(prompts)}
-    corpus.check(shards, settings, overwrite=config.overwrite)
-    _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision)
-    corpus.begin(shards, settings, versions(), overwrite=config.overwrite)
-    speed = write_missing(shards, *make_sampler(config, tokenizer, model_config, params, prompts), examples)
+    corpus.check(shards, settings, overwrite=config.overwrite, later=("weights", "ends"))
+    with files.claim(config.out, wait=False) as mine:
+        if not mine:
+            raise ValueError(f"another process is writing to {config.out}: choose another --out, or wait")
+        _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision)
+        # A source of the same name may have other weights by now.
+        settings |= {"weights": fingerprint(params), "ends": list(tokenizer.eos_ids)}
+        corpus.begin(shards, settings, versions(), overwrite=config.overwrite)
+        speed = write_missing(shards, *make_sampler(config, tokenizer, model_config, params, prompts), examples)
     told = f" at {speed:.0f} tokens/s" if speed else ""
     print(f"{shards.total} samples are in {config.out}{told}", file=sys.stderr)
 

@@ -114,13 +114,15 @@ class Config:
         for name, value in _FIXED.items():
             if entries.get(name) not in (None, value):
                 raise ValueError(f"{name} must be {value!r}, the only one implemented; got {entries[name]!r}")
-        if entries.get("quantization_config"):
-            method = entries["quantization_config"].get("quant_method")
+        if quantised := entries.get("quantization_config"):
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
             raise ValueError(f"quantised checkpoints ({method!r}) are not read; take the plain one, or a GGUF")
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [name for name in needed if entries.get(name) is None]
         if missing:
             raise ValueError(f"config.json has no {', '.join(missing)}")
+        if strange := [name for name in needed if not isinstance(entries[name], int)]:
+            raise ValueError(f"{strange[0]} must be a whole number; got {entries[strange[0]]!r}")
         heads = entries["num_attention_heads"]
         rope = _rope_entries(entries)
         eos = entries.get("eos_token_id")
@@ -188,6 +190,8 @@ class Config:
         scaling = fields.get("llama.rope.scaling.type", "none")
         if scaling != "none":
             raise ValueError(f"rope scaling {scaling!r} is not implemented; only models without scaling are read")
+        if fields.get("llama.rope.scale_linear", 1) != 1:
+            raise ValueError("linear rope scaling (llama.rope.scale_linear) is not implemented")
         if fields.get("llama.expert_count"):
             raise ValueError(f"mixtures of experts are not implemented; got {fields['llama.expert_count']} experts")
         names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
@@ -195,6 +199,13 @@ class Config:
         if missing:
             raise ValueError(f"the GGUF metadata has no {', '.join(f'llama.{name}' for name in missing)}")
         width, hidden, layers, heads, context = (fields[f"llama.{name}"] for name in names)
+        if not isinstance(heads, int | np.integer):
+            raise ValueError(f"layers of different head counts are not implemented; got {heads}")
+        head_dim = fields.get("llama.attention.key_length", width // max(heads, 1))
+        if fields.get("llama.rope.dimension_count", head_dim) != head_dim:
+            raise ValueError(
+                "rotary embeddings of a part of each head (llama.rope.dimension_count) are not implemented"
+            )
         vocabulary = fields.get("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", ())))
         eos = fields.get("tokenizer.ggml.eos_token_id")
         return cls(
@@ -204,7 +215,7 @@ class Config:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=fields.get("llama.attention.key_length", width // max(heads, 1)),
+            head_dim=head_dim,
             max_positions=context,
             rope_theta=_from_float32(fields.get("llama.rope.freq_base", 10000.0)),
             norm_epsilon=_from_float32(fields.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
@@ -222,6 +233,8 @@ def _or(value, default):
 def _rope_entries(entries: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of rotary embeddings beyond their base, refused by name unless it is nothing."""
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters must be an object; got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope scaling {kind!r} is not implemented; only models without scaling are read")

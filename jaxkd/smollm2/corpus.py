@@ -77,13 +77,14 @@ def _jsonl(path: Path, table: pyarrow.Table) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
 
 
-def check(corpus: Corpus, configuration: dict, *, overwrite: bool = False) -> None:
+def check(corpus: Corpus, configuration: dict, *, overwrite: bool = False, later: Sequence[str] = ()) -> None:
     """Make sure that the folder is free, or was begun with this very configuration.
 
     Args:
       corpus: what is to be written.
       configuration: all that the rows depend on; plain JSON.
       overwrite: whether samples of another configuration may be deleted; nothing else ever is.
+      later: names in the folder's configuration that are not known yet.
 
     Raises:
       FileExistsError: when the folder holds something else; names what differs.
@@ -91,7 +92,7 @@ def check(corpus: Corpus, configuration: dict, *, overwrite: bool = False) -> No
     manifest = corpus.directory / MANIFEST
     if manifest.exists():
         if not overwrite:
-            _check_same(manifest, json.loads(json.dumps(configuration)))
+            _check_same(manifest, json.loads(json.dumps(configuration)), later)
     elif corpus.directory.exists() and not (corpus.directory.is_dir() and _is_free(corpus.directory)):
         raise FileExistsError(f"{corpus.directory} exists and holds no samples of jaxkd: choose another --out")
 
@@ -101,9 +102,9 @@ def begin(corpus: Corpus, configuration: dict, versions: dict, *, overwrite: boo
     check(corpus, configuration, overwrite=overwrite)
     manifest = corpus.directory / MANIFEST
     if overwrite and manifest.exists():
-        manifest.unlink()
-        for shard in corpus.directory.glob("part-*"):
-            shard.unlink()
+        # The manifest last: killed in between, the folder can still be told to hold samples.
+        for old in (*corpus.directory.glob("part-*"), manifest):
+            old.unlink()
     for torn in corpus.directory.glob(f"*{files.PARTIAL}"):
         torn.unlink()
     if manifest.exists():
@@ -118,12 +119,12 @@ def _is_free(directory: Path) -> bool:
     return all(path.name == MANIFEST + files.PARTIAL for path in directory.iterdir())
 
 
-def _check_same(manifest: Path, wanted: dict) -> None:
+def _check_same(manifest: Path, wanted: dict, later: Sequence[str]) -> None:
     try:
         held = json.loads(manifest.read_text(encoding="utf-8"))["configuration"]
     except (ValueError, KeyError):
         raise FileExistsError(f"{manifest} can't be read: choose another --out, or give --overwrite") from None
-    differing = files.differences(held, wanted)
+    differing = files.differences({key: value for key, value in held.items() if key not in later}, wanted)
     if differing:
         raise FileExistsError(
             f"{manifest.parent} holds samples of another configuration ({'; '.join(differing)}): "

@@ -39,7 +39,7 @@ class Sampling:
       top_k: keep the k likeliest tokens; None keeps all.
       top_p: keep the likeliest tokens that together have this probability; None keeps all.
       min_p: keep tokens at least this many times as likely as the likeliest; None keeps all.
-      greedy: set where the temperature is 0.
+      greedy: take the likeliest token whatever the temperature; so does a temperature of 0.
 
     Raises:
       ValueError: on a number outside its range; traced numbers are not checked.
@@ -60,6 +60,9 @@ class Sampling:
         }
         for name, bounds in limits.items():
             value = getattr(self, name)
+            if isinstance(value, np.number):
+                value = value.item()
+                object.__setattr__(self, name, value)
             if isinstance(value, int | float):
                 (checks.whole if name == "top_k" else checks.number)(name, value, **bounds)
 
@@ -178,7 +181,8 @@ def check_prompts(model: Model, tokens, mask, max_new_tokens: int) -> tuple[np.n
     """Prompts as numpy arrays, or ValueError."""
     checks.whole("max_new_tokens", max_new_tokens, least=1)
     tokens, mask = np.asarray(tokens), np.asarray(mask)
-    if tokens.ndim != 2 or tokens.shape != mask.shape or mask.dtype != bool:
+    whole = np.issubdtype(tokens.dtype, np.integer)
+    if tokens.ndim != 2 or tokens.shape != mask.shape or mask.dtype != bool or (tokens.size and not whole):
         raise ValueError(
             f"prompts must be int[B, P] and their mask bool[B, P]; got {tokens.dtype}{list(tokens.shape)} "
             f"and {mask.dtype}{list(mask.shape)}"
@@ -212,8 +216,8 @@ def at_temperature(sampling: Sampling, temperature: Any = None) -> Sampling:
       sampling: as given.
       temperature: takes the place of sampling's own, where given.
     """
-    sampling = sampling if temperature is None else replace(sampling, temperature=temperature)
-    greedy = isinstance(sampling.temperature, int | float) and sampling.temperature == 0
+    sampling = sampling if temperature is None else replace(sampling, temperature=temperature, greedy=False)
+    greedy = sampling.greedy or (isinstance(sampling.temperature, int | float) and sampling.temperature == 0)
     off = {"temperature": 1, "top_p": 1, "min_p": 0}
     values = {
         name: None if value is None or (isinstance(value, int | float) and value == off.get(name)) else value

@@ -26,8 +26,11 @@ def open_gguf(path: str | Path) -> gguf.GGUFReader:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, not a GGUF file")
     try:
-        return _Reader(str(path))
+        reader = _Reader(str(path))
     except OSError:
         raise
     except Exception as error:  # what numpy or the package trips over when the bytes are not there
         raise ValueError(f"{path} can't be read as GGUF, it may be cut short: {error}") from None
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} was written for machines of the other byte order, which is not implemented")
+    return reader

@@ -19,3 +19,8 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold one JSON object, got {type(content).__name__}")
     return content
+
+
+def write_object(path: Path, content: dict) -> None:
+    """Write an object, keys in order."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -330,7 +330,8 @@ class Model:
 
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of `table: [V, D]` at `tokens: int[B, T]`, float32[B, T, D]; NaN for a token that is not in the table."""
-    return jnp.take(table, tokens, axis=0, mode="fill").astype(jnp.float32)
+    # Without signs: a negative index would count from the end.
+    return jnp.take(table, tokens.astype(jnp.uint32), axis=0, mode="fill").astype(jnp.float32)
 
 
 def _check(config: Config, tokens: jax.Array, mask: jax.Array | None) -> None:

@@ -99,8 +99,9 @@ class Setting:
         return -(-min(self.batch_size, n) // self._shards) * self._shards
 
     def load(self, source: str | Path, dtype: str = "float32") -> "Network":
-        """A checkpoint from any source that `weights.load` takes."""
+        """A checkpoint from any source that `weights.load` takes; ValueError where it can't continue the prompt."""
         config, params = weights.load(source, dtype=dtype, mesh=self.mesh)
+        generate.check_prompts(self.model(config), self.prompt_tokens, self.prompt_mask, self.max_new_tokens)
         return Network(config, params, self)
 
     def texts_of(self, x: Any) -> list[str]:

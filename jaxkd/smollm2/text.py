@@ -76,7 +76,7 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion: those of generation_config.json, else the tokenizer's."""
+        """The ids that end a completion: those that the checkpoint's configuration names, else the tokenizer's."""
         ids = self.generation.get("eos_token_id", self.id_of("eos_token"))
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
@@ -104,15 +104,11 @@ class Tokenizer:
         described = self.settings | self.special | {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self.chat_template is not None:
             described["chat_template"] = self.chat_template
-        _write_json(directory / "tokenizer_config.json", described)
-        _write_json(directory / "special_tokens_map.json", self.special)
+        json_file.write_object(directory / "tokenizer_config.json", described)
+        json_file.write_object(directory / "special_tokens_map.json", self.special)
         ids = {f"{role}_id": self.id_of(role) for role in ROLES if role != "unk_token"}
         present = {key: value for key, value in ids.items() if value is not None}
-        _write_json(directory / "generation_config.json", present | self.generation)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        json_file.write_object(directory / "generation_config.json", present | self.generation)
 
 
 # --- where a tokenizer comes from ------------------------------------------------------------------------------------
@@ -158,8 +154,15 @@ def from_directory(directory: str | Path) -> Tokenizer:
         special,
         _chat_template(directory, config),
         {key: value for key, value in config.items() if key not in dropped},
-        _read_json(directory / "generation_config.json"),
+        _generation(directory),
     )
+
+
+def _generation(directory: Path) -> dict:
+    """generation_config.json; the ends of config.json where it names none, as in transformers."""
+    entries = {k: v for k, v in _read_json(directory / "generation_config.json").items() if v is not None}
+    ends = _read_json(directory / "config.json").get("eos_token_id")
+    return entries if ends is None else {"eos_token_id": ends} | entries
 
 
 def _content(token: str | dict) -> str:
@@ -291,17 +294,6 @@ def check_same_vocabulary(one: Tokenizer, other: Tokenizer) -> None:
     )
 
 
-def check_ids(ids, vocab_size: int) -> None:
-    """Raise ValueError where an id of an array or nested list is outside the vocabulary."""
-    ids = np.asarray(ids)
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        position = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise ValueError(
-            f"token id {int(ids[position])} at position {list(position)} is outside the vocabulary of {vocab_size}"
-        )
-
-
 def check_length(length: int, context: int, *, what: str = "the prompt", new_tokens: int = 0) -> None:
     """Raise ValueError where a text, with the tokens to come, does not fit the model's context."""
     if length + new_tokens > context:
@@ -398,6 +390,7 @@ class Example:
       completion: what follows, of a prompt+completion row; else None.
       chosen: the preferred completion of a preference row; else None.
       rejected: the other completion of a preference row; else None.
+      finished: the completion came to its end; one that was cut at a limit gets no end when it is encoded.
       from_chat: the strings were rendered by the chat template, which wrote the special tokens into them. Where it
         did not, encoding adds the tokenizer's own before the prompt and an end after each completion, as TRL does.
     """
@@ -406,11 +399,13 @@ class Example:
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    finished: bool = True
     from_chat: bool = False
 
 
 _FORMATS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}, {"chosen", "rejected"})
 _COLUMNS = ("prompt", "completion", "chosen", "rejected")
+_FINISHED = "finished"  # beside a completion: of the samples that `corpus` writes
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
@@ -468,7 +463,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            columns = [name for name in file.schema_arrow.names if name in (*_COLUMNS, _FINISHED)]
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
@@ -481,6 +476,7 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
     Raises:
       ValueError: on other columns, on values of mixed or wrong types, or on completions that do not differ.
     """
+    finished = row.get(_FINISHED) is not False
     row = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
     if set(row) not in _FORMATS:
         allowed = "; ".join(", ".join(sorted(columns)) for columns in _FORMATS)
@@ -497,7 +493,7 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
             chat = dict.fromkeys(row, chat["chosen"])
     if len(set(chat.values())) != 1:
         raise ValueError("prompt and completion must both be strings or both be lists of messages")
-    return _render(row, tokenizer) if chat["prompt"] else Example(**row)
+    return _render(row, tokenizer) if chat["prompt"] else Example(**row, finished=finished)
 
 
 def _is_conversation(key: str, value: Any) -> bool:
@@ -580,7 +576,8 @@ def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "complet
     if text is None:
         raise ValueError(f"the example has no {which}: {example}")
     ids = tokenizer.encode(text)
-    return ids if example.from_chat or not tokenizer.eos_ids else [*ids, tokenizer.eos_ids[0]]
+    ended = example.from_chat or not example.finished or not tokenizer.eos_ids
+    return ids if ended else [*ids, tokenizer.eos_ids[0]]
 
 
 def encode_prompts(

@@ -12,7 +12,6 @@ Memory. The largest leaf of the pytree is filled first and handed to jax, then t
 parameters the peak stays near P. Nothing is ever unpickled.
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -39,7 +38,7 @@ _ROWS = 2048
 # How many names an error lists of each kind.
 _LISTED = 8
 # Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 
 
 # --- which tensor goes where -----------------------------------------------------------------------------------------
@@ -174,6 +173,8 @@ def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
         where = json_file.read_object(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise ValueError(f"{index} has no weight_map")
+        if strange := [file for file in where.values() if not isinstance(file, str) or Path(file).name != file]:
+            raise ValueError(f"{index} names a file outside its folder: {strange[0]!r}")
         return {
             directory / file: {name for name, place in where.items() if place == file}
             for file in sorted(set(where.values()))
@@ -215,19 +216,30 @@ class GGUFReader:
         fields = {key: field.contents() for key, field in reader.fields.items() if _is_plain(key)}
         fields.setdefault("llama.vocab_size", self.shapes.get("model.embed_tokens.weight", (0,))[0])
         self.config = Config.from_gguf(fields, tie_embeddings="lm_head.weight" not in self._tensors)
+        self._refuse_scaled_rope()
+
+    def _refuse_scaled_rope(self) -> None:
+        """Llama 3's scaling of rotary embeddings is in such files as this tensor alone."""
+        name = "rope_freqs.weight"
+        if name in self.shapes:
+            if not all((block == 1).all() for block in self.blocks(name)):
+                raise ValueError(f"{self._path}: rope scaling ({name}, as of llama3) is not implemented")
+            del self.shapes[name]
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `Reader`."""
         import gguf
 
-        tensor = self._tensors[name]
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
-        for start in range(0, self.shapes[name][0], _ROWS):
+        tensor, head_dim = self._tensors[name], self.config.head_dim
+        permuted = name.endswith((".q_proj.weight", ".k_proj.weight"))
+        # Whole heads, where their rows have to be put in order.
+        step = max(head_dim, _ROWS - _ROWS % head_dim) if permuted else _ROWS
+        for start in range(0, self.shapes[name][0], step):
             try:
-                block = gguf.dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
+                block = gguf.dequantize(tensor.data[start : start + step], tensor.tensor_type)
             except NotImplementedError as error:
                 raise ValueError(f"{self._path}: {tensor.name} can't be dequantised: {error}") from None
-            yield block if heads is None else _undo_permutation(block, self.config.head_dim)
+            yield _undo_permutation(block, head_dim) if permuted else block
 
 
 def _is_plain(key: str) -> bool:
@@ -293,14 +305,13 @@ def _in_wheel(name: str) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.jinja", "model*.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # besides its own, the package lets through what its network library raises
         at = "" if revision is None else f" at revision {revision!r}"
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{name}{at} is neither in the local cache nor to be had from the hub: {reason}") from None
 
 
@@ -435,6 +446,12 @@ def _list(names) -> str:
     return ", ".join(names[:_LISTED]) + rest
 
 
+_SAVING = ".saving-"
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"
+)  # fmt: skip
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +459,8 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
     """Write a checkpoint folder that transformers, and whatever reads Hugging Face checkpoints, loads as it is.
 
     Args:
-      directory: made where it is not there; files of an earlier checkpoint in it are replaced.
+      directory: made where it is not there; files of an earlier checkpoint in it are replaced, those of its tokenizer
+        where one is given.
       config: the model's shape.
       params: nested dict as of `Model.init`, all of one dtype, which the files keep.
       tokenizer: anything with `save_pretrained(directory)`, such as `text.Tokenizer`; it writes its files and
@@ -455,18 +473,29 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
     found = places(config)
     dtype = _check_params(config, params)
     directory.mkdir(parents=True, exist_ok=True)
-    # Complete beside the folder first: a run that is stopped leaves no half of a checkpoint in it.
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-        _write_json(Path(temporary) / "config.json", config.to_hf(dtype.name))
+    for stale in directory.glob(f"{_SAVING}*"):
+        shutil.rmtree(stale)
+    # Complete beside the files first, and config.json gone while they are changed: a run that is stopped leaves the
+    # checkpoint of before, or a folder that nothing loads.
+    with tempfile.TemporaryDirectory(dir=directory, prefix=_SAVING) as temporary:
+        json_file.write_object(Path(temporary) / "config.json", config.to_hf(dtype.name))
         ids = {"bos_token_id": config.bos_id, "eos_token_id": config.to_hf()["eos_token_id"]}
         ids |= {"pad_token_id": config.pad_id}
-        _write_json(Path(temporary) / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        json_file.write_object(
+            Path(temporary) / "generation_config.json", {k: v for k, v in ids.items() if v is not None}
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         _write_safetensors(Path(temporary), found, params)
-        for stale in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
+        (directory / "config.json").unlink(missing_ok=True)
+        patterns = (
+            "model*.safetensors",
+            "model.safetensors.index.json",
+            *(_TOKENIZER if tokenizer is not None else ()),
+        )
+        for stale in [path for pattern in patterns for path in directory.glob(pattern)]:
             stale.unlink()
-        for path in sorted(Path(temporary).iterdir()):
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
             shutil.move(path, directory / path.name)
 
 
@@ -504,7 +533,7 @@ def _write_safetensors(directory: Path, found: Mapping[str, Place], params: Para
     if len(shards) > 1:
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        _write_json(directory / "model.safetensors.index.json", index)
+        json_file.write_object(directory / "model.safetensors.index.json", index)
 
 
 def _shards(found: Mapping[str, Place], itemsize: int) -> list[list[str]]:
@@ -517,7 +546,3 @@ def _shards(found: Mapping[str, Place], itemsize: int) -> list[list[str]]:
             size = prod(place.shape) * itemsize
         shards[-1].append(name)
     return shards
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

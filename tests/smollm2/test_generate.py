@@ -40,6 +40,22 @@ def test_greedy_is_the_likeliest_token_of_the_whole_text():
         np.testing.assert_array_equal(drawn.tokens[row], following.argmax(axis=-1))
 
 
+@pytest.mark.parametrize("settings", [{"greedy": True}, {"temperature": np.float32(0)}])
+def test_greedy_may_be_asked_for_in_other_ways(settings):
+    model, params = _model()
+    np.testing.assert_array_equal(
+        _generate(model, params, **settings).tokens, _generate(model, params, temperature=0).tokens
+    )
+
+
+def test_numbers_of_numpy_are_checked_too():
+    with pytest.raises(ValueError, match="top_p must be"):
+        Sampling(top_p=np.float32(0))
+    model, params = _model()
+    with pytest.raises(ValueError, match=r"prompts must be int\[B, P\]"):
+        _generate(model, params, prompts=PROMPTS.astype(np.float32))
+
+
 def test_log_probs_are_the_policys_at_temperature_one():
     model, params = _model()
     drawn = _generate(model, params, temperature=0.5, top_k=20, top_p=0.9, min_p=0.01)

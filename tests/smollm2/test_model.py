@@ -9,7 +9,7 @@ import pytest
 from random_params import random_params
 
 from jaxkd.smollm2.config import Config
-from jaxkd.smollm2.model import Model, make_model
+from jaxkd.smollm2.model import Model, embed, make_model
 
 CONFIG = Config.tiny(num_layers=2)
 logits = jax.jit(Model.logits, static_argnums=0)
@@ -48,6 +48,14 @@ def test_padding_on_either_side_changes_nothing():
     left = logits(model, params, left_tokens, jnp.concatenate([zeros, ones], axis=1))[:, 5:]
     np.testing.assert_allclose(right, alone, atol=2e-5)
     np.testing.assert_allclose(left, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("token", [-1, -100, 264])
+def test_a_token_outside_the_vocabulary_is_no_other(token):
+    table = jnp.arange(12.0).reshape(6, 2)
+    found = embed(table, jnp.array([[2, token]]))
+    np.testing.assert_array_equal(found[0, 0], table[2])
+    assert jnp.isnan(found[0, 1]).all()
 
 
 def test_no_position_sees_what_follows():

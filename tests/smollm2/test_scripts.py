@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -75,6 +76,9 @@ def test_samples_are_written_and_read_back(run, tmp_path):
     assert len({tuple(row["completion_ids"]) for row in rows}) == 10
     read = text.read_examples(tmp_path / "out", tokenizer)
     assert [example.completion for example in read] == [row["completion"] for row in rows]
+    # As training data again, what was cut at the limit gets no end.
+    ends = [text.completion_ids(tokenizer, example)[-1] in tokenizer.eos_ids for example in read]
+    assert ends == [row["finished"] for row in rows] and not all(ends)
 
 
 def test_batches_and_formats_change_nothing(run, tmp_path):
@@ -113,7 +117,7 @@ def test_example_is_shown(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_same_command_goes_on_and_another_is_refused(run, tmp_path):
+def test_same_command_goes_on_and_another_is_refused(run, tmp_path, monkeypatch):
     arguments = [*TINY, "--samples", 4, "--samples-per-shard", 2, "--out", tmp_path / "out"]
     assert run(SAMPLE, *arguments)[0] == 0
     first, second = sorted((tmp_path / "out").glob("part-*"))
@@ -126,6 +130,13 @@ def test_same_command_goes_on_and_another_is_refused(run, tmp_path):
     assert code == 2 and "another configuration (seed: 0 there, 1 now)" in err
     assert run(SAMPLE, *arguments, "--seed", 1, "--overwrite")[0] == 0
     assert second.read_bytes() != held
+    second.unlink()
+    _, params = weights.load("random:tiny")
+    changed = jax.tree.map(lambda leaf: leaf * 2, params)
+    monkeypatch.setattr(weights, "load", lambda source, **_: (weights.load_config(source), changed))
+    code, _, err = run(SAMPLE, *arguments, "--seed", 1)
+    assert code == 2 and "another configuration (weights: " in err
+    monkeypatch.undo()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/precious").touch()
     code, _, err = run(SAMPLE, *TINY, "--out", tmp_path / "other", "--overwrite")

@@ -179,11 +179,18 @@ def test_vocabularies_that_do_not_match_are_refused(tokenizer, trained):
         text.check_same_vocabulary(tokenizer, text.Tokenizer(trained, {}))
 
 
-def test_ids_outside_the_vocabulary_are_refused():
-    text.check_ids([[0, 258]], 259)
-    for bad in (259, -1):
-        with pytest.raises(ValueError, match=rf"token id {bad} at position \[0, 1\] is outside the vocabulary of 259"):
-            text.check_ids([[0, bad]], 259)
+def test_ends_are_those_of_the_configuration_where_no_other_file_names_them(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None, "top_k": 5}))
+    assert text.load_tokenizer(tmp_path).eos_ids == (2, 1)
+    (tmp_path / "generation_config.json").unlink()
+    assert text.load_tokenizer(tmp_path).eos_ids == (2, 1)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert text.load_tokenizer(tmp_path).eos_ids == (0,)
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).unlink()
+    assert text.load_tokenizer(tmp_path).eos_ids == (tokenizer.id_of("eos_token"),)
 
 
 # --- chat template ---------------------------------------------------------------------------------------------------

@@ -84,6 +84,23 @@ def test_distill_writes_a_student(run, tmp_path):
             ["--source", "random:tiny", "--behaviour", "words:unlikelihood", "--algorithm", "ppo"],
             "never shown",
         ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "ppo", "--lora-rank", "2"],
+            "ppo trains a critic",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "ppo", "--accumulate", "2"],
+            "ppo makes several updates a rollout",
+        ),
+        (DISTILL, ["--teacher", "random:tiny", "--prompt", ""], "every prompt must have at least one token"),
+        (DISTILL, ["--teacher", "random:tiny", "--max-new-tokens", "500"], "500 new ones are more than the 128 pos"),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--method", "forward_kl", "--data", "x", "--on-policy-fraction", "0.5"],
+            "--on-policy-fraction draws after --prompt",
+        ),
         (DISTILL, ["--teacher", "random:tiny", "--method", "kl"], "method must be one of sequence"),
         (
             DISTILL,

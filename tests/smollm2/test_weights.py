@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxkd.smollm2 import weights
+from jaxkd.smollm2 import text, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -130,7 +130,7 @@ def test_random_has_no_files_and_is_always_the_same():
     assert weights.load_config("random:tiny") == Config.tiny()
 
 
-def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None):
+def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None, rope_freqs=None):
     """What llama.cpp's converter writes: rows of queries and keys with the pairs of a rotation side by side."""
     names = {value: key for key, value in weights._GGUF_NAMES.items()}
     writer = gguf.GGUFWriter(path, architecture)
@@ -161,6 +161,8 @@ def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None):
             writer.add_tensor(short, np.ascontiguousarray(tensor), raw_dtype=tensor_type)
         else:
             writer.add_tensor(short, np.ascontiguousarray(tensor))
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -174,6 +176,50 @@ def test_gguf_undoes_the_permutation(tmp_path, tied):
     loaded_config, loaded = weights.load(tmp_path / "model.gguf")
     assert loaded_config == config
     _same(loaded, params)
+
+
+def test_rope_scaling_that_is_a_tensor_alone_is_refused_and_one_that_scales_nothing_is_not(tmp_path):
+    config, params = _saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    _write_gguf(tmp_path / "plain.gguf", config, tensors, rope_freqs=[1.0] * (config.head_dim // 2))
+    _same(weights.load(tmp_path / "plain.gguf")[1], params)
+    _write_gguf(tmp_path / "scaled.gguf", config, tensors, rope_freqs=[1.0] * (config.head_dim // 2 - 1) + [8.0])
+    with pytest.raises(ValueError, match=r"scaled\.gguf: rope scaling .* is not implemented"):
+        weights.load(tmp_path / "scaled.gguf")
+
+
+def test_blocks_of_rows_hold_whole_heads(tmp_path, monkeypatch):
+    config, params = _saved(tmp_path)
+    _write_gguf(tmp_path / "model.gguf", config, load_file(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(weights, "_ROWS", config.head_dim + 3)
+    _same(weights.load(tmp_path / "model.gguf")[1], params)
+
+
+def test_an_index_names_no_file_outside_its_folder(tmp_path):
+    _saved(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a file outside its folder"):
+        weights.load(tmp_path / "model")
+
+
+def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_run_stays(tmp_path, monkeypatch):
+    config, params = _saved(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("of the checkpoint before")
+    (tmp_path / f"{weights._SAVING}x").mkdir()
+    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+    assert text.load_tokenizer(tmp_path).chat_template == text.byte_tokenizer().chat_template
+    assert not list(tmp_path.glob(".saving-*"))
+
+    def stop(source, destination):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights.shutil, "move", stop)
+    with pytest.raises(KeyboardInterrupt):
+        weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        weights.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
