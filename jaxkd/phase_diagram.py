@@ -725,16 +725,21 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     return "\n".join([*told, f"In {folder}: {', '.join(names)}"])
 
 
-_MAY_DIFFER = ("target_weights", "capacities")
-"""What stores may differ in whose references are put into one picture."""
+_MAY_DIFFER = ("target_weights", "capacities", "zips", "block shape", "grid fingerprint")
+"""What stores may differ in, beside the values of their axes, whose references are put into one picture."""
+
+
+def _of_the_runs(configuration: Mapping) -> dict:
+    """What single runs depend on; values of axes are also there under the names of their flags."""
+    return {
+        key: value for key, value in configuration.items() if key not in _MAY_DIFFER and not key.startswith("axis ")
+    }
 
 
 def _check_same(configuration: Mapping, stores: Mapping[str, xr.Dataset]) -> None:
     for name, dataset in stores.items():
         other = json.loads(dataset.attrs["configuration"])
-        differing = files.differences(
-            *({key: value for key, value in one.items() if key not in _MAY_DIFFER} for one in (other, configuration))
-        )
+        differing = files.differences(_of_the_runs(other), _of_the_runs(configuration))
         if differing:
             raise ValueError(
                 f"{name}.zarr is of another sweep ({'; '.join(differing)}): move it away, or repeat the command with "

@@ -187,6 +187,10 @@ def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
     other.attrs["configuration"] = configuration("plane", target_weights=[0.1], rewards=["disc"])
     with pytest.raises(ValueError, match=r"more_weights\.zarr is of another sweep \(rewards"):
         phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+    other.attrs["configuration"] = configuration(
+        "plane", target_weights=[0.1], **{"axis seed": "0 to 3", "grid fingerprint": "ab", "block shape": [1]}
+    )
+    assert "over" in phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
 
 
 @pytest.mark.parametrize(
