@@ -37,6 +37,8 @@ class Flags:
     dry_run: bool = False
     """Build every model of the preset in shape alone, lay it out over the devices, compile its steps, and print shards,
     memory a device and time; nothing is loaded or trained."""
+    report: bool = False
+    """Make nothing: tables, store and figure of what --out holds already of the models that the other flags name."""
     out: Path = Path("runs/smollm2_order")
     """Run folder."""
     truth: str | None = None
@@ -256,8 +258,13 @@ def main(flags: Flags) -> None:
     resolved = asdict(order) | {"dtype": flags.dtype}
     mesh = dry_run.mesh_of_all_devices()
     workshop = Workshop(durable.Progress())
+    if flags.report and not (flags.out / "base" / orders.EVALUATION).exists():
+        raise ValueError(f"--report: {flags.out} holds no run that has begun to measure")
     laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
     durable.check_configuration(flags.out, laboratory.configuration() | {"dtype": flags.dtype})
+    if flags.report:
+        print(write_results(order, flags.out, resolved))
+        return
     workshop.sinks = durable.sinks(flags.wandb, flags.tensorboard, flags.out, resolved)
     rows = orders.rows_of(order, flags.out)
     print(budget(order, rows), file=sys.stderr)

@@ -306,7 +306,7 @@ def sentences(order: Order, out: Path) -> list[str]:
             other = by_key.get(("kd_align", student, algorithm, other_temperature, kl_coef))
             if other is not None:
                 told.append(
-                    f"{algorithm}, student {student}, β = {kl_coef:g}: {_LABELS[arm]}"
+                    f"{algorithm}, student {student}, β = {kl_coef:g}: {_LABELS[arm].replace(chr(10), ' ')}"
                     f"{'' if math.isnan(temperature) else f' (τ = {temperature:g})'} {_does(row)}, "
                     f"KD→Align (τ = {other_temperature:g}) {_does(other)} ({row['seeds']} and {other['seeds']} seeds)."
                 )

@@ -110,6 +110,7 @@ def test_distill_writes_a_student(run, tmp_path):
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
+        (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
         (
             ORDER,
             ["--truth", "random:tiny", "--preferences", "absent.jsonl", "--algorithms", "ipo"],
