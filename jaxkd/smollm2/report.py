@@ -203,6 +203,9 @@ def _table_row(key, runs: list[dict], base_reward: float) -> dict:
         row[f"{name}_low"] = math.nan if interval is None else interval.low
         row[f"{name}_high"] = math.nan if interval is None else interval.high
         row[f"{name}_points"] = " ".join(f"{value:.6g}" for value in values)
+    # Of two or three seeds that differ, a t interval reaches beyond what a share can be.
+    for end in ("low", "high"):
+        row[f"behaviour_frequency_{end}"] = float(np.clip(row[f"behaviour_frequency_{end}"], 0, 1))
     petaflops = row["model_flops"] / 1e15
     row["reward_gain_per_petaflop"] = (row["reward"] - base_reward) / petaflops if petaflops > 0 else math.nan
     return row
