@@ -66,8 +66,8 @@ class Benchmark:
     out: Path = Path("runs/benchmark_sweep")
     """Folder for the JSON and the figure; files of an earlier benchmark are replaced."""
     quick: bool = False
-    """A run of under a minute: 2 repetitions, one chunk, growth over the runs alone and from its two ends, and quickly
-    compiled code that runs a tenth slower. Its ratios are rough."""
+    """A run of about a minute: 2 repetitions, one chunk, growth over the runs alone and from its two ends. Its ratios
+    are rough."""
 
     def __post_init__(self):
         from jaxkd import checks
@@ -137,7 +137,7 @@ def keys_of(runs: int):
     return jax.vmap(jax.random.key)(jnp.arange(runs))
 
 
-def engine_form(workload: Workload, runs: int, chunk: int, devices: int, quick: bool = False) -> Form:
+def engine_form(workload: Workload, runs: int, chunk: int, devices: int) -> Form:
     """A workload through jaxkd's engine, compiled and warmed up."""
     import jax
 
@@ -148,7 +148,6 @@ def engine_form(workload: Workload, runs: int, chunk: int, devices: int, quick: 
         shared,
         batch_size=chunk,
         devices=jax.local_devices()[:devices],
-        quick_compile=quick,
     )
     return Form(lambda: compiled.call((keys,), shared), runs,
                 {"devices": devices, "chunk": chunk, "compile_s": compiled.seconds})  # fmt: skip
@@ -258,7 +257,7 @@ def measure_forms(benchmark: Benchmark, counts: tuple[int, ...], tell) -> dict:
         for chunk in benchmark.chunks:
             tell(f"compiling: {chunk} a chunk on {count} of the devices")
             runs = max(benchmark.runs, chunk * count)
-            forms.append(engine_form(benchmark.workload, runs, chunk, count, benchmark.quick))
+            forms.append(engine_form(benchmark.workload, runs, chunk, count))
     tell("compiling: one run")
     loop = loop_form(benchmark.workload, benchmark.loop_runs)
     tell("starting PyTorch")
@@ -282,7 +281,7 @@ def measure_growth(benchmark: Benchmark, chunk: int, devices: int, tell) -> dict
         wanted |= {(axis, size): (workload, runs) for size, workload in workloads}
 
     def make(workload_and_runs):
-        form = engine_form(*workload_and_runs, chunk, devices, benchmark.quick)
+        form = engine_form(*workload_and_runs, chunk, devices)
         tell("compiling: growth")
         return form
 
