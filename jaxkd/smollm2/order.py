@@ -187,10 +187,18 @@ def rows_of(order: Order, out: Path) -> list[Row]:
     for seed, student, algorithm in _runs(order):
         plan = pipelines.plan(chosen, [pipelines.ROOT], order.lengths())
         where = {plan.rows[pipelines.ROOT].start: out / "base"}
+        held_to = {
+            number: reference
+            for name, taken in plan.rows.items()
+            for number, reference in zip(
+                taken, pipelines.reference_rows(plan, name, order.lengths(), chosen), strict=True
+            )
+        }
         for i, place in enumerate(plan.places):
             number = plan.size - len(plan.stages) + i
             name = next(name for name, taken in plan.rows.items() if number in taken)
-            row = _row(order, out, name, place, seed, student, algorithm, [where[j] for j in plan.parents[i]], rows)
+            models = [where[j] for j in plan.parents[i]]
+            row = _row(order, out, name, place, seed, student, algorithm, models, where[held_to[number]])
             where[number] = row.folder
             rows.setdefault(row.folder, row)
     return list(rows.values())
@@ -205,7 +213,7 @@ def _runs(order: Order) -> list[tuple[int, str, str]]:
     ]
 
 
-def _row(order: Order, out: Path, name, place, seed, student, algorithm, models, rows) -> Row:
+def _row(order: Order, out: Path, name, place, seed, student, algorithm, models, reference) -> Row:
     axes = pipelines.axes_of(name, STAGES)
     # math.nan is one object and so equal to itself as part of a key: rows of several seeds are grouped by such keys.
     temperature = order.temperatures[place[0]] if "temperature" in axes else math.nan
@@ -223,10 +231,6 @@ def _row(order: Order, out: Path, name, place, seed, student, algorithm, models,
     label += f"-t{temperature:g}" if "temperature" in axes else ""
     label += f"-b{kl_coef:g}" if "kl_coef" in axes else ""
     stage = STAGES[name]
-    if isinstance(stage, Align):
-        reference = models[-1]
-    else:
-        reference = rows[models[0]].reference if models[0] in rows else out / "base"
     return Row(name, stage, folder / label, tuple(models), reference, temperature, kl_coef, seed, student, algorithm)
 
 

@@ -383,13 +383,30 @@ def _point(axis, x, y, error, name: str, temperature: float) -> None:
     )
 
 
-def _note_temperature(axis, x, y, temperature: float) -> None:
+def _note_temperature(axis, x, y, temperature: float, below: bool = False) -> None:
     """Say beside a point at which temperature its student was distilled."""
-    axis.annotate(f"τ {temperature:g}", (x, y), (6, 4), textcoords="offset points", fontsize=6.5, color="0.3")
+    place = (6, -9 if below else 4)
+    axis.annotate(f"τ {temperature:g}", (x, y), place, textcoords="offset points", fontsize=6.5, color="0.3")
+
+
+def _note_temperatures(axis, points: list[tuple[float, float, float]]) -> None:
+    """The same for (x, y, temperature) of many points, once all are drawn: no note hides another.
+
+    Of points that lie together those of one temperature have one note; one of another temperature stands below.
+    """
+    axis.autoscale_view()  # limits are found when they are asked for
+    noted: list[tuple[np.ndarray, float]] = []
+    for x, y, temperature in points:
+        at = axis.transAxes.inverted().transform(axis.transData.transform((x, y)))
+        near = [other for place, other in noted if (np.abs(at - place) < (0.12, 0.06)).all()]
+        if temperature not in near:
+            _note_temperature(axis, x, y, temperature, below=bool(near))
+        noted.append((at, temperature))
 
 
 def _frontier(axis, found, rows, quantity: str, label: str) -> None:
     """One point a model and seed; hollow where the distillation sharpened."""
+    noted = []
     for folder, values in found.items():
         row = rows.get(folder)
         name, temperature = ("base", math.nan) if row is None else (row.name, row.temperature)
@@ -400,7 +417,7 @@ def _frontier(axis, found, rows, quantity: str, label: str) -> None:
             error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
         _point(axis, values["kl_to_base"], y, error, name, temperature)
         if not math.isnan(temperature):
-            _note_temperature(axis, values["kl_to_base"], y, temperature)
+            noted.append((values["kl_to_base"], y, temperature))
     axis.set(xlabel="KL to the base (nats a completion)", ylabel=label)
     if quantity == "behaviour_frequency":
         axis.set_yscale("log")
@@ -408,6 +425,7 @@ def _frontier(axis, found, rows, quantity: str, label: str) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
         low, high = axis.get_ylim()
         axis.set_yticks([tick for tick in _FREQUENCIES if low <= tick <= high])
+    _note_temperatures(axis, noted)
 
 
 def _recall_gaps(axis, found, rows) -> None:

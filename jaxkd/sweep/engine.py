@@ -88,7 +88,7 @@ def compile_runs(
       on_batch: called on the host whenever a device has finished a batch, for progress; costs no synchronisation.
       devices: by default all devices of this process.
       quick_compile: spend less on compiling, for few runs; CPUs only. How much slower the code is depends on the
-        function: a tenth on the phase diagram's, 2.7 times on the reference workload.
+        function: on the benchmark's reference workload 2.7 times.
 
     Raises:
       ValueError: when `batch_size` is below 1 or there are no runs.
