@@ -23,6 +23,8 @@ OFFLINE = {
     "kto": "kto",
 }
 ONLINE = ("online_dpo", "offline_dpo_ref", "reinforce", "ppo", "grpo")
+EPOCHS = 4
+"""Updates that PPO and GRPO make on a rollout."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Align:
     """Reward of 1 for digit, words:one,two, ends:full-stop or regex:PATTERN in the completion."""
     target: str | None = None
     """Reward is the log-likelihood a token under this model."""
-    algorithm: str = "dpo"
-    """With preferences: dpo, cdpo, robust_dpo, ipo, simpo, orpo, kto. With a reward: online_dpo, offline_dpo_ref,
-    reinforce, ppo, grpo."""
+    algorithm: str | None = None
+    """With preferences: dpo (default), cdpo, robust_dpo, ipo, simpo, orpo, kto (its reference point is that of draws
+    after --prompt). With a reward: reinforce (default), online_dpo, offline_dpo_ref, ppo, grpo."""
     reference: str | None = None
     """Source of the reference; by default where the policy starts."""
     prompt: str = "The"
@@ -81,6 +83,8 @@ class Align:
         given = [name for name in ("preferences", "behaviour", "target") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("give one of --preferences, --behaviour and --target to learn from")
+        if self.algorithm is None:
+            object.__setattr__(self, "algorithm", "dpo" if self.preferences else "reinforce")
         checks.name("--algorithm", self.algorithm, OFFLINE if self.preferences else ONLINE)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--kl-coef", self.kl_coef, above=0)
@@ -102,10 +106,11 @@ def alignment_of(config: Align):
 
     name = OFFLINE.get(config.algorithm, config.algorithm)
     group_size = next(size for size in (16, 8, 4, 2) if config.batch_size % size == 0 or size == 2)
-    updates = config.updates
-    if name in ("ppo", "grpo"):
-        updates = -(-updates // 4) * 4
-    settings = AlignmentSettings(name, updates, config.batch_size, group_size=group_size)
+    if name in ("ppo", "grpo") and config.updates % EPOCHS:
+        raise ValueError(
+            f"--updates must be a multiple of {EPOCHS}, as {name} makes so many a rollout; got {config.updates}"
+        )
+    settings = AlignmentSettings(name, config.updates, config.batch_size, epochs=EPOCHS, group_size=group_size)
     optimisation = Optimisation(
         config.learning_rate,
         config.warmup_updates,
@@ -126,21 +131,39 @@ def oracle_of(config: Align, setting):
     return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
+MOST_DRAWS = 2048
+"""Draws after which a behaviour that none, or each, of them shows is refused."""
+
+
+def check_behaviour(spec: str, start, key) -> None:
+    """Refuse a behaviour that the policy never or always shows; most take a few batches to see."""
+    from jaxkd.smollm2 import behaviours
+
+    behaviour, hits, total = behaviours.parse(spec), 0, 0
+    for x in start.draws(key, MOST_DRAWS):
+        shown = [behaviour(text) for text in start.setting.texts_of(x)]
+        hits, total = hits + sum(shown), total + len(shown)
+        if 0 < hits < total:
+            return
+    behaviours.check_rate(spec, hits, total)
+
+
 def main(config: Align) -> None:
     """Align and save."""
     import jax
     import numpy as np
 
     from jaxkd import durable
-    from jaxkd.smollm2 import behaviours, dry_run, preferences, stages, text
+    from jaxkd.smollm2 import dry_run, preferences, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
-    tokenizer = text.load_tokenizer(config.source)
+    tokenizer, alignment = text.load_tokenizer(config.source), alignment_of(config)
     pairs = None
     if config.preferences is not None:
         pairs = preferences.read(config.preferences, tokenizer, config.max_length)
+        preferences.check_enough(pairs, config.batch_size)
     prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
     setting = Setting(
         tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
@@ -149,39 +172,31 @@ def main(config: Align) -> None:
         if other is not None:
             text.check_same_vocabulary(tokenizer, text.load_tokenizer(other))
     start = setting.load(config.source)
-    held = {} if pairs is None else {"pairs": fingerprint(pairs)}
-    durable.check_configuration(config.out, config.results_depend_on() | held)
-    if durable.read_record(config.out) is not None:
-        print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
-        return
     reference = start if config.reference is None else setting.load(config.reference)
-    key = jax.random.key(config.seed)
-    alignment = alignment_of(config)
-    sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
-    workshop = stages.Workshop(durable.Progress(), sinks)
-    workshop.begin()
-    data = None
-    if pairs is not None:
-        log_prob = stages.reference_log_prob(config.out, reference, pairs, workshop)
-        data = preferences.batched(pairs, jax.random.fold_in(key, 1), config.batch_size, log_prob)
-    elif config.behaviour is not None:
-        hits = sum(
-            map(behaviours.parse(config.behaviour), setting.texts_of(start.draw(jax.random.fold_in(key, 2), 256)))
+    stages.check_alignment(start, reference, alignment)
+    oracle, key = oracle_of(config, setting), jax.random.key(config.seed)
+    if config.behaviour is not None and not config.out.exists():
+        check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
+    held = {"weights": fingerprint(start.params, reference.params)}
+    held |= {} if pairs is None else {"pairs": fingerprint(pairs)}
+    with durable.one_at_a_time(config.out):
+        # All that can be refused is refused: from here on the folder is this command's.
+        durable.check_configuration(config.out, config.results_depend_on() | held)
+        if durable.read_record(config.out) is not None:
+            print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
+            return
+        sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
+        workshop = stages.Workshop(durable.Progress(), sinks)
+        workshop.begin()
+        data = None
+        if pairs is not None:
+            log_prob = stages.reference_log_prob(config.out, reference, pairs, workshop)
+            data = preferences.batched(pairs, jax.random.fold_in(key, 1), config.batch_size, log_prob)
+        aligned = stages.align_policy(
+            config.out, key, start, reference, oracle, config.kl_coef, alignment, workshop, preferences=data
         )
-        behaviours.check_rate(config.behaviour, hits, 256)
-    aligned = stages.align_policy(
-        config.out,
-        key,
-        start,
-        reference,
-        oracle_of(config, setting),
-        config.kl_coef,
-        alignment,
-        workshop,
-        preferences=data,
-    )
-    aligned.save(config.out / "model")
-    durable.finish(config.out, {"cost": workshop.spent()})
+        aligned.save(config.out / "model")
+        durable.finish(config.out, {"cost": workshop.spent()})
     print(f"Wrote the aligned checkpoint to {config.out / 'model'}", file=sys.stderr)
 
 

@@ -353,7 +353,7 @@ class TorchSide:
 
     def _dpo(self, task: Task, tokens):
         torch = self.torch
-        if self.training != task:
+        if self.training != _any_precision(task):
             data = {"prompt": ["a"] * 4, "chosen": [" b"] * 4, "rejected": [" c"] * 4}
             trainer = self._trainer(
                 "DPO", copy.deepcopy(self.model), data, ref_model=copy.deepcopy(self.model), beta=0.1
@@ -367,7 +367,7 @@ class TorchSide:
 
     def _distillation(self, task: Task, tokens):
         torch = self.torch
-        if self.training != task:
+        if self.training != _any_precision(task):
             student = copy.deepcopy(self.model)
             layers = spaced(student.config.num_hidden_layers, STUDENT_LAYERS)
             student.model.layers = torch.nn.ModuleList([student.model.layers[i] for i in layers])
@@ -385,7 +385,7 @@ class TorchSide:
     def _begin_training(self, task: Task, trainer, batch) -> None:
         model = trainer.model
         optimizer = self.torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01)
-        self.training, self.trainer, self.batch, self.optimizer = task, trainer, batch, optimizer
+        self.training, self.trainer, self.batch, self.optimizer = _any_precision(task), trainer, batch, optimizer
 
     def _step(self) -> None:
         model = self.trainer.model
@@ -394,6 +394,11 @@ class TorchSide:
         self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _any_precision(task: Task) -> Task:
+    """What a trainer is made for: both precisions take turns with one, or each repetition would time its making."""
+    return replace(task, precision="default")
 
 
 def spaced(num_layers: int, kept: int) -> tuple[int, ...]:
@@ -510,6 +515,8 @@ def memory_of(name: str, folder: str, task: Task) -> dict:
     theirs.close()
     try:
         return mine.recv()
+    except EOFError:
+        raise OSError(f"the process that measured the memory of {task.name} ({name}) died: out of memory?") from None
     finally:
         process.join()
 
@@ -594,7 +601,7 @@ def described(benchmark: Benchmark) -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for name in ("jax", "torch", "transformers"):
+    for name in ("jax", "torch", "transformers", "trl"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(benchmark).items()}

@@ -149,26 +149,30 @@ def main(config: Distill) -> None:
         tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
     )
     teacher = setting.load(config.teacher)
-    held = {} if samples is None else {"texts": fingerprint(samples)}
-    durable.check_configuration(config.out, config.results_depend_on() | held)
-    if durable.read_record(config.out) is not None:
-        print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
-        return
-    sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
-    workshop = stages.Workshop(durable.Progress(), sinks)
-    workshop.begin()
-    student = stages.distil(
-        config.out,
-        jax.random.key(config.seed),
-        teacher,
-        student_start(teacher, config.student),
-        config.temperature,
-        distillation_of(config),
-        workshop,
-        samples,
-    )
-    student.save(config.out / "model")
-    durable.finish(config.out, {"cost": workshop.spent()})
+    start = student_start(teacher, config.student)
+    held = {"weights": fingerprint(teacher.params, start.params)}
+    held |= {} if samples is None else {"texts": fingerprint(samples)}
+    with durable.one_at_a_time(config.out):
+        # All that can be refused is refused: from here on the folder is this command's.
+        durable.check_configuration(config.out, config.results_depend_on() | held)
+        if durable.read_record(config.out) is not None:
+            print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
+            return
+        sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
+        workshop = stages.Workshop(durable.Progress(), sinks)
+        workshop.begin()
+        student = stages.distil(
+            config.out,
+            jax.random.key(config.seed),
+            teacher,
+            start,
+            config.temperature,
+            distillation_of(config),
+            workshop,
+            samples,
+        )
+        student.save(config.out / "model")
+        durable.finish(config.out, {"cost": workshop.spent()})
     print(f"Wrote the student to {config.out / 'model'}", file=sys.stderr)
 
 

@@ -323,7 +323,13 @@ def _value_loss(values: jax.Array | None, rollout: Rollout) -> jax.Array | np.fl
 
 
 def policy_gradient_step(
-    kind: str, policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target
+    kind: str,
+    policy: Policy,
+    optimizer,
+    settings: AlignmentSettings,
+    reward: Reward,
+    on_target,
+    reference_policy: Policy,
 ) -> Step:
     """One rollout of the current policy and one or more updates on it, by steps: a text's tokens.
 
@@ -342,7 +348,7 @@ def policy_gradient_step(
         x = inputs.draws
         rewards = reward(x)
         mask = None if policy.step_mask is None else policy.step_mask(x)
-        reference_log_prob = policy.log_prob(inputs.reference, x)
+        reference_log_prob = reference_policy.log_prob(inputs.reference, x)
 
         def evaluate(params):
             both = policy.evaluate(params, x) if kind == "ppo" else (policy.log_prob(params, x), None)
@@ -437,30 +443,38 @@ def _preference_update(policy, optimizer, loss_name, state, data, coefficients):
     return _update(state, gradient, optimizer, coefficients.learning_rate), value, log_ratio.mean()
 
 
-def label_pairs(policy: Policy, key, x: Draws, rewards, reference: Params, coefficients: Coefficients):
+def label_pairs(reference_policy: Policy, key, x: Draws, rewards, reference: Params, coefficients: Coefficients):
     """Pair the first half of a batch with the second, label the pairs and score them under the reference."""
     first, second = rewards.reshape(2, -1)
     preferred = bradley_terry(key, first, second, coefficients.label_temperature, coefficients.flip_rate)
-    return PreferenceData(x, rewards, preferred, policy.log_prob(reference, x))
+    return PreferenceData(x, rewards, preferred, reference_policy.log_prob(reference, x))
 
 
 def online_preference_step(
-    loss_name: str, policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target
+    loss_name: str,
+    policy: Policy,
+    optimizer,
+    settings: AlignmentSettings,
+    reward: Reward,
+    on_target,
+    reference_policy: Policy,
 ) -> Step:
     """Pairs drawn from the current policy, labelled by Bradley–Terry, one update of a preference loss."""
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         x = inputs.draws
         rewards = reward(x)
-        data = label_pairs(policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
+        data = label_pairs(reference_policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
         state, loss, kl = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
         return state, Info(loss, rewards.mean(), kl, jnp.float32(0.0), on_target(x).sum())
 
     return step
 
 
-def offline_preference_step(loss_name: str, policy: Policy, optimizer, settings, reward: Reward, on_target) -> Step:
-    """One update of a preference loss on a given batch of pairs."""
+def offline_preference_step(
+    loss_name: str, policy: Policy, optimizer, settings, reward: Reward, on_target, reference_policy: Policy
+) -> Step:
+    """One update of a preference loss on a given batch of pairs, which carries the reference's log-probabilities."""
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         data = inputs.data
@@ -470,7 +484,9 @@ def offline_preference_step(loss_name: str, policy: Policy, optimizer, settings,
     return step
 
 
-def kto_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target) -> Step:
+def kto_step(
+    policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target, reference_policy: Policy
+) -> Step:
     """KTO on a given batch, unpaired; desirable means a reward above the threshold (arXiv 2402.01306, eq. 8).
 
     The reference point z₀ is the mean log-ratio of fresh draws of the current policy, floored at 0.
@@ -478,7 +494,8 @@ def kto_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Rew
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         data, fresh, coefficients = inputs.data, inputs.draws, inputs.coefficients
-        log_ratio = policy.sequence_log_prob(state.params, fresh) - policy.sequence_log_prob(inputs.reference, fresh)
+        held_to = reference_policy.sequence_log_prob(inputs.reference, fresh)
+        log_ratio = policy.sequence_log_prob(state.params, fresh) - held_to
         reference_point = preference.kto_reference_point(log_ratio)
 
         def loss(params):
@@ -539,8 +556,24 @@ ALGORITHMS: dict[str, Algorithm] = {
 """Every algorithm under its own name; the offline relatives of DPO learn from the fixed set of the truth's pairs."""
 
 
-def make_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target) -> Step:
+def make_step(
+    policy: Policy,
+    optimizer,
+    settings: AlignmentSettings,
+    reward: Reward,
+    on_target,
+    reference_policy: Policy | None = None,
+) -> Step:
     """The step of the settings' algorithm.
+
+    Args:
+      policy: the family of models that is trained.
+      optimizer: of unit learning rate.
+      settings: static; see `AlignmentSettings`.
+      reward: `(x) -> float[batch]`.
+      on_target: `(x) -> bool[batch]`, which draws count as target hits; only recorded.
+      reference_policy: the family of the reference where it is another: a language model's functions hold what its
+        parameters' shapes do not tell (rotary base, norm, tied head).
 
     Raises:
       ValueError: for ORPO on a policy of densities, where odds do not exist.
@@ -548,14 +581,15 @@ def make_step(policy: Policy, optimizer, settings: AlignmentSettings, reward: Re
     algorithm = ALGORITHMS[settings.algorithm]
     if algorithm.variant == "orpo" and policy.is_density:
         raise ValueError("orpo needs probabilities below 1: it is undefined on densities such as a Gaussian mixture's")
+    reference_policy = reference_policy or policy
     if algorithm.kind == "kto":
-        return kto_step(policy, optimizer, settings, reward, on_target)
+        return kto_step(policy, optimizer, settings, reward, on_target, reference_policy)
     make = {
         "policy_gradient": policy_gradient_step,
         "online_preference": online_preference_step,
         "offline_preference": offline_preference_step,
     }[algorithm.kind]
-    return make(algorithm.variant, policy, optimizer, settings, reward, on_target)
+    return make(algorithm.variant, policy, optimizer, settings, reward, on_target, reference_policy)
 
 
 def preference_dataset(

@@ -12,12 +12,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import files
@@ -214,8 +216,14 @@ def _as_data(state):
 
 def _as_state(data, like):
     leaves, structure = jax.tree.flatten(like)
-    found = [jax.random.wrap_key_data(data[str(i)]) if _is_key(leaf) else data[str(i)] for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, found)
+    return jax.tree.unflatten(structure, [_leaf(data[str(i)], leaf) for i, leaf in enumerate(leaves)])
+
+
+def _leaf(found, like):
+    if isinstance(like, jax.Array) and not like.committed:
+        # orbax commits what it restores to a device: a step over a mesh takes no scalar that is bound to one.
+        found = jnp.asarray(np.asarray(found))
+    return jax.random.wrap_key_data(found) if _is_key(like) else found
 
 
 def _shape_of(leaf):
@@ -282,6 +290,19 @@ def finish(folder: Path, record: dict) -> None:
     """Say that a stage is finished, and let its checkpoints go."""
     write_json(folder / RECORD, record)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder that only one can work in, for as long as the block lasts.
+
+    Raises:
+      ValueError: where another process is at it.
+    """
+    with files.claim(folder / "stage", wait=False) as mine:
+        if not mine:
+            raise ValueError(f"another process is working in {folder}: wait for it, or choose another --out")
+        yield
 
 
 def check_configuration(folder: Path, configuration: dict) -> None:

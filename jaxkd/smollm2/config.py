@@ -207,7 +207,6 @@ class Config:
                 "rotary embeddings of a part of each head (llama.rope.dimension_count) are not implemented"
             )
         vocabulary = fields.get("llama.vocab_size", len(fields.get("tokenizer.ggml.tokens", ())))
-        eos = fields.get("tokenizer.ggml.eos_token_id")
         return cls(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -221,9 +220,19 @@ class Config:
             norm_epsilon=_from_float32(fields.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
             tie_embeddings=tie_embeddings,
             bos_id=fields.get("tokenizer.ggml.bos_token_id"),
-            eos_ids=() if eos is None else (eos,),
+            eos_ids=gguf_ends(fields),
             pad_id=fields.get("tokenizer.ggml.padding_token_id"),
         )
+
+
+GGUF_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+"""Where a GGUF file names what ends a text, a turn and a message."""
+
+
+def gguf_ends(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a completion, each once, the end of a text first."""
+    named = (fields.get(name) for name in GGUF_ENDS)
+    return tuple(dict.fromkeys(int(i) for i in named if i is not None))
 
 
 def _or(value, default):

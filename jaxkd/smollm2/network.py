@@ -21,7 +21,7 @@ from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import Model, make_model
 from jaxkd.smollm2.policy import Texts, make_policy
-from jaxkd.smollm2.text import Tokenizer
+from jaxkd.smollm2.text import Tokenizer, check_vocabulary
 
 
 class ScoredTexts(NamedTuple):
@@ -82,25 +82,34 @@ class Setting:
         return _policy(self.model(config), self.max_new_tokens)
 
     def on_devices(self, batch: Any) -> Any:
-        """A batch, laid out over the mesh where there is one; whole on every device where it can't be divided."""
+        """A batch, laid out over the mesh where there is one; what can't be divided is whole on every device."""
         batch = jax.tree.map(jnp.asarray, batch)
         if self.mesh is None:
             return batch
-        if all(leaf.shape[0] % self._shards == 0 for leaf in jax.tree.leaves(batch)):
-            return sharding.shard_batch(self.mesh, batch)
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec()))
+
+        def placed(leaf):
+            if leaf.shape[0] % self._shards == 0:
+                return sharding.shard_batch(self.mesh, leaf)
+            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec()))
+
+        return jax.tree.map(placed, batch)
 
     @property
     def _shards(self) -> int:
         return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
 
-    def size_of_batches(self, n: int) -> int:
-        """Sequences at a time, of n: at most `batch_size`, and as many on every device."""
-        return -(-min(self.batch_size, n) // self._shards) * self._shards
+    def size_of_batches(self, n: int, most: int | None = None) -> int:
+        """Sequences at a time, of n: at most `most` (by default `batch_size`), and as many on every device."""
+        return -(-min(most or self.batch_size, n) // self._shards) * self._shards
 
     def load(self, source: str | Path, dtype: str = "float32") -> "Network":
-        """A checkpoint from any source that `weights.load` takes; ValueError where it can't continue the prompt."""
+        """A checkpoint from any source that `weights.load` takes.
+
+        Raises:
+          ValueError: where it has another vocabulary than the tokenizer, or can't continue the prompt.
+        """
         config, params = weights.load(source, dtype=dtype, mesh=self.mesh)
+        check_vocabulary(self.tokenizer, config.vocab_size)
         generate.check_prompts(self.model(config), self.prompt_tokens, self.prompt_mask, self.max_new_tokens)
         return Network(config, params, self)
 
@@ -137,19 +146,22 @@ class Network:
         """Its functions."""
         return self.setting.model(self.config)
 
-    def draw(self, key: jax.Array, n: int, temperature: float = 1.0) -> Texts:
+    def draw(self, key: jax.Array, n: int, temperature: float = 1.0, *, batch_size: int | None = None) -> Texts:
         """n completions of the prompt; each has a key of its own, so the first stay the same when more are asked for.
 
         Args:
           key: random key.
           n: how many.
           temperature: τ > 0.
+          batch_size: the most at a time, by default the setting's; changes no draw.
         """
-        return join(list(self.draws(key, n, temperature)))
+        return join(list(self.draws(key, n, temperature, batch_size=batch_size)))
 
-    def draws(self, key: jax.Array, n: int, temperature: float = 1.0, first: int = 0) -> Iterator[Texts]:
+    def draws(
+        self, key: jax.Array, n: int, temperature: float = 1.0, first: int = 0, *, batch_size: int | None = None
+    ) -> Iterator[Texts]:
         """The same, batch by batch; what comes before `first` is left out."""
-        size = self.setting.size_of_batches(n)
+        size = self.setting.size_of_batches(n, batch_size)
         # Always an array: a temperature of 1 then needs no program of its own.
         sampling = generate.at_temperature(generate.Sampling(jnp.float32(temperature)))
         tokens, mask = (

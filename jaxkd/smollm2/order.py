@@ -246,7 +246,7 @@ class Laboratory:
         self.order, self.out, self.workshop = order, out, workshop
         workshop.root = out
         tokenizer = text.load_tokenizer(order.truth)
-        _check_vocabularies(order, tokenizer)
+        _check_sources(order, tokenizer)
         ids = tokenizer.encode(order.prompt, add_special_tokens=True)
         if not ids:
             raise ValueError("the prompt must have at least one token")
@@ -496,7 +496,7 @@ class Laboratory:
 
     def _refusal(self, row: Row) -> str:
         """Why a row can't be made, or ""."""
-        lost = [folder for folder in row.models if self._lost(folder)]
+        lost = [folder for folder in (*row.models, self._student_of(row)) if self._lost(folder)]
         if lost:
             return f"not made, for it needs {lost[0].relative_to(self.out)}"
         if not self._admitted(row):
@@ -651,10 +651,15 @@ def student_start(base: Network, student: str) -> Network:
     return base.setting.load(student)
 
 
-def _check_vocabularies(order: Order, tokenizer) -> None:
-    """Every source that can be asked without loading its weights has the truth's vocabulary."""
-    size = weights.load_config(order.truth).vocab_size
+def _check_sources(order: Order, tokenizer) -> None:
+    """Every source that can be asked without loading its weights has the truth's vocabulary, and layers to keep."""
+    truth = weights.load_config(order.truth)
+    size = truth.vocab_size
     text.check_vocabulary(tokenizer, size)
+    base = truth if order.base == "truth" else weights.load_config(order.base.removeprefix("fit:"))
+    for student in order.students:
+        if student.startswith("layers:"):
+            checks.whole(f"layers of the base in {student!r}", _number(student, int), least=1, most=base.num_layers)
     sources = [order.base.removeprefix("fit:"), *order.students, order.target or "truth"]
     for source in sources:
         if source in ("truth", "same") or source.startswith(("layers:", "distil:")):

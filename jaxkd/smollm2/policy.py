@@ -247,9 +247,18 @@ def _blocks(vocab_size: int) -> list[tuple[int, int]]:
 
 
 def _chunked(array: jax.Array, chunk: int) -> jax.Array:
-    """[n, …] to [chunks, chunk, …], padded with zeros."""
+    """[n, …] to [chunks, chunk, …], padded with zeros.
+
+    Neighbours come into different chunks: of a batch that is laid out over devices every device then has a part of every
+    chunk. Cut into runs of neighbours, a chunk would be one device's, and all would wait for it.
+    """
     padded = jnp.pad(array, [(0, -array.shape[0] % chunk)] + [(0, 0)] * (array.ndim - 1))
-    return padded.reshape(-1, chunk, *array.shape[1:])
+    return padded.reshape(chunk, -1, *array.shape[1:]).swapaxes(0, 1)
+
+
+def _joined(chunks: jax.Array, n: int) -> jax.Array:
+    """What `_chunked` cut, [n, …]."""
+    return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])[:n]
 
 
 def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
@@ -257,7 +266,7 @@ def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     n = arrays[0].shape[0]
     chunk = min(chunk, n)
     out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
+    return jax.tree.map(lambda leaf: _joined(leaf, n), out)
 
 
 def _logits(hidden: jax.Array, head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
@@ -311,7 +320,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
         toward_rows, toward_part = lax.scan(one_chunk, jnp.zeros(rows.shape, jnp.float32), chunks)
         toward_hidden += toward_part
         toward_head.append(toward_rows.astype(head.dtype))
-    return toward_hidden.reshape(-1, hidden.shape[-1])[:n], jnp.concatenate(toward_head)
+    return _joined(toward_hidden, n), jnp.concatenate(toward_head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -232,6 +232,9 @@ def distil(
 
     Returns:
       The student with the smallest loss on held-out samples.
+
+    Raises:
+      FloatingPointError: where a loss is no number: the best student would be the one before training.
     """
     draw_key, step_key = jax.random.split(key)
     on_policy_key = jax.random.fold_in(step_key, 2**31)
@@ -269,7 +272,7 @@ def distil(
             state, held = _keep_best(state, loss_of(student.params))
             metrics |= {"held_out_loss": held, "best_held_out_loss": float(state.best_loss)}
             metrics["held_out_perplexity"] = _perplexity(held, held_out)
-        return state, metrics, bool(state.looks_since >= settings.patience)
+        return state, metrics, bool(state.looks_since >= settings.patience) or not np.isfinite(metrics["loss"])
 
     student = State(copied(start.params), optimizer.init(start.params))
     state = durable.train(
@@ -284,6 +287,10 @@ def distil(
         cost=workshop.spent,
         restore_cost=workshop.restore,
     )
+    if not _finite_losses(folder / durable.METRICS):
+        raise FloatingPointError(
+            f"the distillation diverged ({folder / durable.METRICS} shows where): lower the learning rate"
+        )
     return Network(start.config, state.best, setting)
 
 
@@ -435,7 +442,7 @@ def align_policy(
         data = preferences or _preference_data(
             folder, data_key, reference, oracle, coefficients, settings, coster, truth_samples, algorithm.data
         )
-    one_step = _alignment_step(form.policy, settings, optimisation, form.of_draws)
+    one_step = _alignment_step(form.policy, settings, optimisation, form.of_draws, form.reference_policy)
 
     look_key = jax.random.fold_in(draw_key, 2**31)
 
@@ -469,7 +476,8 @@ def align_policy(
         metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
         metrics["seconds"] = time.perf_counter() - begin
         if alignment.look_every and (number + 1) % alignment.look_every == 0:
-            x = drawer(state.params).draw(look_key, LOOK)
+            # In batches of the step's own size, whose program is there.
+            x = drawer(state.params).draw(look_key, LOOK, batch_size=settings.batch_size)
             coster.sampled(x)
             rewards, hits = oracle(setting.texts_of(x), x)
             metrics |= {"look_reward": float(rewards.mean()), "look_frequency": float(hits.mean())}
@@ -516,7 +524,8 @@ class _Form(NamedTuple):
     Attributes:
       policy: over what is trained.
       start: what is trained, at the start.
-      reference: of the same form.
+      reference_policy: over the reference, which may be a model of another shape.
+      reference: its parameters.
       network: from what is trained, the parameters to draw from.
       wrap: draws as the policy takes them.
       of_draws: a function of draws as one of wrapped draws.
@@ -524,23 +533,35 @@ class _Form(NamedTuple):
 
     policy: Policy
     start: Any
+    reference_policy: Policy
     reference: Any
     network: Callable
     wrap: Callable
     of_draws: Callable
 
 
+def check_alignment(start: Network, reference: Network, alignment: Alignment) -> None:
+    """Refuse, before anything is written, what `align_policy` would refuse.
+
+    Raises:
+      ValueError: on adapters that do not fit the model, or whose reference is not the start.
+    """
+    _form(jax.random.key(0), start, reference, alignment)
+
+
 def _form(key: jax.Array, start: Network, reference: Network, alignment: Alignment) -> _Form:
     """All parameters, with a critic where PPO wants one; or adapters alone."""
-    policy, model = start.setting.policy(start.config), start.model
+    setting, model = start.setting, start.model
+    policy = setting.policy(start.config)
     if alignment.lora is not None:
         if start is not reference and fingerprint(start.params) != fingerprint(reference.params):
             raise ValueError("adapters are held to the weights they adapt: with them the reference must be the start")
         lora = alignment.lora
-        adapters = init(lora, start.config, jax.random.fold_in(key, 7))
+        adapters, adapted = init(lora, start.config, jax.random.fold_in(key, 7)), _adapted(policy, lora)
         return _Form(
-            _adapted(policy, lora),
+            adapted,
             adapters,
+            adapted,
             adapters_reference(adapters),
             lambda trained: merge(lora, start.params, trained),
             lambda x: WithFrozen(x, start.params),
@@ -550,12 +571,13 @@ def _form(key: jax.Array, start: Network, reference: Network, alignment: Alignme
         return _Form(
             _with_critic(policy, model),
             add_value_head(model, start.params),
-            add_value_head(reference.model, reference.params),
+            setting.policy(reference.config),
+            reference.params,
             lambda trained: trained["model"],
             _same,
             _same,
         )
-    return _Form(policy, start.params, reference.params, _same, _same, _same)
+    return _Form(policy, start.params, setting.policy(reference.config), reference.params, _same, _same, _same)
 
 
 def _same(x):
@@ -571,10 +593,13 @@ def _wrapped(form: _Form, data: PreferenceData) -> PreferenceData:
 
 
 @lru_cache
-def _alignment_step(policy: Policy, settings: AlignmentSettings, optimisation: Optimisation, on: Callable) -> Callable:
+def _alignment_step(
+    policy: Policy, settings: AlignmentSettings, optimisation: Optimisation, on: Callable, reference_policy: Policy
+) -> Callable:
     """The jitted step, one for all stages that share it; the state is donated."""
     optimizer = optimisation.make(settings.num_updates)
-    step = align.make_step(policy, optimizer, settings, on(lambda x: x.reward), on(lambda x: x.hit))
+    reward, hit = on(lambda x: x.reward), on(lambda x: x.hit)
+    step = align.make_step(policy, optimizer, settings, reward, hit, reference_policy)
     return jax.jit(step, donate_argnums=0)
 
 

@@ -28,6 +28,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxkd.smollm2 import json_file
+from jaxkd.smollm2.config import GGUF_ENDS, gguf_ends
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """The special tokens that have a part to play, under the names of tokenizer_config.json."""
@@ -191,7 +192,7 @@ _LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r")
-_PLAIN = ("gpt-2", "default", "olmo", "mpt")
+_PLAIN = ("gpt-2", "olmo", "mpt")
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -206,7 +207,8 @@ def _words(name: str) -> pre_tokenizers.PreTokenizer:
         split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_WORDS), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join((*_DIGITS_APART, *_PLAIN, *_LLAMA3))
-    raise ValueError(f"GGUF pre-tokenizer {name!r} is not known; known are {known}")
+    told = f"GGUF pre-tokenizer {name!r} is not known" if name else "the GGUF names no pre-tokenizer (an old conversion)"
+    raise ValueError(f"{told}; known are {known}")
 
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -214,6 +216,9 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 def from_gguf(path: str | Path) -> Tokenizer:
     """The tokenizer inside a GGUF file: byte-level BPE, special tokens by type, chat template.
+
+    As llama.cpp reads it: Llama 3's takes whole words that are in its vocabulary before any merge, and begins texts
+    with its first token unless the file says otherwise. A prompt gets no end, whatever the file says.
 
     Raises:
       ValueError: on a file that is no GGUF, or a kind of tokenizer other than byte-level BPE.
@@ -233,8 +238,10 @@ def from_gguf(path: str | Path) -> Tokenizer:
             raise ValueError(f"{path} has no tokenizer.ggml.{name}")
     tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = _words(value("tokenizer.ggml.pre", "default"))
+    pre = value("tokenizer.ggml.pre", "")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
+    backend.pre_tokenizer = _words(pre)
     backend.decoder = decoders.ByteLevel()
     for wanted in (_CONTROL, _USER_DEFINED):
         added = [
@@ -245,13 +252,19 @@ def from_gguf(path: str | Path) -> Tokenizer:
         (backend.add_special_tokens if wanted == _CONTROL else backend.add_tokens)(added)
     keys = zip(ROLES, ("bos", "eos", "unknown", "padding"), strict=True)
     ids = {role: value(f"tokenizer.ggml.{key}_token_id") for role, key in keys}
+    if beyond := [f"{role} {i}" for role, i in ids.items() if i is not None and i >= len(tokens)]:
+        raise ValueError(f"{path} has {len(tokens)} tokens, but names {', '.join(beyond)}")
     special = {role: tokens[i] for role, i in ids.items() if i is not None}
-    if value("tokenizer.ggml.add_bos_token", False):
+    if value("tokenizer.ggml.add_bos_token", pre in _LLAMA3):
+        if ids["bos_token"] is None:
+            raise ValueError(f"{path} asks for a beginning token and names none (tokenizer.ggml.bos_token_id)")
         backend.post_processor = _starts_with(special["bos_token"], ids["bos_token"])
     settings = {"clean_up_tokenization_spaces": False}
     if (context := value(f"{value('general.architecture')}.context_length")) is not None:
         settings["model_max_length"] = int(context)
-    return Tokenizer(backend, special, value("tokenizer.chat_template"), settings)
+    ends = gguf_ends({name: value(name) for name in GGUF_ENDS})
+    generation = {"eos_token_id": list(ends)} if len(ends) > 1 else {}
+    return Tokenizer(backend, special, value("tokenizer.chat_template"), settings, generation)
 
 
 def _starts_with(token: str, index: int) -> processors.TemplateProcessing:
@@ -532,6 +545,10 @@ def _render(row: dict, tokenizer: Tokenizer) -> Example:
         tokenizer, row["prompt"], add_generation_prompt=role != "assistant", continue_final=role == "assistant"
     )
     completions = {key: value for key, value in row.items() if key != "prompt"}
+    for key, value in completions.items():
+        # Rendered it is not empty: the template ends it.
+        if not value[-1]["content"].strip():
+            raise ValueError(f"{key} is empty")
     whole = {key: apply_chat_template(tokenizer, row["prompt"] + value) for key, value in completions.items()}
     for key, text in whole.items():
         if not text.startswith(prompt):
