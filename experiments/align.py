@@ -154,7 +154,7 @@ def main(config: Align) -> None:
     import numpy as np
 
     from jaxkd import durable
-    from jaxkd.smollm2 import dry_run, preferences, stages, text
+    from jaxkd.smollm2 import preferences, sharding, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.sweep.cache import use_compile_cache
 
@@ -166,7 +166,7 @@ def main(config: Align) -> None:
         preferences.check_enough(pairs, config.batch_size)
     prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
     setting = Setting(
-        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
+        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=sharding.mesh_of_all_devices()
     )
     for other in (config.reference, config.target):
         if other is not None:

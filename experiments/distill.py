@@ -134,7 +134,7 @@ def main(config: Distill) -> None:
     import numpy as np
 
     from jaxkd import durable
-    from jaxkd.smollm2 import dry_run, stages, text
+    from jaxkd.smollm2 import sharding, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.smollm2.order import student_start
     from jaxkd.sweep.cache import use_compile_cache
@@ -146,7 +146,7 @@ def main(config: Distill) -> None:
     samples = None if config.data is None else read_texts(config, tokenizer)
     prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
     setting = Setting(
-        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=dry_run.mesh_of_all_devices()
+        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=sharding.mesh_of_all_devices()
     )
     teacher = setting.load(config.teacher)
     start = student_start(teacher, config.student)

@@ -244,7 +244,7 @@ def budget(order, rows) -> str:
 def main(flags: Flags) -> None:
     """Run, measure, draw."""
     from jaxkd import durable
-    from jaxkd.smollm2 import dry_run
+    from jaxkd.smollm2 import dry_run, sharding
     from jaxkd.smollm2 import order as orders
     from jaxkd.smollm2.stages import Workshop
     from jaxkd.sweep.cache import use_compile_cache
@@ -256,7 +256,7 @@ def main(flags: Flags) -> None:
         print(dry_run.report(order, flags.dtype, flags.device_flops, flags.utilisation))
         return
     resolved = asdict(order) | {"dtype": flags.dtype}
-    mesh = dry_run.mesh_of_all_devices()
+    mesh = sharding.mesh_of_all_devices()
     workshop = Workshop(durable.Progress())
     if flags.report and not (flags.out / "base" / orders.EVALUATION).exists():
         raise ValueError(f"--report: {flags.out} holds no run that has begun to measure")

@@ -36,11 +36,6 @@ _SHAPES = {
 }
 
 
-def mesh_of_all_devices() -> Mesh | None:
-    """A mesh with every device on `data`; None where there is one."""
-    return sharding.make_mesh() if jax.device_count() > 1 else None
-
-
 def config_of(source: str) -> tuple[Config, str]:
     """A source's shape, and where it came from."""
     try:
@@ -54,7 +49,7 @@ def config_of(source: str) -> tuple[Config, str]:
 
 def report(order: Order, dtype: str, device_flops: float, utilisation: float) -> str:
     """Shapes, shards, memory a device and time of every kind of step of an order."""
-    mesh = mesh_of_all_devices() or sharding.make_mesh(1)
+    mesh = sharding.mesh_of_all_devices() or sharding.make_mesh(1)
     roles = {"truth": order.truth}
     roles["base"] = order.truth if order.base == "truth" else order.base.removeprefix("fit:")
     for student in order.students:
@@ -193,13 +188,13 @@ def _batch(mesh: Mesh, kind: Callable, n: int, length: int):
     return kind(*texts) if kind is Texts else kind(*texts, of(jnp.float32, n), of(jnp.bool_, n))
 
 
-def _policy(config: Config, dtype: str, order: Order):
-    model = make_model(config, compute_dtype=dtype, remat=REMAT)
+def _policy(config: Config, dtype: str, order: Order, mesh: Mesh):
+    model = make_model(config, compute_dtype=dtype, remat=REMAT, mesh=mesh)
     return make_policy(model, [[0]], [[True]], max_new_tokens=order.max_new_tokens)
 
 
 def _scoring(name, steps, config, mesh, dtype, batch, length):
-    model = make_model(config, compute_dtype=dtype)
+    model = make_model(config, compute_dtype=dtype, mesh=mesh)
     program = jax.jit(lambda params, x: token_log_probs(model, params, x.tokens, x.mask))
     compiled = program.lower(_abstract(config, mesh), _batch(mesh, Texts, batch, length)).compile()
     by_xla = cost.log_prob_flops(config, batch, length, differentiate=False, dtype=dtype)
@@ -209,7 +204,9 @@ def _scoring(name, steps, config, mesh, dtype, batch, length):
 def _aligning(role, steps, config, mesh, dtype, order: Order, settings: AlignmentSettings, length):
     optimisation = order.alignment.optimisation
     optimizer = optimisation.make(settings.num_updates)
-    step = align.make_step(_policy(config, dtype, order), optimizer, settings, lambda x: x.reward, lambda x: x.hit)
+    step = align.make_step(
+        _policy(config, dtype, order, mesh), optimizer, settings, lambda x: x.reward, lambda x: x.hit
+    )
     draws = _batch(mesh, ScoredTexts, settings.batch_size, length)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     inputs = Inputs(
@@ -228,7 +225,7 @@ def _aligning(role, steps, config, mesh, dtype, order: Order, settings: Alignmen
 def _distilling(name, steps, config, mesh, dtype, order: Order, length):
     settings = order.distillation
     optimizer = settings.optimisation.make(settings.num_updates)
-    step = distill.maximum_likelihood_step(_policy(config, dtype, order), optimizer)
+    step = distill.maximum_likelihood_step(_policy(config, dtype, order, mesh), optimizer)
     inputs = (_batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32))
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
     by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)

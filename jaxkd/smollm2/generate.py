@@ -339,6 +339,8 @@ def _generate_into(model: Model, params, tokens, mask, keys, sampling: Sampling,
 def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Cache | None, room: int) -> "_State":
     width = tokens.shape[1]
     tokens, mask = _to_the_right(tokens, mask)
+    # Once, and not at every step.
+    params = model.gathered(params)
     state = _prefill(model, params, tokens, mask, keys, sampling, cache, room)
     layers = model.unstacked(params)
 

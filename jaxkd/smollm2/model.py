@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import checks
 from jaxkd.policy import Params
@@ -28,6 +29,9 @@ from jaxkd.smollm2.config import Config
 Remat = Literal["none", "products", "layers"]
 REMAT = ("none", "products", "layers")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+
+# Axes of a mesh of devices; `sharding` says what they cut.
+DATA, MODEL = "data", "model"
 
 # Standard deviation of fresh weights: initializer_range of every SmolLM2.
 INITIAL_SCALE = 0.02
@@ -225,6 +229,8 @@ class Model:
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
         weights: half the memory, and no slower where memory is what is slow) or "layers" (all but each layer's input).
+      mesh: devices that batches and parameters are laid out over; weights are then gathered layer by layer to where the
+        sequences are. None on one device.
     """
 
     config: Config
@@ -233,6 +239,7 @@ class Model:
     compute_dtype: jnp.dtype
     unroll: bool = False
     remat: Remat = "products"
+    mesh: Mesh | None = None
 
     @partial(jax.jit, static_argnums=0)
     def init(self, key: jax.Array) -> Params:
@@ -285,11 +292,12 @@ class Model:
           float32[B, T, D], and what `attend` returned beside its result: stacked over layers, or a list of L.
         """
         rotation = rotation_at(self.config, positions)
-        x = embed(params["embedding"], tokens)
+        x = self.by_batch(embed(params["embedding"], tokens))
 
         def layer(x, state_and_cache):
             state, cache = state_and_cache
-            return nnx.merge(self.layer_graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+            x, kept = nnx.merge(self.layer_graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+            return self.by_batch(x), kept
 
         if self.remat == "layers":
             layer = jax.checkpoint(layer)
@@ -306,6 +314,22 @@ class Model:
             unroll = self.config.num_layers if self.unroll else 1
             x, kept = lax.scan(layer, x, (params["layers"], caches), unroll=unroll)
         return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
+
+    def by_batch(self, x: jax.Array) -> jax.Array:
+        """An activation whose leading axis is the batch, kept where its sequences are.
+
+        Left to itself the partitioner would compute the whole batch on every device, each with its part of the weights.
+        """
+        if self.mesh is None or x.shape[0] % self.mesh.shape[DATA]:
+            return x
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(DATA, *rest)))
+
+    def gathered(self, params: Params) -> Params:
+        """The same parameters for a loop that needs all of them at every step: whole on every device along `data`."""
+        if self.mesh is None or self.mesh.shape[MODEL] > 1:
+            return params
+        return lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
 
     def unstacked(self, params: Params) -> Params:
         """The same parameters for decoding: layers as a list, kernels transposed; a second copy of them."""
@@ -345,7 +369,12 @@ def _check(config: Config, tokens: jax.Array, mask: jax.Array | None) -> None:
 
 
 def make_model(
-    config: Config, *, compute_dtype: Any = jnp.float32, unroll: bool = False, remat: Remat = "products"
+    config: Config,
+    *,
+    compute_dtype: Any = jnp.float32,
+    unroll: bool = False,
+    remat: Remat = "products",
+    mesh: Mesh | None = None,
 ) -> Model:
     """Make the functions of a model; no parameters are made.
 
@@ -354,6 +383,7 @@ def make_model(
       compute_dtype: float32 or bfloat16, the type of the operands of products.
       unroll: see `Model`.
       remat: see `Model`.
+      mesh: see `Model`.
 
     Raises:
       ValueError: on another compute type or remat.
@@ -362,4 +392,4 @@ def make_model(
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(params=0)))
-    return Model(config, nnx.split(abstract)[0], nnx.split(abstract.layers)[0], dtype, unroll, remat)
+    return Model(config, nnx.split(abstract)[0], nnx.split(abstract.layers)[0], dtype, unroll, remat, mesh)

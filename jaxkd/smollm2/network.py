@@ -75,7 +75,7 @@ class Setting:
 
     def model(self, config: Config) -> Model:
         """The functions of a model of this shape."""
-        return _model(replace(config, eos_ids=self.tokenizer.eos_ids), self.compute_dtype, self.remat)
+        return _model(replace(config, eos_ids=self.tokenizer.eos_ids), self.compute_dtype, self.remat, self.mesh)
 
     def policy(self, config: Config) -> Policy:
         """The model as a policy over completions; its draws are made by `Network.draw`."""
@@ -122,9 +122,9 @@ class Setting:
 
 
 @lru_cache
-def _model(config: Config, compute_dtype: str, remat: str) -> Model:
+def _model(config: Config, compute_dtype: str, remat: str, mesh: Any) -> Model:
     """One `Model` a shape: programs are compiled once for each."""
-    return make_model(config, compute_dtype=compute_dtype, remat=remat)
+    return make_model(config, compute_dtype=compute_dtype, remat=remat, mesh=mesh)
 
 
 @lru_cache

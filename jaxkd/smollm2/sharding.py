@@ -14,9 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxkd import checks
 from jaxkd.policy import Params
 from jaxkd.smollm2.config import Config
-from jaxkd.smollm2.model import make_model
-
-DATA, MODEL = "data", "model"
+from jaxkd.smollm2.model import DATA, MODEL, make_model
 
 # What each axis of a leaf is: L layers, V vocabulary, D width, K heads of keys, G queries of each, N, F of the MLP.
 AXES = {
@@ -46,6 +44,11 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Any = None) -> M
     if data * model != len(devices):
         raise ValueError(f"a mesh of {data} × {model} needs {data * model} devices; there are {len(devices)}")
     return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def mesh_of_all_devices() -> Mesh | None:
+    """A mesh with every device on `data`; None where there is one."""
+    return make_mesh() if jax.device_count() > 1 else None
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

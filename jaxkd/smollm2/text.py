@@ -207,7 +207,9 @@ def _words(name: str) -> pre_tokenizers.PreTokenizer:
         split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_WORDS), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join((*_DIGITS_APART, *_PLAIN, *_LLAMA3))
-    told = f"GGUF pre-tokenizer {name!r} is not known" if name else "the GGUF names no pre-tokenizer (an old conversion)"
+    told = (
+        f"GGUF pre-tokenizer {name!r} is not known" if name else "the GGUF names no pre-tokenizer (an old conversion)"
+    )
     raise ValueError(f"{told}; known are {known}")
 
 

@@ -60,7 +60,7 @@ def main(case):
     state = optimizer.init(params)
     state = jax.device_put(state, sharding.state_shardings(config, mesh, state))
     batch = sharding.shard_batch(mesh, (tokens, mask, keys))
-    found = results(model, optimizer, placed, state, *batch)
+    found = results(make_model(config, mesh=mesh), optimizer, placed, state, *batch)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
     cut = placed["layers"]["mlp"]["gate_up"]

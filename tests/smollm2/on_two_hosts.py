@@ -25,7 +25,7 @@ def main(folder, *cluster):
     config, params = weights.load(folder, mesh=mesh)
     cut = params["layers"]["mlp"]["gate_up"]
     assert cut.addressable_shards[0].data.size * jax.device_count() == cut.size, "the parameters are not cut"
-    model, optimizer = make_model(config), optax.sgd(0.5, momentum=0.9)
+    model, optimizer = make_model(config, mesh=mesh), optax.sgd(0.5, momentum=0.9)
     tokens = jax.random.randint(jax.random.key(1), (8, 10), 0, config.vocab_size)
     mask = jnp.arange(10)[None, :] >= (jnp.arange(8) % 4)[:, None]
     batch = sharding.shard_batch(mesh, (tokens, mask))

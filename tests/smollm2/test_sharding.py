@@ -1,15 +1,17 @@
 """Eight simulated devices need a process of their own: their number is fixed when the backend starts."""
 
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import sharding, text, weights
+from jaxkd.smollm2 import generate, policy, sharding, text, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -81,3 +83,56 @@ def test_on_one_device_nothing_is_cut():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     specs = jax.tree.leaves(sharding.param_shardings(Config.tiny(), mesh))
     assert all(not any(sharding.spec) for sharding in specs)
+
+
+_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+def collectives(program) -> dict[str, list[str]]:
+    """What a compiled program moves between devices, by the computation that does."""
+    found, computation = {}, ""
+    for line in program.as_text().splitlines():
+        if line.endswith("{") and (name := re.match(r"(?:ENTRY )?%?([\w.]+)", line)):
+            computation = name[1]
+        elif moved := _COLLECTIVE.search(line):
+            found.setdefault(computation, []).append(moved[1])
+    return found
+
+
+def placed_shapes(config, mesh):
+    """Parameters as shapes, cut over the mesh."""
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, make_model(config).shapes(), sharding.param_shardings(config, mesh))
+
+
+def test_a_gradient_gathers_weights_and_moves_no_activations(monkeypatch):
+    # Several chunks of the head: 8 × 13 positions.
+    monkeypatch.setattr(policy, "TOKEN_CHUNK", 36)
+    config, mesh = Config.tiny(), sharding.make_mesh()
+    texts = [jax.ShapeDtypeStruct((8, 14), kind, sharding=sharding.batch_sharding(mesh)) for kind in ("int32", "bool")]
+
+    def moved(model):
+        loss = jax.value_and_grad(lambda params, *x: policy.token_log_probs(model, params, *x).mean())
+        lines = collectives(jax.jit(loss).lower(placed_shapes(config, mesh), *texts).compile())
+        return re.findall(r"f32\[(?:112|104|108|36|8,14|8,13),\d+", str(lines))
+
+    assert moved(make_model(config, mesh=mesh)) == []
+    assert moved(make_model(config)), "the test sees nothing"
+
+
+def test_decoding_gathers_weights_before_its_loop():
+    config, mesh = Config.tiny(), sharding.make_mesh()
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    prompts = [jax.ShapeDtypeStruct((8, 5), kind) for kind in ("int32", "bool")]
+    batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in (*prompts, keys)]
+    sampling = generate.at_temperature(generate.Sampling())
+
+    def in_loops(model):
+        program = generate._generate.lower(
+            model, placed_shapes(config, mesh), *batch, sampling, jnp.int32(16), room=16
+        ).compile()
+        return [line for name, lines in collectives(program).items() if "region" in name for line in lines]
+
+    # Whether all sequences have ended is all that a step must know of the others.
+    assert in_loops(make_model(config, mesh=mesh)) == ["pred[]"]
+    assert len(in_loops(make_model(config))) > 1, "the test sees nothing"

@@ -11,8 +11,8 @@ import jax
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings, Coefficients
-from jaxkd.smollm2 import dry_run
 from jaxkd.smollm2 import order as orders
+from jaxkd.smollm2 import sharding
 from jaxkd.smollm2.evaluate import Evaluation
 from jaxkd.smollm2.order import Order
 from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation, Workshop
@@ -42,7 +42,7 @@ def make(**changes) -> Order:
 
 def laboratory(order: Order, out: Path) -> orders.Laboratory:
     """Nothing is computed yet."""
-    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), dry_run.mesh_of_all_devices())
+    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), sharding.mesh_of_all_devices())
 
 
 def run(order: Order, out: Path) -> orders.Laboratory:
