@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxkd import checks
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate
-from jaxkd.smollm2.model import Model
+from jaxkd.smollm2.model import DATA, Model
 
 TOKEN_CHUNK = 1024
 VOCAB_BLOCK = 8192
@@ -181,10 +182,12 @@ def token_log_probs(model: Model, params: Params, tokens: jax.Array, mask: jax.A
 
 def _log_probs_of_hidden(model: Model, params: Params, hidden: jax.Array, tokens: jax.Array, mask: jax.Array | None):
     """`token_log_probs` from the hidden states before each token, float32[B, T − 1, D]."""
-    targets = tokens[:, 1:]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    log_probs, _ = target_log_probs(flat, model.head(params), targets.reshape(-1), model.compute_dtype)
-    log_probs = log_probs.reshape(targets.shape)
+
+    def streamed(hidden, targets, head):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return target_log_probs(flat, head, targets.reshape(-1), model.compute_dtype)[0].reshape(targets.shape)
+
+    log_probs = _on_own_sequences(model, streamed, (hidden, tokens[:, 1:]), (model.head(params),))
     return log_probs if mask is None else jnp.where(mask[:, 1:] & mask[:, :-1], log_probs, 0.0)
 
 
@@ -223,19 +226,46 @@ def compare(
     hidden, taught = (
         one.hidden(theirs, tokens, mask)[:, :-1] for one, theirs in ((model, params), (teacher, teacher_params))
     )
-    fields = compare_hidden(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.head(params),
-        lax.stop_gradient(taught.reshape(-1, taught.shape[-1])),
-        lax.stop_gradient(teacher.head(teacher_params)),
-        tokens[:, 1:].reshape(-1),
-        jnp.asarray(coefficient, jnp.float32),
-        divergence,
-        (model.compute_dtype, teacher.compute_dtype),
+    dtypes = (model.compute_dtype, teacher.compute_dtype)
+
+    def streamed(hidden, taught, targets, head, teacher_head, coefficient):
+        flat, flat_taught = (array.reshape(-1, array.shape[-1]) for array in (hidden, taught))
+        fields = compare_hidden(
+            flat, head, flat_taught, teacher_head, targets.reshape(-1), coefficient, divergence, dtypes
+        )
+        return tuple(field.reshape(targets.shape) for field in fields)
+
+    fields = _on_own_sequences(
+        model,
+        streamed,
+        (hidden, lax.stop_gradient(taught), tokens[:, 1:]),
+        (
+            model.head(params),
+            lax.stop_gradient(teacher.head(teacher_params)),
+            jnp.asarray(coefficient, jnp.float32),
+        ),
     )
-    shape = tokens[:, 1:].shape
-    counted = jnp.ones(shape, bool) if mask is None else mask[:, 1:] & mask[:, :-1]
-    return Comparison(*(jnp.where(counted, field.reshape(shape), 0.0) for field in fields))
+    counted = jnp.ones(tokens[:, 1:].shape, bool) if mask is None else mask[:, 1:] & mask[:, :-1]
+    return Comparison(*(jnp.where(counted, field, 0.0) for field in fields))
+
+
+def _on_own_sequences(model: Model, function: Callable, batched: tuple, whole: tuple):
+    """`function(*batched, *whole)`, each device with its own sequences where the model has a mesh.
+
+    The gradient of the head, which many chunks add to, is then summed over devices once and not for every chunk.
+    """
+    if model.mesh is None or batched[0].shape[0] % model.mesh.shape[DATA]:
+        return function(*batched, *whole)
+    own, everywhere = PartitionSpec(DATA), PartitionSpec()
+    over_mesh = jax.shard_map(
+        function,
+        mesh=model.mesh,
+        in_specs=(own,) * len(batched) + (everywhere,) * len(whole),
+        out_specs=own,
+        axis_names={DATA},
+        check_vma=False,
+    )
+    return over_mesh(*batched, *whole)
 
 
 # --- blocks of the head ----------------------------------------------------------------------------------------------
@@ -247,18 +277,9 @@ def _blocks(vocab_size: int) -> list[tuple[int, int]]:
 
 
 def _chunked(array: jax.Array, chunk: int) -> jax.Array:
-    """[n, …] to [chunks, chunk, …], padded with zeros.
-
-    Neighbours come into different chunks: of a batch that is laid out over devices every device then has a part of every
-    chunk. Cut into runs of neighbours, a chunk would be one device's, and all would wait for it.
-    """
+    """[n, …] to [chunks, chunk, …], padded with zeros."""
     padded = jnp.pad(array, [(0, -array.shape[0] % chunk)] + [(0, 0)] * (array.ndim - 1))
-    return padded.reshape(chunk, -1, *array.shape[1:]).swapaxes(0, 1)
-
-
-def _joined(chunks: jax.Array, n: int) -> jax.Array:
-    """What `_chunked` cut, [n, …]."""
-    return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])[:n]
+    return padded.reshape(-1, chunk, *array.shape[1:])
 
 
 def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
@@ -266,7 +287,7 @@ def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     n = arrays[0].shape[0]
     chunk = min(chunk, n)
     out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
-    return jax.tree.map(lambda leaf: _joined(leaf, n), out)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
 
 def _logits(hidden: jax.Array, head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
@@ -320,7 +341,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
         toward_rows, toward_part = lax.scan(one_chunk, jnp.zeros(rows.shape, jnp.float32), chunks)
         toward_hidden += toward_part
         toward_head.append(toward_rows.astype(head.dtype))
-    return _joined(toward_hidden, n), jnp.concatenate(toward_head)
+    return toward_hidden.reshape(-1, hidden.shape[-1])[:n], jnp.concatenate(toward_head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
