@@ -326,7 +326,8 @@ def _check_configuration(folder: Path, wanted: dict) -> None:
             )
         return
     begun = path.with_name(path.name + files.PARTIAL)
-    if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {begun}):
+    # Claims of processes are no content.
+    if folder.exists() and (not folder.is_dir() or {p for p in folder.iterdir() if p.suffix != ".lock"} - {begun}):
         raise ValueError(f"{folder} exists and holds no run of jaxkd: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)

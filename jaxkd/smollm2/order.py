@@ -1,6 +1,7 @@
 """Both orders on a language model: the stages of `pipelines`, carried out on disk.
 
     out/config.json                      the resolved configuration
+    out/weights.json                     fingerprints of truth and base
     out/behaviour.json                   measured base rates, and the behaviour that was chosen
     out/truth/                           samples of the truth, the yardstick
     out/base/  out/target/               the models every seed shares
@@ -295,6 +296,7 @@ class Laboratory:
         self.truth_texts = self.setting.texts_of(self.truth_samples)
         self._to_learn = slice(order.evaluation.num_truth_samples, None)
         self.base = self._make_base()
+        self._check_weights()
         self.behaviour_name, self.behaviour = self._choose_behaviour()
         self.target = self._make_target()
         self.oracle = self._make_oracle()
@@ -319,6 +321,18 @@ class Laboratory:
             pairs,
             None if pairs is None else self.base.log_prob(pairs),
         )
+
+    def _check_weights(self) -> None:
+        """Refuse sources whose weights changed under their names: half a run would be of others."""
+        path = self.out / "weights.json"
+        found = {"truth": fingerprint(self.truth.params), "base": fingerprint(self.base.params)}
+        if not path.exists():
+            durable.write_json(path, found)
+        differing = files.differences(json.loads(path.read_text(encoding="utf-8")), found)
+        if differing:
+            raise ValueError(
+                f"the weights behind {self.out} are others now ({'; '.join(differing)}): choose another --out"
+            )
 
     def _truth_samples_to_learn(self) -> int:
         """Samples of the truth that some stage learns from; models are measured by others."""

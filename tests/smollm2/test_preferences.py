@@ -54,6 +54,14 @@ def test_batches_keep_pairs_together_and_their_reference_too(tmp_path):
         ({"prompt": "a", "completion": "b"}, "row 1 has no chosen"),
         ({"prompt": "a", "chosen": " b", "rejected": "  "}, "row 1: rejected is empty"),
         ({"prompt": "a", "better": " b"}, "row 1 has no chosen"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": " "}],
+            },
+            "row 1: rejected is empty",
+        ),
     ],
 )
 def test_refuses_files(tmp_path, row, message):

@@ -56,14 +56,20 @@ def write_gguf(path, backend, **changes):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model(changes.get("model", "gpt2"))
-    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+    if pre := changes.get("pre", "smollm"):
+        writer.add_tokenizer_pre(pre)
+    tokens += changes.get("more_tokens", [])
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    writer.add_bos_token_id(1)
+    if (begin := changes.get("bos", 1)) is not None:
+        writer.add_bos_token_id(begin)
     writer.add_eos_token_id(2)
+    if "eot" in changes:
+        writer.add_eot_token_id(changes["eot"])
     writer.add_context_length(64)
-    writer.add_add_bos_token(changes.get("add_bos", False))
+    if (add_bos := changes.get("add_bos", False)) is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(text.CHATML)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -94,6 +100,25 @@ def test_digits_are_split_before_spaces(tmp_path, trained):
 def test_a_beginning_token_is_added_where_the_file_asks_for_it(tmp_path, trained):
     ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, add_bos=True))
     assert ours.encode("end", add_special_tokens=True) == [1, *ours.encode("end")]
+
+
+def test_llama_3_takes_whole_words_and_begins_texts(tmp_path, trained):
+    # No merge leads to this word: only who looks for whole words finds it.
+    changes = {"pre": "llama-bpe", "more_tokens": ["zqzqz"]}
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, add_bos=None, **changes))
+    word = trained.get_vocab_size()
+    assert ours.encode("zqzqz", add_special_tokens=True) == [1, word]
+    silent = text.from_gguf(write_gguf(tmp_path / "b.gguf", trained, add_bos=False, **changes))
+    assert silent.encode("zqzqz", add_special_tokens=True) == [word]
+    plain = text.from_gguf(write_gguf(tmp_path / "c.gguf", trained, add_bos=None, **changes | {"pre": "smollm"}))
+    assert word not in plain.encode("zqzqz") and plain.encode("a", True) == plain.encode("a")
+
+
+def test_all_ends_of_a_gguf_end_a_completion(tmp_path, trained):
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, eot=0))
+    assert ours.eos_ids == (2, 0)
+    ours.save_pretrained(tmp_path / "saved")
+    assert text.from_directory(tmp_path / "saved").eos_ids == (2, 0)
 
 
 def test_saved_and_read_again_it_is_the_same(tmp_path, trained):
@@ -142,7 +167,14 @@ def test_older_and_newer_places_of_settings(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model": "llama"}, "tokenizer in .* is 'llama'"), ({"pre": "klingon"}, "pre-tokenizer 'klingon' is not known")],
+    [
+        ({"model": "llama"}, "tokenizer in .* is 'llama'"),
+        ({"pre": "klingon"}, "pre-tokenizer 'klingon' is not known"),
+        ({"pre": None}, "names no pre-tokenizer"),
+        ({"pre": "default"}, "pre-tokenizer 'default' is not known"),
+        ({"add_bos": True, "bos": None}, "asks for a beginning token and names none"),
+        ({"bos": 10**6}, "but names bos_token 1000000"),
+    ],
 )
 def test_other_tokenizers_in_gguf_are_refused_by_name(tmp_path, trained, changes, message):
     with pytest.raises(ValueError, match=message):

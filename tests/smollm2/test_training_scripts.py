@@ -76,7 +76,19 @@ def test_distill_writes_a_student(run, tmp_path):
     ("script", "arguments", "message"),
     [
         (ALIGN, ["--source", "random:tiny"], "give one of --preferences"),
-        (ALIGN, ["--source", "random:tiny", "--behaviour", "digit"], "--algorithm must be one of online_dpo"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "dpo"],
+            "--algorithm must be one of online_dpo",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "ppo", "--updates", "6"],
+            "--updates must be a multiple of 4",
+        ),
+        (ALIGN, ["--source", "random:tiny", "--behaviour", "digit", "--lora-rank", "999"], "rank must be at most"),
+        (DISTILL, ["--teacher", "random:tiny", "--student", "layers:9"], "9"),
+        (ORDER, ["--truth", "random:tiny", "--student", "layers:9"], "layers of the base in 'layers:9'"),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "often", "--algorithm", "ppo"], "a behaviour must be"),
         (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
         (
@@ -113,7 +125,7 @@ def test_distill_writes_a_student(run, tmp_path):
         (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
         (
             ORDER,
-            ["--truth", "random:tiny", "--preferences", "absent.jsonl", "--algorithms", "ipo"],
+            ["--truth", "random:tiny", "--student", "same", "--preferences", "absent.jsonl", "--algorithms", "ipo"],
             "there is no file absent.jsonl",
         ),
     ],
@@ -123,3 +135,4 @@ def test_refuses(run, tmp_path, monkeypatch, script, arguments, message):
     code, out, errors = run(script, *arguments, "--out", tmp_path / "out")
     told = " ".join((out + errors).split())
     assert code == 2 and message in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
