@@ -76,12 +76,12 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
         each = flops / (device_flops * utilisation * mesh.size)
         seconds[name] = each * steps
         lines.append(
-            f"{name:<54} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  "
+            f"{name:<70} {used / 2**30:6.2f} GiB a device  {flops / 1e12:9.2f} TFLOP a step  "
             f"({by_xla / 1e12:.2f} by XLA)  {each:8.3f} s a step  × {steps} = {each * steps / 3600:.2f} h"
         )
     for name, flops in _without_compiling(order, configs).items():
         seconds[name] = flops / (device_flops * utilisation * mesh.size)
-        lines.append(f"{name:<54} {flops / 1e15:10.3f} PFLOP in all = {seconds[name] / 3600:.2f} h")
+        lines.append(f"{name:<70} {flops / 1e15:10.3f} PFLOP in all = {seconds[name] / 3600:.2f} h")
     total = sum(seconds.values())
     lines += ["", f"all models together: {total / 3600:.1f} h on {mesh.size} devices of {device_flops:.3g} FLOP/s"]
     lines.append(f"at {utilisation:.0%} of it (--device-flops, --utilisation); sampling is counted by its FLOPs alone")
@@ -111,8 +111,13 @@ def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
     # An offline algorithm's step is the same without its sampling.
     algorithm = next((name for name in order.algorithms if name in _SAMPLING), _SAMPLING[0])
     settings = replace(order.alignment.settings, algorithm=algorithm)
-    for role, times in Counter(_role(row) for row in rows if isinstance(row.stage, Align)).items():
-        yield _aligning(role, times * settings.num_steps, configs[role], mesh, dtype, order, settings, length)
+    made = {row.folder: row for row in rows}
+    aligned = (row for row in rows if isinstance(row.stage, Align))
+    pairs = ((_role(row), _role(made[row.reference]) if row.reference in made else "base") for row in aligned)
+    for (role, held_to), times in Counter(pairs).items():
+        name = f"align {role}" if held_to == role else f"align {role}, held to {held_to}"
+        both = configs[role], configs[held_to]
+        yield _aligning(name, times * settings.num_steps, both, mesh, dtype, order, settings, length)
     for role, times in Counter(_role(row) for row in rows if type(row.stage) is Distil).items():
         steps = times * order.distillation.num_updates
         yield _distilling(f"distil {role}", steps, configs[role], mesh, dtype, order, length)
@@ -201,25 +206,25 @@ def _scoring(name, steps, config, mesh, dtype, batch, length):
     return name, steps, compiled, cost.forward_flops(config, batch * length, length / 2), by_xla
 
 
-def _aligning(role, steps, config, mesh, dtype, order: Order, settings: AlignmentSettings, length):
+def _aligning(name, steps, configs, mesh, dtype, order: Order, settings: AlignmentSettings, length):
+    config, reference = configs
     optimisation = order.alignment.optimisation
     optimizer = optimisation.make(settings.num_updates)
-    step = align.make_step(
-        _policy(config, dtype, order, mesh), optimizer, settings, lambda x: x.reward, lambda x: x.hit
-    )
+    policies = [_policy(one, dtype, order, mesh) for one in configs]
+    step = align.make_step(policies[0], optimizer, settings, lambda x: x.reward, lambda x: x.hit, policies[1])
     draws = _batch(mesh, ScoredTexts, settings.batch_size, length)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     inputs = Inputs(
-        jax.random.key(0), _abstract(config, mesh), Coefficients(*([scalar] * len(Coefficients._fields))), draws
+        jax.random.key(0), _abstract(reference, mesh), Coefficients(*([scalar] * len(Coefficients._fields))), draws
     )
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
-    forward = cost.forward_flops(config, settings.batch_size * length, length / 2)
-    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=False, dtype=dtype)
+    forward, scored = (cost.forward_flops(one, settings.batch_size * length, length / 2) for one in configs)
+    by_xla = cost.log_prob_flops(reference, settings.batch_size, length, differentiate=False, dtype=dtype)
     trained = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
     by_xla += settings.updates_per_step * trained
     # Sampling, the reference, and a pass forward and back for each update.
-    model_flops = (2 + 3 * settings.updates_per_step) * forward
-    return f"align {role} ({settings.algorithm})", steps, compiled, model_flops, by_xla
+    model_flops = scored + (1 + 3 * settings.updates_per_step) * forward
+    return f"{name} ({settings.algorithm})", steps, compiled, model_flops, by_xla
 
 
 def _distilling(name, steps, config, mesh, dtype, order: Order, length):
