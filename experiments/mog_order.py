@@ -236,9 +236,8 @@ def compute(config: Config):
 
 def summarise(dataset, rows, config: Config) -> str:
     """What the run says, in a few sentences made from its own numbers."""
-    lines = [
-        f"Base: misses a mode in {100 * float(dataset.base_failed.mean()):.1f} % of {config.seeds} seeds (kept).",
-    ]
+    failed = f"{100 * float(dataset.base_failed.mean()):.1f} % of {config.seeds} seeds"
+    lines = [f"Base: merges or misses a mode in {failed} (kept)."]
     if config.target_weight == 0:
         lines.append("The target has no weight in p*: there is nothing to recover, rates below say nothing.")
     for temperature in config.temperatures:

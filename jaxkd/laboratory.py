@@ -17,7 +17,7 @@ import numpy as np
 from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
-from jaxkd.truth import Truth, on_target
+from jaxkd.truth import Truth, misses_a_mode, on_target
 
 REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
 """Rewards by name; the last two are wrappers of the target density at its mean over the target's own draws."""
@@ -119,7 +119,7 @@ class Prepared(NamedTuple):
       truth: p* and its targets.
       models: "base" and "student", with their leading axes.
       log_likelihood: mean log-likelihood of the base on its data (nats a point).
-      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      base_failed: whether the base merges or misses a mode of p* (`truth.misses_a_mode`).
       optima: by reference ("base", "student").
     """
 
@@ -215,7 +215,7 @@ def prepare(
         truth=truth,
         models={"base": base, "student": students},
         log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
-        base_failed=measured.metrics.coverage[0] < 1,
+        base_failed=misses_a_mode(truth, base),
         optima=_optima(bench, keys["measure"], made, reward, points),
     )
     return prepared, measured
@@ -266,7 +266,7 @@ class Outcome(NamedTuple):
     Attributes:
       measured: the models of `every_model`, a stack to be taken apart by `by_stage`.
       log_likelihood: mean log-likelihood of the base on its data (nats a point).
-      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      base_failed: whether the base merges or misses a mode of p* (`truth.misses_a_mode`).
       optima: by reference ("base", "student").
     """
 
@@ -297,7 +297,7 @@ def run_seed(
     measured = _measure(bench, keys["measure"], made, every_model(settings), reward, points)
     optima = _optima(bench, keys["measure"], made, reward, points)
     log_likelihood = made.log_likelihood[made.plan.rows["base"].start]
-    return Outcome(measured, log_likelihood, measured.metrics.coverage[0] < 1, optima)
+    return Outcome(measured, log_likelihood, misses_a_mode(truth, base), optima)
 
 
 def every_model(settings: LaboratorySettings) -> tuple[str, ...]:

@@ -542,7 +542,7 @@ _STYLE_LABELS = {
 }
 _ALSO_LABELS = {
     "target_balance": "smallest / largest\ntarget mass (median)",
-    "base_failed": "bases that miss a mode",
+    "base_failed": "bases that merge\nor miss a mode",
 }
 
 
@@ -716,7 +716,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
         told += [
             "",
             verdict(summary),
-            f"Bases that miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
+            f"Bases that merge or miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
         ]
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")

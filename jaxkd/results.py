@@ -43,7 +43,7 @@ UNITS = {
     "gibbs_target_log_odds": ("log-odds of the target under the reference's Gibbs policy", "nat"),
     "half_mass_coefficient": ("β_c of the reference", "reward/nat"),
     "distance_to_gibbs": ("KL(policy ‖ Gibbs policy of its reference)", "nat"),
-    "base_failed": ("the base misses a mode of p*", "1"),
+    "base_failed": ("the base merges or misses a mode of p*: no mean of a component lies in its disc", "1"),
     "base_log_likelihood": ("mean log-likelihood of the base on its data", "nat/draw"),
     "truth_weight": ("weights of the modes of p*", "1"),
     "truth_mean": ("means of the modes of p*", "1"),

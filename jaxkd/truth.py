@@ -99,6 +99,24 @@ def on_target(truth: Truth, x: jax.Array) -> jax.Array:
     return (mixture.mahalanobis(truth.target, x) < TARGET_RADIUS).any(axis=0)
 
 
+def misses_a_mode(truth: Truth, model: Mixture) -> jax.Array:
+    """Whether a model merges or misses a mode: one that p* gives weight has no mean of the model within its disc.
+
+    Mass in a disc does not tell: a component that merges two modes lies between them and is wide, and puts enough into
+    the discs of both. Components that are off do not count, whatever their means.
+
+    Args:
+      truth: p*.
+      model: of any number of components; not batched.
+
+    Returns:
+      bool[].
+    """
+    present = mixture.weights(truth.modes) > 0
+    held = discs(truth, model.means) & mixture.is_active(model)[None, :]
+    return (present & ~held.any(axis=1)).any()
+
+
 def _layout_means(layout, num_modes, variance, seed) -> np.ndarray:
     if isinstance(layout, str):
         if layout == "ring":
