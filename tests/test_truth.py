@@ -89,6 +89,12 @@ def test_a_draw_of_a_mode_lies_in_its_disc_as_often_as_the_chi_square_says(dim):
     assert abs(float(on_target(truth, x).mean()) - 0.3 * share) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
 
 
+def test_targets_may_be_neighbours_while_their_discs_are_apart():
+    truth = make_truth(targets=[6, 7], variance=0.0277)
+    x = jnp.stack([jnp.full(2001, 1.0), jnp.linspace(-0.6, 1.6, 2001)])
+    assert discs(truth, x)[6:].sum(axis=0).max() == 1
+
+
 @pytest.mark.parametrize("distance", [2.9, 3.1])
 def test_the_disc_ends_at_three_standard_deviations(distance):
     truth = make_truth(variance=0.04)
@@ -182,6 +188,8 @@ def test_a_mode_without_weight_cannot_be_missed():
         ({"layout": "grid", "targets": [0], "num_modes": 1}, "square number"),
         ({"layout": "random", "targets": [0], "num_modes": 1}, "at least 2"),
         ({"layout": "random", "targets": [0], "num_modes": 200}, "do not fit"),
+        ({"targets": [6, 7], "variance": 0.03}, r"targets 6 and 7 are 1 apart, nearer than 6 .*\(1.03923\)"),
+        ({"targets": [0, 7, 4], "variance": 0.03}, "targets 7 and 4"),
     ],
 )
 def test_make_truth_refuses_bad_input_and_says_why(arguments, message):
