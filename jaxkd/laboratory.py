@@ -25,7 +25,9 @@ REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
 PREPARED = ("base", "student")
 """The models that `prepare` makes, in the order in which it stacks them."""
 
-_PURPOSES = ("data", "base", "bench", "measure", *pipelines.STAGES)
+_PURPOSES = ("data", "base", "bench", "measure", "student", "aligned_base", "kd_align")
+# A purpose's key is that of its place: nothing may be put before another. A new stage needs no key of its own, for all
+# distillations share the student's and all alignments kd_align's.
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LaboratorySettings:
 
     Attributes:
       alignment: the alignment algorithm and its sizes.
-      arms: which of `pipelines.ARMS` to run.
+      arms: which of `pipelines.arms()` to run.
       reward: a name of `REWARDS`.
       base_components: K of the base.
       student_components: padded K of the students.
@@ -47,7 +49,9 @@ class LaboratorySettings:
       num_draws: Monte Carlo draws for the metrics where the grid does not hold.
       grid_points: points along each side of the grid.
       match_component_evaluations: give an alignment that starts at fewer components proportionally more updates, so
-        that every arm's alignment evaluates the same number of components.
+        that every arm's policy evaluates the same number of components while it learns. The reference's evaluations are
+        not counted: where it has another number of components than the start (`kd_align_anchored`,
+        `base_start_student_reference`) the whole work is not matched.
       uniform_padding: pad all models to the widest one while they are made, so that base and students are one
         operation: less to compile and more to compute, for few runs. Changes no result beyond rounding.
 
@@ -75,8 +79,12 @@ class LaboratorySettings:
         if self.reward not in REWARDS:
             raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {self.reward!r}")
         if not self.arms:
-            raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.ARMS)}")
-        pipelines.needed(self.arms)
+            raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.arms())}")
+        if not made_by(self):
+            raise ValueError(
+                f"arms must hold more than the base and the student, got {', '.join(self.arms)}: choose from "
+                f"{', '.join(pipelines.arms())}"
+            )
         minima = {
             "base_components": 1,
             "student_components": 1,
@@ -106,7 +114,10 @@ class Points(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient."""
+    """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient.
+
+    NaN where there is a grid and it does not hold the reference: draws say nothing of a target that none of them is on.
+    """
 
     gibbs: theory.Gibbs
     half_mass_coefficient: jax.Array
@@ -181,7 +192,11 @@ def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) ->
         log_reference, values = mixture.log_density(reference, bench.grid.x), bench.grid_field.reward
         inside = jnp.where(bench.truth.is_target[:, None], bench.grid.inside, 0.0).sum(axis=0)
     gibbs = jax.vmap(lambda kl_coef: theory.gibbs(log_reference, values, inside, kl_coef))(kl_coefs)
-    return Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
+    optimum = Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
+    if bench.grid is None:
+        return optimum
+    holds = metrics.grid_holds(bench, log_reference)
+    return jax.tree.map(lambda leaf: jnp.where(holds, leaf, jnp.nan), optimum)
 
 
 def _bench(key, truth, base, grid, settings):

@@ -48,7 +48,9 @@ class Metrics(NamedTuple):
       bounded_recall: probability over p* that log policy ≥ log p* − log 10.
       kl_to_base: KL(policy ‖ base) (nats).
       kl_to_reference: KL(policy ‖ reference) (nats).
-      target_variance: variance of the policy within the targets' discs, an axis, over that of the target's modes.
+      target_variance: mean squared distance, an axis, from the nearest target's mean of the policy's draws within the
+        targets' discs, over the variance of the targets' modes. About the target's mean, not the policy's own: a
+        policy beside the mean is not narrow.
     """
 
     reward: jax.Array
@@ -265,10 +267,19 @@ def _grid_sampling(bench: Bench, log_policy: jax.Array, log_reference: jax.Array
     return Sampling(under(log_policy), under(bench.grid_field.log_truth), under(bench.grid_field.log_target))
 
 
+def _holds(sampling: Sampling) -> jax.Array:
+    error = jnp.stack([jnp.abs(part.weight.sum() - 1) for part in sampling]).max()
+    return error < MASS_TOLERANCE
+
+
+def grid_holds(bench: Bench, log_density: jax.Array) -> jax.Array:
+    """Whether the grid holds a density, given by its logarithm at the grid's points, truth and target to 1e-3; bool."""
+    return _holds(_grid_sampling(bench, log_density, log_density))
+
+
 def _by_quadrature(bench: Bench, log_policy, log_reference, kl_coef) -> tuple[Metrics, jax.Array]:
     sampling = _grid_sampling(bench, log_policy, log_reference)
-    error = jnp.stack([jnp.abs(part.weight.sum() - 1) for part in sampling]).max()
-    return measure(sampling, bench.truth, kl_coef), error < MASS_TOLERANCE
+    return measure(sampling, bench.truth, kl_coef), _holds(sampling)
 
 
 def quadrature(bench: Bench, policy: Mixture, reference: Mixture, kl_coef) -> tuple[Metrics, jax.Array]:

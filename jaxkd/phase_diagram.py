@@ -85,7 +85,7 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
     `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell.
     """
     dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
-    arms = [str(name) for name in summary.stage.values if name in (*pipelines.ARMS, "aligned_base")]
+    arms = [str(name) for name in summary.stage.values if name in (*pipelines.arms(), "aligned_base")]
     rows = []
     for place in itertools.product(*(range(summary.sizes[dim]) for dim in dims)):
         cell = summary.isel(dict(zip(dims, place, strict=True)))
@@ -548,7 +548,7 @@ _ALSO_LABELS = {
 
 def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Path) -> None:
     """Draw recovery with Wilson's intervals along one axis: a column a coefficient, a row a remaining setting."""
-    arms = [name for name in ("aligned_base", *pipelines.ARMS) if name in summary.stage.values]
+    arms = [name for name in ("aligned_base", *pipelines.arms()) if name in summary.stage.values]
     taken = {view.along, view.styles, "kl_coef", "stage"}
     rest = [dim for dim in summary.recovery.dims if dim not in taken]
     rows = [dict(zip(rest, values, strict=True)) for values in itertools.product(*(summary[d].values for d in rest))]

@@ -30,11 +30,14 @@ UNITS = {
     "bounded_recall": ("probability over p* that log policy ≥ log p* − log 10", "1"),
     "kl_to_base": ("KL(policy ‖ base)", "nat"),
     "kl_to_reference": ("KL(policy ‖ reference)", "nat"),
-    "target_variance": ("variance on the targets over that of the target's modes", "1"),
+    "target_variance": (
+        "mean squared distance, an axis, of draws on a target from its mean, over the variance of its mode",
+        "1",
+    ),
     "from_grid": ("measured by quadrature (else by Monte Carlo)", "1"),
     "failed": ("ended in numbers that are not finite", "1"),
     "first_hit_step": ("first step that saw a draw on a target (NaN: none did)", "step"),
-    "target_hits": ("draws on a target seen while aligning", "draw"),
+    "target_hits": ("draws on a target seen while aligning (of a fixed set, once a pass through it)", "draw"),
     "clip_fraction": ("share of clipped ratios", "1"),
     "gibbs_reward": ("mean reward of the reference's Gibbs policy", "reward"),
     "gibbs_target_mass": ("target mass of the reference's Gibbs policy", "1"),
@@ -100,7 +103,13 @@ def labels() -> dict[str, Label]:
 
 
 def of_runs(
-    outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algorithm: str, flip_rate=0.0
+    outcome: Outcome,
+    names: Sequence[str],
+    temperatures,
+    kl_coefs,
+    algorithm: str,
+    flip_rate=0.0,
+    label_temperature=1.0,
 ) -> dict[str, np.ndarray]:
     """All variables of a sweep's runs by name, [runs, temperature, kl_coef, stage] each, or [runs].
 
@@ -111,6 +120,8 @@ def of_runs(
       kl_coefs: β, [coefficients].
       algorithm: which one it was; the distance to the Gibbs policy is NaN where that is not its optimum.
       flip_rate: share of flipped labels, one for all runs or [runs]; with any, Gibbs is no optimum of preferences.
+      label_temperature: T of the labels, one for all runs or [runs]; where it is not 1 the optimum of preferences is
+        the Gibbs policy at β·T, from which no distance is known here.
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
     lengths = {axis: len(along) for axis, along in points._asdict().items()}
@@ -134,8 +145,9 @@ def of_runs(
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
-    flipped = (np.asarray(flip_rate) > 0) & (ALGORITHMS[algorithm].kind != "policy_gradient")
-    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~flipped.reshape(-1, 1, 1, 1)
+    moved = (np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1)
+    moved = moved & (ALGORITHMS[algorithm].kind != "policy_gradient")
+    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~moved.reshape(-1, 1, 1, 1)
     shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
     found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
     return found | {
@@ -153,6 +165,8 @@ def to_dataset(
     kl_coefs,
     seeds,
     num_components: int,
+    flip_rate: float = 0.0,
+    label_temperature: float = 1.0,
 ) -> xr.Dataset:
     """Label everything: dimensions algorithm, temperature, kl_coef, seed and stage; base and student are repeated.
 
@@ -165,6 +179,8 @@ def to_dataset(
       kl_coefs: β, [coefficients].
       seeds: [seeds].
       num_components: K to which stored mixtures are padded.
+      flip_rate: share of flipped labels, as for `of_runs`.
+      label_temperature: T of the labels, as for `of_runs`.
     """
     stages = [*PREPARED, *made]
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
@@ -173,7 +189,7 @@ def to_dataset(
         padded = [one._replace(model=pad_components(one.model, num_components)) for one in (shared, measured)]
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
         outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
-        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm)
+        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
         for name, values in (found | _by_point(_components(whole.model), stages, points)).items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
@@ -309,7 +325,7 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dic
     row["from_grid"] = float(arm.from_grid.values.mean())
     comparison = {"recovery_difference": None, "mcnemar_p": None, "reward_difference": None}
     comparison |= {"reward_difference_low": None, "reward_difference_high": None}
-    if stage in pipelines.ARMS and stage != baseline and baseline in cell.stage.values:
+    if stage in pipelines.arms() and stage != baseline and baseline in cell.stage.values:
         other = cell.sel(stage=baseline)
         other_failed = other.failed.values.astype(bool)
         if (~failed & ~other_failed).any():
