@@ -211,14 +211,14 @@ class CriticalMass:
       by_mass: recovery against log10 of the reference's target mass.
       by_log_odds: recovery against the Gibbs policy's log-odds, whose own boundary is 0.
       gibbs_mass: the target mass at which the references' β_c equals β; NaN where there are not some near it on either
-        side.
+        side, None where the Gibbs policy is not what the alignment tends to.
       seen: smallest and largest log10 mass of a reference.
     """
 
     kl_coef: float
     by_mass: statistics.RecoveryCurve
     by_log_odds: statistics.RecoveryCurve
-    gibbs_mass: float
+    gibbs_mass: float | None
     seen: tuple[float, float]
 
     def __str__(self):
@@ -228,8 +228,12 @@ class CriticalMass:
             found = f"critical mass {10**curve.critical:.2g} (95 % interval {low} to {high})"
         else:
             found = f"no critical mass ({self._why_not})"
-        predicted = f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
-        return f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds; Gibbs says {predicted}"
+        told = f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds"
+        if self.gibbs_mass is None:
+            return told
+        return f"{told}; Gibbs says " + (
+            f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
+        )
 
     @property
     def is_seen(self) -> bool:
@@ -243,8 +247,15 @@ class CriticalMass:
         return "all masses seen suffice" if self.by_mass.critical < self.seen[0] else "no mass seen suffices"
 
 
-def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) -> CriticalMass:
-    """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters."""
+def critical_mass(points: References, kl_coef: float, num_resamples: int = 399, gibbs: bool = True) -> CriticalMass:
+    """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters.
+
+    Args:
+      points: from `references`.
+      kl_coef: β.
+      num_resamples: of the bootstrap.
+      gibbs: whether the Gibbs policy is the alignment's optimum (`Predictions.gibbs`), and so predicts a mass.
+    """
     recovered = points.outcome > RECOVERED_MASS
     log_odds = np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
     masses = np.log10(points.mass)
@@ -256,7 +267,8 @@ def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) 
         )
 
     seen = (float(used.min()), float(used.max())) if used.size else (math.nan, math.nan)
-    return CriticalMass(kl_coef, fit(masses), fit(log_odds), gibbs_mass(points, kl_coef), seen)
+    predicted = gibbs_mass(points, kl_coef) if gibbs else None
+    return CriticalMass(kl_coef, fit(masses), fit(log_odds), predicted, seen)
 
 
 def gibbs_mass(points: References, kl_coef: float) -> float:
@@ -450,7 +462,7 @@ def draw_critical_mass(
             upper.set_title(f"β = {kl_coef:g}")
             _curve(upper, np.log10(points.mass), points, found.by_mass)
             upper.set_xlabel("log₁₀ of the reference's measured target mass m")
-            if predicted.gibbs and math.isfinite(found.gibbs_mass):
+            if predicted.gibbs and found.gibbs_mass is not None and math.isfinite(found.gibbs_mass):
                 upper.axvline(math.log10(found.gibbs_mass), color="black", ls="--", lw=1.2)
             if predicted.draws:
                 upper.axvline(-math.log10(predicted.draws_a_step), color="#009E73", ls="-.", lw=1.2)
@@ -756,11 +768,11 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
     told = ["", verdict(summary)]
     # Target weights make the references differ in mass: all of them are in one picture.
     for at, suffix in _settings(summary, [dim for dim in others if dim != "target_weight"]):
-        found = {}
+        found, predicted = {}, _predictions(at, configuration)
         for kl_coef in dataset.kl_coef.values:
             runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
-            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
-        draw_critical_mass(found, _predictions(at, configuration), *_paths(folder, f"critical_mass{suffix}"))
+            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef), gibbs=predicted.gibbs))
+        draw_critical_mass(found, predicted, *_paths(folder, f"critical_mass{suffix}"))
         where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
         masses = "; ".join(str(one) for _, one in found.values())
         told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")

@@ -163,6 +163,14 @@ def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
     assert np.isfinite(phase_diagram.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
 
 
+@pytest.mark.parametrize(("algorithm", "told"), [("ppo", True), ("grpo", False)])
+def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path):
+    dataset = finished(algorithm=[algorithm])
+    dataset.attrs["configuration"] = configuration("plane")
+    text = phase_diagram.report({"sweep": dataset}, tmp_path)
+    assert ("Gibbs says" in text) is told and text.count("critical mass") >= 2
+
+
 @pytest.mark.parametrize(
     ("algorithm", "label_noise", "expected"),
     [
