@@ -35,8 +35,9 @@ SMALLEST_MASS = 1e-12
 def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     """Rates, paired differences and what theory needs, over every dimension but seed and stage.
 
-    A pair of which either run failed leaves both rates of the comparison. `significant` marks McNemar tests that pass
-    at a false-discovery rate over all cells of the data set.
+    A pair of which either run failed leaves both rates of the comparison; beside them stand the same with failures
+    scored as mass 0, not recovered, as `…_failures_as_0`. `significant` marks McNemar tests that pass at a
+    false-discovery rate over all cells of the data set.
 
     Args:
       dataset: a finished sweep.
@@ -44,8 +45,9 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
 
     Returns:
       `recovery`, `recovery_low`, `recovery_high` [cells, stage]; `recovery_baseline`, `recovery_challenger`,
-      `difference`, `p_value` and `significant` [cells]; medians over seeds of the student's target recall, bounded
-      recall, target mass and β_c as `student_…` and `half_mass_coefficient` [cells].
+      `difference`, `p_value` and `significant` [cells]; of these `recovery`, `difference`, `p_value` and `significant`
+      also as `…_failures_as_0`; medians over seeds of the student's target recall, bounded recall, target mass and β_c
+      as `student_…` and `half_mass_coefficient` [cells].
     """
     dims = tuple(dim for dim in dataset.target_mass.dims if dim not in ("seed", "stage"))
     cells = dataset[["target_mass", "failed"]].transpose(*dims, "stage", "seed").load()
@@ -53,23 +55,31 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     stages = [str(name) for name in dataset.stage.values]
     shape = recovered.shape[: len(dims)]
     own = {name: np.full((*shape, len(stages)), np.nan) for name in ("recovery", "recovery_low", "recovery_high")}
+    own_bound = np.full((*shape, len(stages)), np.nan)
     paired_names = ("recovery_baseline", "recovery_challenger", "difference", "p_value")
     paired = {name: np.full(shape, np.nan) for name in paired_names}
+    paired_bound = {name: np.full(shape, np.nan) for name in ("difference", "p_value")}
     baseline, challenger = stages.index(BASELINE), stages.index(CHALLENGER)
     for cell in np.ndindex(shape):
         for stage in range(len(stages)):
             found = statistics.recovery_rate(recovered[cell][stage], failed[cell][stage])
             for name, value in zip(own, (found.rate, found.low, found.high), strict=True):
                 own[name][cell][stage] = value
+            own_bound[cell][stage] = (recovered[cell][stage] & ~failed[cell][stage]).mean()
         (a, b), (failed_a, failed_b) = (values[cell][[challenger, baseline]] for values in (recovered, failed))
         pair = statistics.mcnemar(a, b, failed_a, failed_b)
         if pair.pairs:
             rates = ((pair.both + pair.only_b) / pair.pairs, (pair.both + pair.only_a) / pair.pairs)
             for name, value in zip(paired_names, (*rates, pair.difference, pair.p_value), strict=True):
                 paired[name][cell] = value
+        bound = statistics.mcnemar(a & ~failed_a, b & ~failed_b) if (failed_a | failed_b).any() else pair
+        paired_bound["difference"][cell], paired_bound["p_value"][cell] = bound.difference, bound.p_value
     summary = xr.Dataset({name: ((*dims, "stage"), values) for name, values in own.items()})
     summary = summary.assign({name: (dims, values) for name, values in paired.items()})
     summary["significant"] = (dims, statistics.false_discovery(paired["p_value"], rate))
+    summary["recovery_failures_as_0"] = ((*dims, "stage"), own_bound)
+    summary = summary.assign({f"{name}_failures_as_0": (dims, values) for name, values in paired_bound.items()})
+    summary["significant_failures_as_0"] = (dims, statistics.false_discovery(paired_bound["p_value"], rate))
     student = dataset.sel(stage="student").drop_vars("stage")
     for name in ("target_recall", "bounded_recall", "target_mass"):
         summary[f"student_{name}"] = student[name].median("seed").transpose(*dims)
@@ -82,7 +92,8 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
 def rows_of(summary: xr.Dataset) -> list[dict]:
     """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there.
 
-    `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell.
+    `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell. Columns
+    that end in `_failures_as_0` score failures as not recovered.
     """
     dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
     arms = [str(name) for name in summary.stage.values if name in (*pipelines.arms(), "aligned_base")]
@@ -92,9 +103,13 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
         settings = {dim: cell[dim].item() for dim in dims}
         test = {"order_difference": float(cell.difference), "order_mcnemar_p": float(cell.p_value)}
         test["order_significant"] = bool(cell.significant)
+        test["order_difference_failures_as_0"] = float(cell.difference_failures_as_0)
+        test["order_mcnemar_p_failures_as_0"] = float(cell.p_value_failures_as_0)
+        test["order_significant_failures_as_0"] = bool(cell.significant_failures_as_0)
         for arm in arms:
             one = cell.sel(stage=arm)
             rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
+            rates["recovery_failures_as_0"] = float(one.recovery_failures_as_0)
             row = settings | {"arm": arm} | rates | test
             rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
@@ -143,6 +158,18 @@ def verdict(summary: xr.Dataset) -> str:
     lone = summary.sel(capacity=1)
     gain, loss = (int((lone.significant & (sign * lone.difference > 0)).sum()) for sign in (1, -1))
     return f"{told} (K = 1, set apart: more often in {gain} of {lone.difference.size}, less often in {loss}.)"
+
+
+def verdict_on_failures(summary: xr.Dataset) -> str:
+    """What the cells say when failures are scored as not recovered."""
+    gain, loss = (
+        int((summary.significant_failures_as_0 & (sign * summary.difference_failures_as_0 > 0)).sum())
+        for sign in (1, -1)
+    )
+    return (
+        f"With failures as not recovered Align→KD recovers more often in {gain} of {summary.difference.size} cells and "
+        f"less often in {loss}."
+    )
 
 
 # --- critical mass ---------------------------------------------------------------------------------------------------
@@ -732,6 +759,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
         ]
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
+    told += [verdict_on_failures(summary)] if failed else []
     (folder / f"{preset}.txt").write_text("\n".join(told) + "\n")
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".pdf", ".csv", ".txt", ".zarr"))
     return "\n".join([*told, f"In {folder}: {', '.join(names)}"])

@@ -271,9 +271,12 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
     """One row an arm, algorithm, coefficient and temperature: rates, medians and paired comparisons with a baseline.
 
     Recovery has a Wilson interval and an exact McNemar test, marked at a false-discovery rate of 0.05 over all rows;
-    reward differences have a paired bootstrap interval. A pair of which either run failed leaves both.
+    reward differences have a paired bootstrap interval. A pair of which either run failed leaves both; beside them
+    stand the same with failures scored as mass 0 and reward 0 (`…_failures_as_0`), of rewards NaN where some model
+    earns less than 0, for then 0 is no bound.
     """
     rows = []
+    zero_is_least = not bool((dataset.reward < 0).any())
     for algorithm in dataset.algorithm.values:
         for temperature in dataset.temperature.values:
             for kl_coef in dataset.kl_coef.values:
@@ -287,14 +290,14 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
                         "kl_coef": float(kl_coef),
                         "arm": str(stage),
                     }
-                    rows.append(key | _row(cell, str(stage), baseline, num_resamples))
+                    rows.append(key | _row(cell, str(stage), baseline, num_resamples, zero_is_least))
     compared = [math.nan if row["mcnemar_p"] is None else row["mcnemar_p"] for row in rows]
     for row, marked in zip(rows, statistics.false_discovery(compared), strict=True):
         row["significant"] = bool(marked)
     return rows
 
 
-def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dict:
+def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int, zero_is_least: bool) -> dict:
     arm = cell.sel(stage=stage)
     failed = arm.failed.values.astype(bool)
     recovered = arm.target_mass.values > RECOVERED_MASS
@@ -316,7 +319,10 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dic
             f"{name}_sd": summary.sd,
         }
     row["reward_max"] = float(np.nanmax(arm.reward.values)) if not failed.all() else math.nan
-    row["reward_mean_failures_as_0"] = float(np.mean(statistics.failure_bound(arm.reward.values, failed)))
+    row["recovery_failures_as_0"] = statistics.recovery_rate(statistics.failure_bound(recovered, failed)).rate
+    row["reward_mean_failures_as_0"] = (
+        float(np.mean(statistics.failure_bound(arm.reward.values, failed))) if zero_is_least else math.nan
+    )
     row["target_variance_median"] = _nanmedian(arm.target_variance.values)
     row["distance_to_gibbs_median"] = _nanmedian(arm.distance_to_gibbs.values)
     # Where the optimum is not that of the algorithm's objective, neither is the shortfall.
@@ -325,15 +331,22 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dic
     row["from_grid"] = float(arm.from_grid.values.mean())
     comparison = {"recovery_difference": None, "mcnemar_p": None, "reward_difference": None}
     comparison |= {"reward_difference_low": None, "reward_difference_high": None}
+    comparison |= {"recovery_difference_failures_as_0": None, "mcnemar_p_failures_as_0": None}
     if stage in pipelines.arms() and stage != baseline and baseline in cell.stage.values:
         other = cell.sel(stage=baseline)
         other_failed = other.failed.values.astype(bool)
+        other_recovered = other.target_mass.values > RECOVERED_MASS
+        bound = statistics.mcnemar(
+            statistics.failure_bound(recovered, failed), statistics.failure_bound(other_recovered, other_failed)
+        )
+        comparison["recovery_difference_failures_as_0"] = bound.difference
+        comparison["mcnemar_p_failures_as_0"] = bound.p_value
         if (~failed & ~other_failed).any():
-            paired = statistics.mcnemar(recovered, other.target_mass.values > RECOVERED_MASS, failed, other_failed)
+            paired = statistics.mcnemar(recovered, other_recovered, failed, other_failed)
             gain = statistics.paired_difference(
                 arm.reward.values, other.reward.values, failed, other_failed, num_resamples=num_resamples
             )
-            comparison = {
+            comparison |= {
                 "recovery_difference": paired.difference,
                 "mcnemar_p": paired.p_value,
                 "reward_difference": gain.mean,
@@ -387,4 +400,16 @@ def _format_row(row: dict) -> str:
             f"  {row['recovery_difference']:+.2f} ({row['mcnemar_p']:.1g}){mark} {row['reward_difference']:+.2f} "
             f"[{row['reward_difference_low']:+.2f}, {row['reward_difference_high']:+.2f}]"
         )
-    return text + (f"  {row['failed']} failed" if row["failed"] else "")
+    return text + _format_failures(row)
+
+
+def _format_failures(row: dict) -> str:
+    """Of a row whose own runs, or whose baseline's, failed: how many, and the rates with failures as not recovered."""
+    differs = row["recovery_difference"] != row["recovery_difference_failures_as_0"]
+    if not row["failed"] and not differs:
+        return ""
+    whose = f"{row['failed']} failed" if row["failed"] else "of those compared with, some failed"
+    text = f"  {whose}; with failures as 0: recovered {row['recovery_failures_as_0']:.3f}"
+    if row["recovery_difference_failures_as_0"] is not None:
+        text += f", {row['recovery_difference_failures_as_0']:+.2f} ({row['mcnemar_p_failures_as_0']:.1g})"
+    return text
