@@ -33,7 +33,7 @@ BOUNDED_RECALL_FACTOR = 10.0
 
 
 class Metrics(NamedTuple):
-    """The quantities of one policy, each a scalar.
+    """The quantities of one policy, each a scalar but the last.
 
     Attributes:
       reward: E over the policy of R.
@@ -51,6 +51,8 @@ class Metrics(NamedTuple):
       target_variance: mean squared distance, an axis, from the nearest target's mean of the policy's draws within the
         targets' discs, over the variance of the targets' modes. About the target's mean, not the policy's own: a
         policy beside the mean is not narrow.
+      mode_mass: probability that a draw lies in the disc of each mode of p*, [modes]; the targets' add up to
+        `target_mass`.
     """
 
     reward: jax.Array
@@ -66,6 +68,7 @@ class Metrics(NamedTuple):
     kl_to_base: jax.Array
     kl_to_reference: jax.Array
     target_variance: jax.Array
+    mode_mass: jax.Array
 
 
 class Grid(NamedTuple):
@@ -205,6 +208,7 @@ def measure(sampling: Sampling, truth: Truth, kl_coef) -> Metrics:
         target_balance=jnp.nanmin(target_mode_mass) / jnp.nanmax(target_mode_mass),
         coverage=covered.sum() / present.sum(),
         target_variance=spread / truth.modes.dim / mode_variance,
+        mode_mass=mode_mass,
     )
 
 

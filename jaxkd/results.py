@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ UNITS = {
         "mean squared distance, an axis, of draws on a target from its mean, over the variance of its mode",
         "1",
     ),
+    "mode_mass": ("mass of each mode's disc", "1"),
     "from_grid": ("measured by quadrature (else by Monte Carlo)", "1"),
     "failed": ("ended in numbers that are not finite", "1"),
     "first_hit_step": ("first step that saw a draw on a target (NaN: none did)", "step"),
@@ -85,15 +87,16 @@ INNER_DIMS = ("temperature", "kl_coef", "stage")
 """Dimensions that lie inside a run of a sweep."""
 
 _OF_A_SEED = ("base_failed", "base_log_likelihood")
+_OF_MODES = "mode_mass"
 
 
 def labels() -> dict[str, Label]:
     """Long names, units and inner dimensions of what `of_runs` makes, for `run_sweep`."""
-    truths_or_models = ("truth_", "component_")
+    elsewhere = ("truth_", "component_", _OF_MODES)
     variables = {
         name: Label(long_name, unit, () if name in _OF_A_SEED else INNER_DIMS)
         for name, (long_name, unit) in UNITS.items()
-        if not name.startswith(truths_or_models)
+        if not name.startswith(elsewhere)
     }
     return variables | {
         "temperature": Label("distillation temperature τ", "1"),
@@ -113,6 +116,9 @@ def of_runs(
 ) -> dict[str, np.ndarray]:
     """All variables of a sweep's runs by name, [runs, temperature, kl_coef, stage] each, or [runs].
 
+    Masses of single modes are left out, for a sweep's store does not say which are targets: those of two targets follow
+    from `target_mass` and `target_balance`.
+
     Args:
       outcome: from `laboratory.run_seed`, runs leading.
       names: `laboratory.every_model`.
@@ -125,7 +131,9 @@ def of_runs(
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
     lengths = {axis: len(along) for axis, along in points._asdict().items()}
-    found = _by_point(_quantities(outcome.measured), names, points)
+    quantities = _quantities(outcome.measured)
+    del quantities[_OF_MODES]
+    found = _by_point(quantities, names, points)
     # The optimum of an arm is that of the model which its policy was held to.
     optima = {name: outcome.optima[pipelines.reference_of(name)] for name in names}
 
@@ -190,7 +198,8 @@ def to_dataset(
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
         outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
         found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
-        for name, values in (found | _by_point(_components(whole.model), stages, points)).items():
+        beside = _components(whole.model) | {_OF_MODES: np.asarray(whole.metrics.mode_mass)}
+        for name, values in (found | _by_point(beside, stages, points)).items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
     data = {
@@ -225,7 +234,8 @@ def _strings(values: list[str]) -> np.ndarray:
     return np.asarray(values, dtype=np.dtypes.StringDType())
 
 
-_COMPONENT_DIMS = {
+_FURTHER_DIMS = {
+    _OF_MODES: ("mode",),
     "component_weight": ("component",),
     "component_mean": ("coordinate", "component"),
     "component_covariance": ("coordinate", "other_coordinate", "component"),
@@ -238,7 +248,7 @@ def _dims_of(name: str) -> tuple[str, ...]:
         return ("seed",)
     if name.startswith("gibbs_") or name == "half_mass_coefficient":
         return DIMS[1:]
-    return (*DIMS, *_COMPONENT_DIMS.get(name, ()))
+    return (*DIMS, *_FURTHER_DIMS.get(name, ()))
 
 
 def _components(model: mixture.Mixture) -> dict[str, np.ndarray]:
@@ -262,7 +272,15 @@ def _quantities(measured: Measured) -> dict[str, np.ndarray]:
     return values | record | {"failed": ~finite | record["failed"]}
 
 
-_ALSO_READ = ("failed", "target_variance", "distance_to_gibbs", "objective", "gibbs_objective", "from_grid")
+_ALSO_READ = (
+    "failed",
+    "from_grid",
+    "target_variance",
+    "target_balance",
+    "distance_to_gibbs",
+    "objective",
+    "gibbs_objective",
+)
 
 TABLE_QUANTITIES = ("reward", "target_mass", "target_precision", "kl_to_base", "precision", "recall", "coverage")
 
@@ -273,16 +291,17 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
     Recovery has a Wilson interval and an exact McNemar test, marked at a false-discovery rate of 0.05 over all rows;
     reward differences have a paired bootstrap interval. A pair of which either run failed leaves both; beside them
     stand the same with failures scored as mass 0 and reward 0 (`…_failures_as_0`), of rewards NaN where some model
-    earns less than 0, for then 0 is no bound.
+    earns less than 0, for then 0 is no bound. Where there are several targets, each one's mass has a column of its own
+    (`target_mass_1_median`, …, in the order of the modes).
     """
-    rows = []
+    rows, targets = [], _several_targets(dataset)
     zero_is_least = not bool((dataset.reward < 0).any())
     for algorithm in dataset.algorithm.values:
         for temperature in dataset.temperature.values:
             for kl_coef in dataset.kl_coef.values:
                 cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef)
                 # Loaded once a cell: the comparisons below read it many times.
-                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ]].load()
+                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ, *([_OF_MODES] if targets else [])]].load()
                 for stage in dataset.stage.values:
                     key = {
                         "algorithm": str(algorithm),
@@ -290,11 +309,27 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
                         "kl_coef": float(kl_coef),
                         "arm": str(stage),
                     }
-                    rows.append(key | _row(cell, str(stage), baseline, num_resamples, zero_is_least))
+                    own = _row(cell, str(stage), baseline, num_resamples, zero_is_least)
+                    rows.append(key | own | _masses_of_targets(cell, str(stage), targets))
     compared = [math.nan if row["mcnemar_p"] is None else row["mcnemar_p"] for row in rows]
     for row, marked in zip(rows, statistics.false_discovery(compared), strict=True):
         row["significant"] = bool(marked)
     return rows
+
+
+def _several_targets(dataset: xr.Dataset) -> list[int]:
+    """Places of the targets among the modes where there are several (and the store has their masses), else none."""
+    if _OF_MODES not in dataset or dataset.truth_is_target.sum() < 2:
+        return []
+    return np.flatnonzero(dataset.truth_is_target.values).tolist()
+
+
+def _masses_of_targets(cell: xr.Dataset, stage: str, targets: list[int]) -> dict:
+    if not targets:
+        return {}
+    arm = cell.sel(stage=stage)
+    masses = arm[_OF_MODES].where(~arm.failed.astype(bool))
+    return {f"target_mass_{i}_median": _nanmedian(masses.isel(mode=mode).values) for i, mode in enumerate(targets, 1)}
 
 
 def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int, zero_is_least: bool) -> dict:
@@ -323,6 +358,7 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int, zero_i
     row["reward_mean_failures_as_0"] = (
         float(np.mean(statistics.failure_bound(arm.reward.values, failed))) if zero_is_least else math.nan
     )
+    row["target_balance_median"] = _nanmedian(arm.target_balance.values)
     row["target_variance_median"] = _nanmedian(arm.target_variance.values)
     row["distance_to_gibbs_median"] = _nanmedian(arm.distance_to_gibbs.values)
     # Where the optimum is not that of the algorithm's objective, neither is the shortfall.
@@ -400,6 +436,8 @@ def _format_row(row: dict) -> str:
             f"  {row['recovery_difference']:+.2f} ({row['mcnemar_p']:.1g}){mark} {row['reward_difference']:+.2f} "
             f"[{row['reward_difference_low']:+.2f}, {row['reward_difference_high']:+.2f}]"
         )
+    masses = [f"{value:.3f}" for name, value in row.items() if re.fullmatch(r"target_mass_\d+_median", name)]
+    text += f"  targets {' and '.join(masses)}" if masses else ""
     return text + _format_failures(row)
 
 
