@@ -179,7 +179,7 @@ def _weighted_sum(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(problem: Problem, base: Mixture, models: list[Mixture], kl_coef: float) -> list[dict[str, float]]:
-    """The quantities of `jaxkd.metrics.Metrics` on the grid, for every model held to the base."""
+    """The scalars of `jaxkd.metrics.Metrics` on the grid, for every model held to the base."""
     x, inside, is_target = problem.x, problem.inside, problem.is_target
     log_truth, log_target, log_base = (log_density(model, x) for model in (problem.modes, problem.target, base))
     reward = torch.exp(log_target)

@@ -72,13 +72,13 @@ class Config:
     """A small run that finishes in well under a minute: 16 seeds and, unless algorithms are named, ppo alone."""
 
     def __post_init__(self):
-        from jaxkd import checks
+        from jaxkd import checks, pipelines
         from jaxkd.align import ALGORITHMS, AlignmentSettings
 
         checks.whole("--seeds", self.seeds, least=1)
         checks.whole("--first-seed", self.first_seed, least=0, most=2**31 - 1 - self.seeds)
         checks.names("--algorithms", self.algorithms, [name for name in ALGORITHMS if name != "orpo"])
-        checks.names("--arms", self.arms, Config.arms)
+        checks.names("--arms", self.arms, pipelines.arms())
         if "kd_align" not in self.arms:
             raise ValueError(f"--arms must contain kd_align, which the others are compared with; got {self.arms}")
         checks.whole("--capacity", self.capacity, least=1, most=8)
@@ -230,15 +230,22 @@ def compute(config: Config):
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     made = laboratory.made_by(settings_of(config, config.algorithms[0]))
     return results.to_dataset(
-        prepared, measured, by_algorithm, made, config.temperatures, config.kl_coefs, seeds, num_components=8
+        prepared,
+        measured,
+        by_algorithm,
+        made,
+        config.temperatures,
+        config.kl_coefs,
+        seeds,
+        num_components=8,
+        flip_rate=config.label_noise,
     )
 
 
 def summarise(dataset, rows, config: Config) -> str:
     """What the run says, in a few sentences made from its own numbers."""
-    lines = [
-        f"Base: misses a mode in {100 * float(dataset.base_failed.mean()):.1f} % of {config.seeds} seeds (kept).",
-    ]
+    failed = f"{100 * float(dataset.base_failed.mean()):.1f} % of {config.seeds} seeds"
+    lines = [f"Base: merges or misses a mode in {failed} (kept)."]
     if config.target_weight == 0:
         lines.append("The target has no weight in p*: there is nothing to recover, rates below say nothing.")
     for temperature in config.temperatures:

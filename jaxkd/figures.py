@@ -1,6 +1,7 @@
 """Figures, each drawn from a finished store alone."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,8 +16,25 @@ from jaxkd import pipelines
 from jaxkd.metrics import RECOVERED_MASS
 from jaxkd.truth import TARGET_RADIUS
 
+
+class _Looks(dict[str, str]):
+    """Looks of models by name; one that is not listed has a look made from its name, always the same."""
+
+    def __init__(self, known: dict[str, str], of_others: Callable[[str], str]):
+        super().__init__(known)
+        self._of_others = of_others
+
+    def __missing__(self, name: str) -> str:
+        return self._of_others(name)
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """A choice by name; unlike `hash`, the same in every process."""
+    return lambda name: choices[zlib.crc32(name.encode()) % len(choices)]
+
+
 # Okabe and Ito's colours: told apart under every common colour blindness, and in order of lightness for print.
-COLOURS = {
+_COLOURS = {
     "kd_align": "#D55E00",
     "kd_align_sharpened": "#E69F00",
     "align_kd": "#0072B2",
@@ -27,8 +45,9 @@ COLOURS = {
     "student": "#999999",
     "base": "#000000",
 }
+COLOURS = _Looks(_COLOURS, _one_of(("#882255", "#44AA99", "#999933", "#332288", "#661100")))
 
-LABELS = {
+_LABELS = {
     "base": "base",
     "student": "student",
     "aligned_base": "aligned base",
@@ -39,9 +58,11 @@ LABELS = {
     "kd_align_anchored": "KD→Align,\nanchored on base",
     "base_start_student_reference": "base start,\nstudent reference",
 }
+LABELS = _Looks(_LABELS, lambda name: name.replace("_", " "))
 
-MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
-MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
+_MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
+_MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
+MARKERS = _Looks(_MARKERS, _one_of(("X", "p", "h", "<", ">", "*")))
 
 ALGORITHM_LABELS = {
     "reinforce": "REINFORCE",
@@ -74,7 +95,7 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
       paths: files to write; their endings choose the formats.
     """
     dataset = dataset.load()
-    arms = [name for name in pipelines.ARMS if name in dataset.stage.values]
+    arms = [name for name in pipelines.arms() if name in dataset.stage.values]
     temperature = float(dataset.temperature.min())
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10.5, 13.2), layout="constrained")
@@ -96,6 +117,11 @@ def save(figure, paths: Sequence[Path]) -> None:
 
 def _middle(values: np.ndarray) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def has_gibbs_optimum(dataset: xr.Dataset, algorithm: str) -> bool:
+    """Whether the Gibbs policy is the optimum of an algorithm: some arm is at a known distance from it."""
+    return bool(np.isfinite(dataset.distance_to_gibbs.sel(algorithm=algorithm)).any())
 
 
 def telling_cell(dataset: xr.Dataset) -> tuple[str, float, int]:
@@ -151,11 +177,12 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
         fontsize=9,
     )
     stages = ["base", "student", *(s for s in ("aligned_base",) if s in dataset.stage.values), *arms]
-    axes = part.subplots(2, 5, sharex=True, sharey=True, gridspec_kw={"wspace": 0.02}).ravel()
+    columns = max(5, -(-(1 + len(stages)) // 2))
+    axes = part.subplots(2, columns, sharex=True, sharey=True, gridspec_kw={"wspace": 0.02}).ravel()
     line = np.linspace(-1.9, 1.9, 161)
     x = np.stack(np.meshgrid(line, line, indexing="xy"))
     _one_model(axes[0], _truth_cell(dataset), x, "p*", "#000000", dataset)
-    for axis, stage in zip(axes[1:], stages, strict=False):
+    for axis, stage in zip(axes[1:], stages, strict=False):  # an odd number leaves a place
         one = cell.sel(stage=stage)
         title = f"{LABELS[stage].replace(chr(10), ' ')}"
         _one_model(axis, one, x, title, COLOURS[stage], dataset)
@@ -164,9 +191,9 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
         )
     for axis in axes[1 + len(stages) :]:
         axis.set_visible(False)
-    for axis in axes[5:]:
+    for axis in axes[columns:]:
         axis.set_xlabel("x₁")
-    for axis in axes[::5]:
+    for axis in axes[::columns]:
         axis.set_ylabel("x₂")
 
 
@@ -201,18 +228,22 @@ def _one_model(axis, cell, x, title, colour, dataset) -> None:
 
 
 def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
+    kl_coefs = dataset.kl_coef.values
+    algorithms = [str(name) for name in dataset.algorithm.values]
+    has_optimum = np.asarray([has_gibbs_optimum(dataset, algorithm) for algorithm in algorithms])
+    bars = ", black bars each reference's own Gibbs optimum (median)" if has_optimum.any() else ""
     part.suptitle(
         f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point a seed, white diamonds are "
-        "medians, black bars each reference's own Gibbs optimum (median).",
+        f"medians{bars}.",
         x=0.01,
         ha="left",
         fontsize=9,
     )
-    kl_coefs = dataset.kl_coef.values
-    algorithms = [str(name) for name in dataset.algorithm.values]
     axes = part.subplots(2, len(kl_coefs), sharex=True, sharey="row", squeeze=False)
     shades = np.linspace(-0.33, 0.33, len(algorithms)) if len(algorithms) > 1 else [0.0]
     width = 0.6 / max(len(algorithms), 1)
+    # A bar spans the columns of the algorithms whose optimum it is.
+    between = np.asarray([-0.45, *(np.add(shades[1:], shades[:-1]) / 2), 0.45])
     generator = np.random.default_rng(0)
     cell = dataset.sel(temperature=temperature)
     for row, (quantity, optimum, label) in enumerate(
@@ -231,7 +262,9 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                             place + shade, np.median(values), "D", ms=3.2, mfc="white", mec="black", mew=0.6, zorder=4
                         )
                 best = cell[optimum].sel(kl_coef=kl_coef, stage=arm).values
-                axis.hlines(np.nanmedian(best), place - 0.45, place + 0.45, color="black", lw=1.3, zorder=3)
+                if has_optimum.any() and np.isfinite(best).any():
+                    ends = place + between[:-1][has_optimum], place + between[1:][has_optimum]
+                    axis.hlines(np.nanmedian(best), *ends, color="black", lw=1.3, zorder=3)
             if row == 0:
                 axis.set_title(f"β = {kl_coef:g}")
             else:
@@ -259,15 +292,16 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
     base = cell.sel(stage="base")
     for axis, algorithm in zip(axes, algorithms, strict=True):
         axis.set_title(ALGORITHM_LABELS.get(algorithm, algorithm).replace("\n", " "))
-        axis.plot(
-            base.gibbs_kl.median("seed"),
-            base.gibbs_reward.median("seed"),
-            color="black",
-            lw=1.0,
-            ls="--",
-            marker="x",
-            ms=4,
-        )
+        if has_gibbs_optimum(dataset, algorithm):
+            axis.plot(
+                base.gibbs_kl.median("seed"),
+                base.gibbs_reward.median("seed"),
+                color="black",
+                lw=1.0,
+                ls="--",
+                marker="x",
+                ms=4,
+            )
         for arm in arms:
             chosen = cell.sel(algorithm=algorithm, stage=arm)
             kl = chosen.kl_to_base.quantile([0.25, 0.5, 0.75], "seed").values
@@ -293,5 +327,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
         Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], lw=0.8, label=LABELS[arm].replace("\n", " "))
         for arm in arms
     ]
-    handles.append(Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base"))
+    if any(has_gibbs_optimum(dataset, algorithm) for algorithm in algorithms):
+        optimum = Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base")
+        handles.append(optimum)
     part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

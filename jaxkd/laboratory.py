@@ -17,7 +17,7 @@ import numpy as np
 from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
-from jaxkd.truth import Truth, on_target
+from jaxkd.truth import Truth, misses_a_mode, on_target
 
 REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
 """Rewards by name; the last two are wrappers of the target density at its mean over the target's own draws."""
@@ -25,7 +25,9 @@ REWARDS = ("density", "bump", "disc", "log_density", "reflected", "clipped")
 PREPARED = ("base", "student")
 """The models that `prepare` makes, in the order in which it stacks them."""
 
-_PURPOSES = ("data", "base", "bench", "measure", *pipelines.STAGES)
+_PURPOSES = ("data", "base", "bench", "measure", "student", "aligned_base", "kd_align")
+# A purpose's key is that of its place: nothing may be put before another. A new stage needs no key of its own, for all
+# distillations share the student's and all alignments kd_align's.
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LaboratorySettings:
 
     Attributes:
       alignment: the alignment algorithm and its sizes.
-      arms: which of `pipelines.ARMS` to run.
+      arms: which of `pipelines.arms()` to run.
       reward: a name of `REWARDS`.
       base_components: K of the base.
       student_components: padded K of the students.
@@ -47,7 +49,9 @@ class LaboratorySettings:
       num_draws: Monte Carlo draws for the metrics where the grid does not hold.
       grid_points: points along each side of the grid.
       match_component_evaluations: give an alignment that starts at fewer components proportionally more updates, so
-        that every arm's alignment evaluates the same number of components.
+        that every arm's policy evaluates the same number of components while it learns. The reference's evaluations are
+        not counted: where it has another number of components than the start (`kd_align_anchored`,
+        `base_start_student_reference`) the whole work is not matched.
       uniform_padding: pad all models to the widest one while they are made, so that base and students are one
         operation: less to compile and more to compute, for few runs. Changes no result beyond rounding.
 
@@ -75,8 +79,12 @@ class LaboratorySettings:
         if self.reward not in REWARDS:
             raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {self.reward!r}")
         if not self.arms:
-            raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.ARMS)}")
-        pipelines.needed(self.arms)
+            raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.arms())}")
+        if not made_by(self):
+            raise ValueError(
+                f"arms must hold more than the base and the student, got {', '.join(self.arms)}: choose from "
+                f"{', '.join(pipelines.arms())}"
+            )
         minima = {
             "base_components": 1,
             "student_components": 1,
@@ -106,7 +114,10 @@ class Points(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient."""
+    """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient.
+
+    NaN where there is a grid and it does not hold the reference: draws say nothing of a target that none of them is on.
+    """
 
     gibbs: theory.Gibbs
     half_mass_coefficient: jax.Array
@@ -119,7 +130,7 @@ class Prepared(NamedTuple):
       truth: p* and its targets.
       models: "base" and "student", with their leading axes.
       log_likelihood: mean log-likelihood of the base on its data (nats a point).
-      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      base_failed: whether the base merges or misses a mode of p* (`truth.misses_a_mode`).
       optima: by reference ("base", "student").
     """
 
@@ -181,7 +192,11 @@ def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) ->
         log_reference, values = mixture.log_density(reference, bench.grid.x), bench.grid_field.reward
         inside = jnp.where(bench.truth.is_target[:, None], bench.grid.inside, 0.0).sum(axis=0)
     gibbs = jax.vmap(lambda kl_coef: theory.gibbs(log_reference, values, inside, kl_coef))(kl_coefs)
-    return Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
+    optimum = Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
+    if bench.grid is None:
+        return optimum
+    holds = metrics.grid_holds(bench, log_reference)
+    return jax.tree.map(lambda leaf: jnp.where(holds, leaf, jnp.nan), optimum)
 
 
 def _bench(key, truth, base, grid, settings):
@@ -215,7 +230,7 @@ def prepare(
         truth=truth,
         models={"base": base, "student": students},
         log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
-        base_failed=measured.metrics.coverage[0] < 1,
+        base_failed=misses_a_mode(truth, base),
         optima=_optima(bench, keys["measure"], made, reward, points),
     )
     return prepared, measured
@@ -266,7 +281,7 @@ class Outcome(NamedTuple):
     Attributes:
       measured: the models of `every_model`, a stack to be taken apart by `by_stage`.
       log_likelihood: mean log-likelihood of the base on its data (nats a point).
-      base_failed: whether the base misses a mode of p*: its coverage is below 1.
+      base_failed: whether the base merges or misses a mode of p* (`truth.misses_a_mode`).
       optima: by reference ("base", "student").
     """
 
@@ -297,7 +312,7 @@ def run_seed(
     measured = _measure(bench, keys["measure"], made, every_model(settings), reward, points)
     optima = _optima(bench, keys["measure"], made, reward, points)
     log_likelihood = made.log_likelihood[made.plan.rows["base"].start]
-    return Outcome(measured, log_likelihood, measured.metrics.coverage[0] < 1, optima)
+    return Outcome(measured, log_likelihood, misses_a_mode(truth, base), optima)
 
 
 def every_model(settings: LaboratorySettings) -> tuple[str, ...]:

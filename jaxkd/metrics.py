@@ -33,7 +33,7 @@ BOUNDED_RECALL_FACTOR = 10.0
 
 
 class Metrics(NamedTuple):
-    """The quantities of one policy, each a scalar.
+    """The quantities of one policy, each a scalar but the last.
 
     Attributes:
       reward: E over the policy of R.
@@ -48,7 +48,11 @@ class Metrics(NamedTuple):
       bounded_recall: probability over p* that log policy ≥ log p* − log 10.
       kl_to_base: KL(policy ‖ base) (nats).
       kl_to_reference: KL(policy ‖ reference) (nats).
-      target_variance: variance of the policy within the targets' discs, an axis, over that of the target's modes.
+      target_variance: mean squared distance, an axis, from the nearest target's mean of the policy's draws within the
+        targets' discs, over the variance of the targets' modes. About the target's mean, not the policy's own: a
+        policy beside the mean is not narrow.
+      mode_mass: probability that a draw lies in the disc of each mode of p*, [modes]; the targets' add up to
+        `target_mass`.
     """
 
     reward: jax.Array
@@ -64,6 +68,7 @@ class Metrics(NamedTuple):
     kl_to_base: jax.Array
     kl_to_reference: jax.Array
     target_variance: jax.Array
+    mode_mass: jax.Array
 
 
 class Grid(NamedTuple):
@@ -203,6 +208,7 @@ def measure(sampling: Sampling, truth: Truth, kl_coef) -> Metrics:
         target_balance=jnp.nanmin(target_mode_mass) / jnp.nanmax(target_mode_mass),
         coverage=covered.sum() / present.sum(),
         target_variance=spread / truth.modes.dim / mode_variance,
+        mode_mass=mode_mass,
     )
 
 
@@ -265,10 +271,19 @@ def _grid_sampling(bench: Bench, log_policy: jax.Array, log_reference: jax.Array
     return Sampling(under(log_policy), under(bench.grid_field.log_truth), under(bench.grid_field.log_target))
 
 
+def _holds(sampling: Sampling) -> jax.Array:
+    error = jnp.stack([jnp.abs(part.weight.sum() - 1) for part in sampling]).max()
+    return error < MASS_TOLERANCE
+
+
+def grid_holds(bench: Bench, log_density: jax.Array) -> jax.Array:
+    """Whether the grid holds a density, given by its logarithm at the grid's points, truth and target to 1e-3; bool."""
+    return _holds(_grid_sampling(bench, log_density, log_density))
+
+
 def _by_quadrature(bench: Bench, log_policy, log_reference, kl_coef) -> tuple[Metrics, jax.Array]:
     sampling = _grid_sampling(bench, log_policy, log_reference)
-    error = jnp.stack([jnp.abs(part.weight.sum() - 1) for part in sampling]).max()
-    return measure(sampling, bench.truth, kl_coef), error < MASS_TOLERANCE
+    return measure(sampling, bench.truth, kl_coef), _holds(sampling)
 
 
 def quadrature(bench: Bench, policy: Mixture, reference: Mixture, kl_coef) -> tuple[Metrics, jax.Array]:

@@ -60,7 +60,7 @@ def make(weights, means, covariances) -> Mixture:
 
     Raises:
       ValueError: on shapes that do not fit, on non-finite numbers, on a weight below 0 or on a covariance that is not
-        positive definite.
+        symmetric and positive definite.
     """
     weights, means, covariances = (np.asarray(array, np.float64) for array in (weights, means, covariances))
     if weights.ndim != 1 or means.ndim != 2 or means.shape[0] != weights.shape[0] or weights.size == 0:
@@ -76,6 +76,9 @@ def make(weights, means, covariances) -> Mixture:
             raise ValueError("diagonal covariances must be positive")
         factors, rows = np.sqrt(covariances)[:, :, None] * np.eye(dim), []
     elif covariances.shape == (count, dim, dim):
+        # The factor would be made from the lower triangle alone.
+        if not np.allclose(covariances, covariances.swapaxes(1, 2), rtol=1e-5, atol=1e-6 * np.abs(covariances).max()):
+            raise ValueError(f"every covariance must be symmetric, got {covariances.tolist()}")
         try:
             factors = np.linalg.cholesky(covariances)
         except np.linalg.LinAlgError:

@@ -35,8 +35,9 @@ SMALLEST_MASS = 1e-12
 def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     """Rates, paired differences and what theory needs, over every dimension but seed and stage.
 
-    A pair of which either run failed leaves both rates of the comparison. `significant` marks McNemar tests that pass
-    at a false-discovery rate over all cells of the data set.
+    A pair of which either run failed leaves both rates of the comparison; beside them stand the same with failures
+    scored as mass 0, not recovered, as `…_failures_as_0`. `significant` marks McNemar tests that pass at a
+    false-discovery rate over all cells of the data set.
 
     Args:
       dataset: a finished sweep.
@@ -44,8 +45,9 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
 
     Returns:
       `recovery`, `recovery_low`, `recovery_high` [cells, stage]; `recovery_baseline`, `recovery_challenger`,
-      `difference`, `p_value` and `significant` [cells]; medians over seeds of the student's target recall, bounded
-      recall, target mass and β_c as `student_…` and `half_mass_coefficient` [cells].
+      `difference`, `p_value` and `significant` [cells]; of these `recovery`, `difference`, `p_value` and `significant`
+      also as `…_failures_as_0`; medians over seeds of the student's target recall, bounded recall, target mass and β_c
+      as `student_…` and `half_mass_coefficient` [cells].
     """
     dims = tuple(dim for dim in dataset.target_mass.dims if dim not in ("seed", "stage"))
     cells = dataset[["target_mass", "failed"]].transpose(*dims, "stage", "seed").load()
@@ -53,23 +55,31 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     stages = [str(name) for name in dataset.stage.values]
     shape = recovered.shape[: len(dims)]
     own = {name: np.full((*shape, len(stages)), np.nan) for name in ("recovery", "recovery_low", "recovery_high")}
+    own_bound = np.full((*shape, len(stages)), np.nan)
     paired_names = ("recovery_baseline", "recovery_challenger", "difference", "p_value")
     paired = {name: np.full(shape, np.nan) for name in paired_names}
+    paired_bound = {name: np.full(shape, np.nan) for name in ("difference", "p_value")}
     baseline, challenger = stages.index(BASELINE), stages.index(CHALLENGER)
     for cell in np.ndindex(shape):
         for stage in range(len(stages)):
             found = statistics.recovery_rate(recovered[cell][stage], failed[cell][stage])
             for name, value in zip(own, (found.rate, found.low, found.high), strict=True):
                 own[name][cell][stage] = value
+            own_bound[cell][stage] = (recovered[cell][stage] & ~failed[cell][stage]).mean()
         (a, b), (failed_a, failed_b) = (values[cell][[challenger, baseline]] for values in (recovered, failed))
         pair = statistics.mcnemar(a, b, failed_a, failed_b)
         if pair.pairs:
             rates = ((pair.both + pair.only_b) / pair.pairs, (pair.both + pair.only_a) / pair.pairs)
             for name, value in zip(paired_names, (*rates, pair.difference, pair.p_value), strict=True):
                 paired[name][cell] = value
+        bound = statistics.mcnemar(a & ~failed_a, b & ~failed_b) if (failed_a | failed_b).any() else pair
+        paired_bound["difference"][cell], paired_bound["p_value"][cell] = bound.difference, bound.p_value
     summary = xr.Dataset({name: ((*dims, "stage"), values) for name, values in own.items()})
     summary = summary.assign({name: (dims, values) for name, values in paired.items()})
     summary["significant"] = (dims, statistics.false_discovery(paired["p_value"], rate))
+    summary["recovery_failures_as_0"] = ((*dims, "stage"), own_bound)
+    summary = summary.assign({f"{name}_failures_as_0": (dims, values) for name, values in paired_bound.items()})
+    summary["significant_failures_as_0"] = (dims, statistics.false_discovery(paired_bound["p_value"], rate))
     student = dataset.sel(stage="student").drop_vars("stage")
     for name in ("target_recall", "bounded_recall", "target_mass"):
         summary[f"student_{name}"] = student[name].median("seed").transpose(*dims)
@@ -82,19 +92,24 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
 def rows_of(summary: xr.Dataset) -> list[dict]:
     """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there.
 
-    `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell.
+    `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell. Columns
+    that end in `_failures_as_0` score failures as not recovered.
     """
     dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
-    arms = [str(name) for name in summary.stage.values if name in (*pipelines.ARMS, "aligned_base")]
+    arms = [str(name) for name in summary.stage.values if name in (*pipelines.arms(), "aligned_base")]
     rows = []
     for place in itertools.product(*(range(summary.sizes[dim]) for dim in dims)):
         cell = summary.isel(dict(zip(dims, place, strict=True)))
         settings = {dim: cell[dim].item() for dim in dims}
         test = {"order_difference": float(cell.difference), "order_mcnemar_p": float(cell.p_value)}
         test["order_significant"] = bool(cell.significant)
+        test["order_difference_failures_as_0"] = float(cell.difference_failures_as_0)
+        test["order_mcnemar_p_failures_as_0"] = float(cell.p_value_failures_as_0)
+        test["order_significant_failures_as_0"] = bool(cell.significant_failures_as_0)
         for arm in arms:
             one = cell.sel(stage=arm)
             rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
+            rates["recovery_failures_as_0"] = float(one.recovery_failures_as_0)
             row = settings | {"arm": arm} | rates | test
             rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
@@ -143,6 +158,18 @@ def verdict(summary: xr.Dataset) -> str:
     lone = summary.sel(capacity=1)
     gain, loss = (int((lone.significant & (sign * lone.difference > 0)).sum()) for sign in (1, -1))
     return f"{told} (K = 1, set apart: more often in {gain} of {lone.difference.size}, less often in {loss}.)"
+
+
+def verdict_on_failures(summary: xr.Dataset) -> str:
+    """What the cells say when failures are scored as not recovered."""
+    gain, loss = (
+        int((summary.significant_failures_as_0 & (sign * summary.difference_failures_as_0 > 0)).sum())
+        for sign in (1, -1)
+    )
+    return (
+        f"With failures as not recovered Align→KD recovers more often in {gain} of {summary.difference.size} cells and "
+        f"less often in {loss}."
+    )
 
 
 # --- critical mass ---------------------------------------------------------------------------------------------------
@@ -211,14 +238,14 @@ class CriticalMass:
       by_mass: recovery against log10 of the reference's target mass.
       by_log_odds: recovery against the Gibbs policy's log-odds, whose own boundary is 0.
       gibbs_mass: the target mass at which the references' β_c equals β; NaN where there are not some near it on either
-        side.
+        side, None where the Gibbs policy is not what the alignment tends to.
       seen: smallest and largest log10 mass of a reference.
     """
 
     kl_coef: float
     by_mass: statistics.RecoveryCurve
     by_log_odds: statistics.RecoveryCurve
-    gibbs_mass: float
+    gibbs_mass: float | None
     seen: tuple[float, float]
 
     def __str__(self):
@@ -228,8 +255,12 @@ class CriticalMass:
             found = f"critical mass {10**curve.critical:.2g} (95 % interval {low} to {high})"
         else:
             found = f"no critical mass ({self._why_not})"
-        predicted = f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
-        return f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds; Gibbs says {predicted}"
+        told = f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds"
+        if self.gibbs_mass is None:
+            return told
+        return f"{told}; Gibbs says " + (
+            f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
+        )
 
     @property
     def is_seen(self) -> bool:
@@ -243,8 +274,15 @@ class CriticalMass:
         return "all masses seen suffice" if self.by_mass.critical < self.seen[0] else "no mass seen suffices"
 
 
-def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) -> CriticalMass:
-    """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters."""
+def critical_mass(points: References, kl_coef: float, num_resamples: int = 399, gibbs: bool = True) -> CriticalMass:
+    """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters.
+
+    Args:
+      points: from `references`.
+      kl_coef: β.
+      num_resamples: of the bootstrap.
+      gibbs: whether the Gibbs policy is the alignment's optimum (`Predictions.gibbs`), and so predicts a mass.
+    """
     recovered = points.outcome > RECOVERED_MASS
     log_odds = np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
     masses = np.log10(points.mass)
@@ -256,7 +294,8 @@ def critical_mass(points: References, kl_coef: float, num_resamples: int = 399) 
         )
 
     seen = (float(used.min()), float(used.max())) if used.size else (math.nan, math.nan)
-    return CriticalMass(kl_coef, fit(masses), fit(log_odds), gibbs_mass(points, kl_coef), seen)
+    predicted = gibbs_mass(points, kl_coef) if gibbs else None
+    return CriticalMass(kl_coef, fit(masses), fit(log_odds), predicted, seen)
 
 
 def gibbs_mass(points: References, kl_coef: float) -> float:
@@ -450,7 +489,7 @@ def draw_critical_mass(
             upper.set_title(f"β = {kl_coef:g}")
             _curve(upper, np.log10(points.mass), points, found.by_mass)
             upper.set_xlabel("log₁₀ of the reference's measured target mass m")
-            if predicted.gibbs and math.isfinite(found.gibbs_mass):
+            if predicted.gibbs and found.gibbs_mass is not None and math.isfinite(found.gibbs_mass):
                 upper.axvline(math.log10(found.gibbs_mass), color="black", ls="--", lw=1.2)
             if predicted.draws:
                 upper.axvline(-math.log10(predicted.draws_a_step), color="#009E73", ls="-.", lw=1.2)
@@ -542,13 +581,13 @@ _STYLE_LABELS = {
 }
 _ALSO_LABELS = {
     "target_balance": "smallest / largest\ntarget mass (median)",
-    "base_failed": "bases that miss a mode",
+    "base_failed": "bases that merge\nor miss a mode",
 }
 
 
 def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Path) -> None:
     """Draw recovery with Wilson's intervals along one axis: a column a coefficient, a row a remaining setting."""
-    arms = [name for name in ("aligned_base", *pipelines.ARMS) if name in summary.stage.values]
+    arms = [name for name in ("aligned_base", *pipelines.arms()) if name in summary.stage.values]
     taken = {view.along, view.styles, "kl_coef", "stage"}
     rest = [dim for dim in summary.recovery.dims if dim not in taken]
     rows = [dict(zip(rest, values, strict=True)) for values in itertools.product(*(summary[d].values for d in rest))]
@@ -716,10 +755,11 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
         told += [
             "",
             verdict(summary),
-            f"Bases that miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
+            f"Bases that merge or miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
         ]
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
+    told += [verdict_on_failures(summary)] if failed else []
     (folder / f"{preset}.txt").write_text("\n".join(told) + "\n")
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".pdf", ".csv", ".txt", ".zarr"))
     return "\n".join([*told, f"In {folder}: {', '.join(names)}"])
@@ -756,11 +796,11 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
     told = ["", verdict(summary)]
     # Target weights make the references differ in mass: all of them are in one picture.
     for at, suffix in _settings(summary, [dim for dim in others if dim != "target_weight"]):
-        found = {}
+        found, predicted = {}, _predictions(at, configuration)
         for kl_coef in dataset.kl_coef.values:
             runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
-            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef)))
-        draw_critical_mass(found, _predictions(at, configuration), *_paths(folder, f"critical_mass{suffix}"))
+            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef), gibbs=predicted.gibbs))
+        draw_critical_mass(found, predicted, *_paths(folder, f"critical_mass{suffix}"))
         where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
         masses = "; ".join(str(one) for _, one in found.values())
         told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")

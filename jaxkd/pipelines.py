@@ -76,8 +76,14 @@ STAGES: dict[str, Stage] = {
 }
 """The six arms and the two models on the way to them; "base" is where every order begins."""
 
-ARMS = tuple(name for name in STAGES if name not in ("student", "aligned_base"))
-"""The arms of the comparison."""
+
+def arms() -> tuple[str, ...]:
+    """The arms of the comparison: the stages of `STAGES` as it is now, but those on the way to them."""
+    return tuple(name for name in STAGES if name not in ("student", "aligned_base"))
+
+
+ARMS = arms()
+"""The arms that the comparison has by default; one that is added to `STAGES` later is in `arms` alone."""
 
 ROOT = "base"
 TRUTH = "truth"

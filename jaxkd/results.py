@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,15 @@ UNITS = {
     "bounded_recall": ("probability over p* that log policy ≥ log p* − log 10", "1"),
     "kl_to_base": ("KL(policy ‖ base)", "nat"),
     "kl_to_reference": ("KL(policy ‖ reference)", "nat"),
-    "target_variance": ("variance on the targets over that of the target's modes", "1"),
+    "target_variance": (
+        "mean squared distance, an axis, of draws on a target from its mean, over the variance of its mode",
+        "1",
+    ),
+    "mode_mass": ("mass of each mode's disc", "1"),
     "from_grid": ("measured by quadrature (else by Monte Carlo)", "1"),
     "failed": ("ended in numbers that are not finite", "1"),
     "first_hit_step": ("first step that saw a draw on a target (NaN: none did)", "step"),
-    "target_hits": ("draws on a target seen while aligning", "draw"),
+    "target_hits": ("draws on a target seen while aligning (of a fixed set, once a pass through it)", "draw"),
     "clip_fraction": ("share of clipped ratios", "1"),
     "gibbs_reward": ("mean reward of the reference's Gibbs policy", "reward"),
     "gibbs_target_mass": ("target mass of the reference's Gibbs policy", "1"),
@@ -43,7 +48,7 @@ UNITS = {
     "gibbs_target_log_odds": ("log-odds of the target under the reference's Gibbs policy", "nat"),
     "half_mass_coefficient": ("β_c of the reference", "reward/nat"),
     "distance_to_gibbs": ("KL(policy ‖ Gibbs policy of its reference)", "nat"),
-    "base_failed": ("the base misses a mode of p*", "1"),
+    "base_failed": ("the base merges or misses a mode of p*: no mean of a component lies in its disc", "1"),
     "base_log_likelihood": ("mean log-likelihood of the base on its data", "nat/draw"),
     "truth_weight": ("weights of the modes of p*", "1"),
     "truth_mean": ("means of the modes of p*", "1"),
@@ -82,15 +87,16 @@ INNER_DIMS = ("temperature", "kl_coef", "stage")
 """Dimensions that lie inside a run of a sweep."""
 
 _OF_A_SEED = ("base_failed", "base_log_likelihood")
+_OF_MODES = "mode_mass"
 
 
 def labels() -> dict[str, Label]:
     """Long names, units and inner dimensions of what `of_runs` makes, for `run_sweep`."""
-    truths_or_models = ("truth_", "component_")
+    elsewhere = ("truth_", "component_", _OF_MODES)
     variables = {
         name: Label(long_name, unit, () if name in _OF_A_SEED else INNER_DIMS)
         for name, (long_name, unit) in UNITS.items()
-        if not name.startswith(truths_or_models)
+        if not name.startswith(elsewhere)
     }
     return variables | {
         "temperature": Label("distillation temperature τ", "1"),
@@ -100,9 +106,18 @@ def labels() -> dict[str, Label]:
 
 
 def of_runs(
-    outcome: Outcome, names: Sequence[str], temperatures, kl_coefs, algorithm: str, flip_rate=0.0
+    outcome: Outcome,
+    names: Sequence[str],
+    temperatures,
+    kl_coefs,
+    algorithm: str,
+    flip_rate=0.0,
+    label_temperature=1.0,
 ) -> dict[str, np.ndarray]:
     """All variables of a sweep's runs by name, [runs, temperature, kl_coef, stage] each, or [runs].
+
+    Masses of single modes are left out, for a sweep's store does not say which are targets: those of two targets follow
+    from `target_mass` and `target_balance`.
 
     Args:
       outcome: from `laboratory.run_seed`, runs leading.
@@ -111,10 +126,14 @@ def of_runs(
       kl_coefs: β, [coefficients].
       algorithm: which one it was; the distance to the Gibbs policy is NaN where that is not its optimum.
       flip_rate: share of flipped labels, one for all runs or [runs]; with any, Gibbs is no optimum of preferences.
+      label_temperature: T of the labels, one for all runs or [runs]; where it is not 1 the optimum of preferences is
+        the Gibbs policy at β·T, from which no distance is known here.
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
     lengths = {axis: len(along) for axis, along in points._asdict().items()}
-    found = _by_point(_quantities(outcome.measured), names, points)
+    quantities = _quantities(outcome.measured)
+    del quantities[_OF_MODES]
+    found = _by_point(quantities, names, points)
     # The optimum of an arm is that of the model which its policy was held to.
     optima = {name: outcome.optima[pipelines.reference_of(name)] for name in names}
 
@@ -134,8 +153,9 @@ def of_runs(
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
-    flipped = (np.asarray(flip_rate) > 0) & (ALGORITHMS[algorithm].kind != "policy_gradient")
-    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~flipped.reshape(-1, 1, 1, 1)
+    moved = (np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1)
+    moved = moved & (ALGORITHMS[algorithm].kind != "policy_gradient")
+    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~moved.reshape(-1, 1, 1, 1)
     shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
     found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
     return found | {
@@ -153,6 +173,8 @@ def to_dataset(
     kl_coefs,
     seeds,
     num_components: int,
+    flip_rate: float = 0.0,
+    label_temperature: float = 1.0,
 ) -> xr.Dataset:
     """Label everything: dimensions algorithm, temperature, kl_coef, seed and stage; base and student are repeated.
 
@@ -165,6 +187,8 @@ def to_dataset(
       kl_coefs: β, [coefficients].
       seeds: [seeds].
       num_components: K to which stored mixtures are padded.
+      flip_rate: share of flipped labels, as for `of_runs`.
+      label_temperature: T of the labels, as for `of_runs`.
     """
     stages = [*PREPARED, *made]
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
@@ -173,8 +197,9 @@ def to_dataset(
         padded = [one._replace(model=pad_components(one.model, num_components)) for one in (shared, measured)]
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
         outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
-        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm)
-        for name, values in (found | _by_point(_components(whole.model), stages, points)).items():
+        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
+        beside = _components(whole.model) | {_OF_MODES: np.asarray(whole.metrics.mode_mass)}
+        for name, values in (found | _by_point(beside, stages, points)).items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
     data = {
@@ -209,7 +234,8 @@ def _strings(values: list[str]) -> np.ndarray:
     return np.asarray(values, dtype=np.dtypes.StringDType())
 
 
-_COMPONENT_DIMS = {
+_FURTHER_DIMS = {
+    _OF_MODES: ("mode",),
     "component_weight": ("component",),
     "component_mean": ("coordinate", "component"),
     "component_covariance": ("coordinate", "other_coordinate", "component"),
@@ -222,7 +248,7 @@ def _dims_of(name: str) -> tuple[str, ...]:
         return ("seed",)
     if name.startswith("gibbs_") or name == "half_mass_coefficient":
         return DIMS[1:]
-    return (*DIMS, *_COMPONENT_DIMS.get(name, ()))
+    return (*DIMS, *_FURTHER_DIMS.get(name, ()))
 
 
 def _components(model: mixture.Mixture) -> dict[str, np.ndarray]:
@@ -246,7 +272,15 @@ def _quantities(measured: Measured) -> dict[str, np.ndarray]:
     return values | record | {"failed": ~finite | record["failed"]}
 
 
-_ALSO_READ = ("failed", "target_variance", "distance_to_gibbs", "objective", "gibbs_objective", "from_grid")
+_ALSO_READ = (
+    "failed",
+    "from_grid",
+    "target_variance",
+    "target_balance",
+    "distance_to_gibbs",
+    "objective",
+    "gibbs_objective",
+)
 
 TABLE_QUANTITIES = ("reward", "target_mass", "target_precision", "kl_to_base", "precision", "recall", "coverage")
 
@@ -255,15 +289,19 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
     """One row an arm, algorithm, coefficient and temperature: rates, medians and paired comparisons with a baseline.
 
     Recovery has a Wilson interval and an exact McNemar test, marked at a false-discovery rate of 0.05 over all rows;
-    reward differences have a paired bootstrap interval. A pair of which either run failed leaves both.
+    reward differences have a paired bootstrap interval. A pair of which either run failed leaves both; beside them
+    stand the same with failures scored as mass 0 and reward 0 (`…_failures_as_0`), of rewards NaN where some model
+    earns less than 0, for then 0 is no bound. Where there are several targets, each one's mass has a column of its own
+    (`target_mass_1_median`, …, in the order of the modes).
     """
-    rows = []
+    rows, targets = [], _several_targets(dataset)
+    zero_is_least = not bool((dataset.reward < 0).any())
     for algorithm in dataset.algorithm.values:
         for temperature in dataset.temperature.values:
             for kl_coef in dataset.kl_coef.values:
                 cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef)
                 # Loaded once a cell: the comparisons below read it many times.
-                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ]].load()
+                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ, *([_OF_MODES] if targets else [])]].load()
                 for stage in dataset.stage.values:
                     key = {
                         "algorithm": str(algorithm),
@@ -271,14 +309,30 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
                         "kl_coef": float(kl_coef),
                         "arm": str(stage),
                     }
-                    rows.append(key | _row(cell, str(stage), baseline, num_resamples))
+                    own = _row(cell, str(stage), baseline, num_resamples, zero_is_least)
+                    rows.append(key | own | _masses_of_targets(cell, str(stage), targets))
     compared = [math.nan if row["mcnemar_p"] is None else row["mcnemar_p"] for row in rows]
     for row, marked in zip(rows, statistics.false_discovery(compared), strict=True):
         row["significant"] = bool(marked)
     return rows
 
 
-def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dict:
+def _several_targets(dataset: xr.Dataset) -> list[int]:
+    """Places of the targets among the modes where there are several (and the store has their masses), else none."""
+    if _OF_MODES not in dataset or dataset.truth_is_target.sum() < 2:
+        return []
+    return np.flatnonzero(dataset.truth_is_target.values).tolist()
+
+
+def _masses_of_targets(cell: xr.Dataset, stage: str, targets: list[int]) -> dict:
+    if not targets:
+        return {}
+    arm = cell.sel(stage=stage)
+    masses = arm[_OF_MODES].where(~arm.failed.astype(bool))
+    return {f"target_mass_{i}_median": _nanmedian(masses.isel(mode=mode).values) for i, mode in enumerate(targets, 1)}
+
+
+def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int, zero_is_least: bool) -> dict:
     arm = cell.sel(stage=stage)
     failed = arm.failed.values.astype(bool)
     recovered = arm.target_mass.values > RECOVERED_MASS
@@ -300,7 +354,11 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dic
             f"{name}_sd": summary.sd,
         }
     row["reward_max"] = float(np.nanmax(arm.reward.values)) if not failed.all() else math.nan
-    row["reward_mean_failures_as_0"] = float(np.mean(statistics.failure_bound(arm.reward.values, failed)))
+    row["recovery_failures_as_0"] = statistics.recovery_rate(statistics.failure_bound(recovered, failed)).rate
+    row["reward_mean_failures_as_0"] = (
+        float(np.mean(statistics.failure_bound(arm.reward.values, failed))) if zero_is_least else math.nan
+    )
+    row["target_balance_median"] = _nanmedian(arm.target_balance.values)
     row["target_variance_median"] = _nanmedian(arm.target_variance.values)
     row["distance_to_gibbs_median"] = _nanmedian(arm.distance_to_gibbs.values)
     # Where the optimum is not that of the algorithm's objective, neither is the shortfall.
@@ -309,15 +367,22 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int) -> dic
     row["from_grid"] = float(arm.from_grid.values.mean())
     comparison = {"recovery_difference": None, "mcnemar_p": None, "reward_difference": None}
     comparison |= {"reward_difference_low": None, "reward_difference_high": None}
-    if stage in pipelines.ARMS and stage != baseline and baseline in cell.stage.values:
+    comparison |= {"recovery_difference_failures_as_0": None, "mcnemar_p_failures_as_0": None}
+    if stage in pipelines.arms() and stage != baseline and baseline in cell.stage.values:
         other = cell.sel(stage=baseline)
         other_failed = other.failed.values.astype(bool)
+        other_recovered = other.target_mass.values > RECOVERED_MASS
+        bound = statistics.mcnemar(
+            statistics.failure_bound(recovered, failed), statistics.failure_bound(other_recovered, other_failed)
+        )
+        comparison["recovery_difference_failures_as_0"] = bound.difference
+        comparison["mcnemar_p_failures_as_0"] = bound.p_value
         if (~failed & ~other_failed).any():
-            paired = statistics.mcnemar(recovered, other.target_mass.values > RECOVERED_MASS, failed, other_failed)
+            paired = statistics.mcnemar(recovered, other_recovered, failed, other_failed)
             gain = statistics.paired_difference(
                 arm.reward.values, other.reward.values, failed, other_failed, num_resamples=num_resamples
             )
-            comparison = {
+            comparison |= {
                 "recovery_difference": paired.difference,
                 "mcnemar_p": paired.p_value,
                 "reward_difference": gain.mean,
@@ -371,4 +436,18 @@ def _format_row(row: dict) -> str:
             f"  {row['recovery_difference']:+.2f} ({row['mcnemar_p']:.1g}){mark} {row['reward_difference']:+.2f} "
             f"[{row['reward_difference_low']:+.2f}, {row['reward_difference_high']:+.2f}]"
         )
-    return text + (f"  {row['failed']} failed" if row["failed"] else "")
+    masses = [f"{value:.3f}" for name, value in row.items() if re.fullmatch(r"target_mass_\d+_median", name)]
+    text += f"  targets {' and '.join(masses)}" if masses else ""
+    return text + _format_failures(row)
+
+
+def _format_failures(row: dict) -> str:
+    """Of a row whose own runs, or whose baseline's, failed: how many, and the rates with failures as not recovered."""
+    differs = row["recovery_difference"] != row["recovery_difference_failures_as_0"]
+    if not row["failed"] and not differs:
+        return ""
+    whose = f"{row['failed']} failed" if row["failed"] else "of those compared with, some failed"
+    text = f"  {whose}; with failures as 0: recovered {row['recovery_failures_as_0']:.3f}"
+    if row["recovery_difference_failures_as_0"] is not None:
+        text += f", {row['recovery_difference_failures_as_0']:+.2f} ({row['mcnemar_p_failures_as_0']:.1g})"
+    return text

@@ -2,9 +2,10 @@
 
 Outcomes are bimodal: a run recovers the target or it does not. Recovery rates therefore lead, then medians, then means.
 
-One rule for numerical failures holds throughout. A run has failed where its ``failed`` flag is set or its value is not
-finite. A failed run leaves every estimate, and of a pair both members leave, for keeping the other would compare two
-different sets of seeds. `failure_bound` gives the bound to set beside such an estimate.
+One rule for numerical failures holds in every function here. A run has failed where its ``failed`` flag is set or its
+value is not finite. A failed run leaves its own arm's estimates; of a paired comparison both members leave, for keeping
+the other would compare two different sets of seeds. Rates of two arms taken each by itself may therefore differ by
+something else than their paired difference. `failure_bound` gives the bound to set beside such an estimate.
 """
 
 import operator
@@ -294,8 +295,10 @@ def failure_bound(
 ) -> NDArray[np.float64]:
     """Give ``values`` with every failed run scored as ``failure_value``, in the same shape.
 
-    The default, reward 0 or mass 0, is the least that a run can earn. What is computed from the result is then a bound,
-    to stand beside the estimate that leaves failures out.
+    What is computed from the result stands beside the estimate that leaves failures out. It is a lower bound of an
+    arm's own mean or rate where ``failure_value`` is the least that a run can have: 0 is that of a mass, of recovery
+    and of a reward that is never negative, not of a reward such as a log-density, which has no least value. Of a
+    difference of two arms it is no bound but one more estimate: failures of the arm that is subtracted raise it.
 
     Args:
         values: Of any shape and unit; not finite counts as failed.

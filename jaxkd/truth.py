@@ -1,5 +1,6 @@
 """The true distribution p* of a mixture experiment, and which of its modes are the rare but desirable ones."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jaxkd import mixture
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 
 TARGET_RADIUS = 3.0
-"""Mahalanobis radius of the disc around a mode that counts as being on it."""
+"""Mahalanobis radius of the disc around a mode that counts as being on it; targets are at least twice as far apart."""
 
 _RING = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if (x, y) != (0, 0)]
 _TARGETS = {"corner": [(1, 1), (-1, -1)], "edge": [(1, 0), (-1, 0)]}
@@ -56,7 +57,8 @@ def make_truth(
       seed: seed of the random layout.
 
     Raises:
-      ValueError: on an unknown layout or target, or a number out of range.
+      ValueError: on an unknown layout or target, a number out of range, or targets whose discs overlap: a draw on both
+        would count twice.
     """
     if not (isinstance(variance, int | float) and math.isfinite(variance) and variance > 0):
         raise ValueError(f"variance must be positive and finite, got {variance}")
@@ -65,6 +67,7 @@ def make_truth(
     is_target = np.isin(np.arange(len(means)), indices)
     if is_target.all():
         raise ValueError("at least one mode must not be a target")
+    _check_apart(means, indices, variance)
     modes = mixture.make(
         np.ones(len(means)), means, np.full(means.shape + means.shape[1:], 0.0) + variance * np.eye(means.shape[1])
     )
@@ -97,6 +100,35 @@ def discs(truth: Truth, x: jax.Array) -> jax.Array:
 def on_target(truth: Truth, x: jax.Array) -> jax.Array:
     """Whether each of `x: [dim, n]` lies in the disc of a target, bool[n]."""
     return (mixture.mahalanobis(truth.target, x) < TARGET_RADIUS).any(axis=0)
+
+
+def misses_a_mode(truth: Truth, model: Mixture) -> jax.Array:
+    """Whether a model merges or misses a mode: one that p* gives weight has no mean of the model within its disc.
+
+    Mass in a disc does not tell: a component that merges two modes lies between them and is wide, and puts enough into
+    the discs of both. Components that are off do not count, whatever their means.
+
+    Args:
+      truth: p*.
+      model: of any number of components; not batched.
+
+    Returns:
+      bool[].
+    """
+    present = mixture.weights(truth.modes) > 0
+    held = discs(truth, model.means) & mixture.is_active(model)[None, :]
+    return (present & ~held.any(axis=1)).any()
+
+
+def _check_apart(means: np.ndarray, targets: list[int], variance: float) -> None:
+    least = 2 * TARGET_RADIUS * math.sqrt(variance)
+    for first, second in itertools.combinations(targets, 2):
+        distance = float(np.linalg.norm(means[first] - means[second]))
+        if distance < least:
+            raise ValueError(
+                f"targets {first} and {second} are {distance:g} apart, nearer than {2 * TARGET_RADIUS:g} standard "
+                f"deviations ({least:g}): their discs overlap; choose others, or a variance below {variance:g}"
+            )
 
 
 def _layout_means(layout, num_modes, variance, seed) -> np.ndarray:

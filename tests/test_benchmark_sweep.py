@@ -279,7 +279,7 @@ def test_torch_measures_what_we_measure(script, tiny, models, tmp_path):
     measured = eager.measure(eager.load(tmp_path / "problem.npz"), in_torch(base), [in_torch(model)], 0.7)[0]
     made = metrics.make_bench(jax.random.key(0), truth, base, rewards.target_density(truth.target), grid, num_draws=16)
     ours, _ = metrics.quadrature(made, model, base, 0.7)
-    assert set(measured) == set(ours._fields)
+    assert set(measured) == set(ours._fields) - {"mode_mass"}
     for name, value in measured.items():
         assert value == pytest.approx(float(getattr(ours, name)), rel=1e-3, abs=1e-5), name
 

@@ -1,3 +1,5 @@
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +128,8 @@ def test_every_model_is_measured_with_the_axes_it_depends_on(prepared, measured)
     lengths = {"temperature": 2, "kl_coef": 2}
     for name, result in {**prepared[1], **measured}.items():
         shape = tuple(lengths[axis] for axis in pipelines.axes_of(name))
-        assert all(leaf.shape == shape for leaf in result.metrics), name
+        assert result.metrics.mode_mass.shape == (*shape, 8)
+        assert all(leaf.shape == shape for leaf in result.metrics[:-1]), name
         assert result.from_grid.shape == shape
         is_aligned = isinstance(pipelines.STAGES.get(name), pipelines.Align)
         assert np.isfinite(result.record.target_hits).all() == is_aligned
@@ -206,6 +209,36 @@ def test_the_optimum_of_a_reference_agrees_with_a_sum_in_double_precision(prepar
         assert optimum.reward == pytest.approx((tilted * reward).sum() / tilted.sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "held"), [(0.2, True), (0.01, False)])
+def test_an_optimum_is_told_only_of_a_reference_that_the_grid_holds(scale, held):
+    covariances = np.full((8, 2), 0.025)
+    covariances[7] = scale**2
+    # The narrow component is on the target, between two points of the grid: quadrature would find next to no mass.
+    means = np.array(TRUTH.modes.means.T)
+    line = np.unique(np.asarray(GRID.x))
+    means[7] = line[np.searchsorted(line, 1.0)] - np.diff(line)[0] / 2
+    reference = mixture.make(np.ones(8), means, covariances)
+    reward = laboratory.make_reward("density", TRUTH)
+
+    @jax.jit
+    def optimum(reference):
+        bench = metrics.make_bench(jax.random.key(0), TRUTH, TRUTH.modes, reward, GRID, 256)
+        _, from_grid = metrics.evaluate(bench, jax.random.key(1), reference, reference, reward, 1.0)
+        by_grid, by_draws = (
+            laboratory._optimum(one, reference, reward, jax.random.key(1), POINTS.kl_coef)
+            for one in (bench, bench._replace(grid=None, grid_field=None))
+        )
+        return by_grid, by_draws, from_grid
+
+    by_grid, by_draws, from_grid = optimum(reference)
+    assert bool(from_grid) is held
+    for leaf, drawn in zip(jax.tree.leaves(by_grid), jax.tree.leaves(by_draws), strict=True):
+        assert (np.isfinite(leaf) if held else np.isnan(leaf)).all()
+        assert np.isfinite(drawn).all()
+    if held:
+        np.testing.assert_allclose(by_grid.gibbs.objective, by_draws.gibbs.objective, rtol=0.1)
+
+
 # --- pairing and traces ----------------------------------------------------------------------------------------------
 
 
@@ -215,6 +248,18 @@ def test_a_seed_shares_its_base_and_other_seeds_do_not(prepared):
     assert leaves_equal(again.models["base"], prepared[0].models["base"])
     assert not leaves_equal(again.models["student"], prepared[0].models["student"])
     assert not leaves_equal(other.models["base"], prepared[0].models["base"])
+
+
+def test_a_purposes_key_is_that_of_its_place_whatever_stages_there_are(monkeypatch):
+    places = {"data": 0, "base": 1, "bench": 2, "measure": 3, "student": 4, "kd_align": 6}
+    # A module that is run anew meets the stages as they are then, the new one first.
+    monkeypatch.setattr(pipelines, "STAGES", {"first_of_all": pipelines.Distil("base", 1.0), **pipelines.STAGES})
+    keys_for = runpy.run_path(laboratory.__file__)["keys_for"]
+    for seed in (0, 7):
+        found = keys_for(jax.random.key(seed))
+        for purpose, place in places.items():
+            expected = jax.random.fold_in(jax.random.key(seed), place)
+            np.testing.assert_array_equal(jax.random.key_data(found[purpose]), jax.random.key_data(expected))
 
 
 def test_keys_are_one_for_each_purpose_and_seed():
@@ -318,6 +363,8 @@ def test_padding_a_mixture_changes_neither_density_nor_draws():
         ({"reward": "gold"}, "reward must be one of .*'gold'"),
         ({"arms": ()}, "arms must not be empty"),
         ({"arms": ("align_then_kd",)}, "unknown arm 'align_then_kd'"),
+        ({"arms": ("student",)}, "more than the base and the student, got student: choose from kd_align"),
+        ({"arms": ("base", "student")}, "more than the base and the student"),
         ({"base_components": 0}, "base_components must be at least 1"),
         ({"student_components": 0}, "student_components must be at least 1"),
         ({"num_samples": 8}, "num_samples must be at least 16"),

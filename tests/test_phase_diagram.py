@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import xarray as xr
+from scipy import stats
 
 from jaxkd import phase_diagram, statistics
 from jaxkd.align import ALGORITHMS, AlignmentSettings
@@ -103,6 +104,35 @@ def test_a_failed_run_takes_its_pair_out_of_both_rates(dataset):
     assert cell.recovery_challenger == pytest.approx(float(kept.sel(stage="align_kd").mean()))
 
 
+def test_beside_the_rates_stand_those_with_failures_as_not_recovered(dataset, summary, tmp_path):
+    np.testing.assert_array_equal(summary.recovery_failures_as_0, summary.recovery)
+    np.testing.assert_array_equal(summary.p_value_failures_as_0, summary.p_value)
+    broken = dataset.copy(deep=True)
+    cell = {"algorithm": "ppo", "target_weight": 0.03, "capacity": 4, "temperature": 1.0, "kl_coef": 0.3}
+    lost = [0, 1, 2, 5, 9, 11, 12, 20]
+    broken.failed.loc[cell | {"stage": "kd_align", "seed": lost}] = True
+    broken.failed.loc[cell | {"stage": "align_kd", "seed": [20]}] = True
+    one = phase_diagram.summarise(broken).sel(cell)
+    recovered = dataset.target_mass.sel(cell).transpose("stage", "seed") > 0.5
+    first, second = (recovered.sel(stage=arm).values.copy() for arm in ("kd_align", "align_kd"))
+    first[lost], second[20] = False, False
+    assert one.recovery_failures_as_0.sel(stage="kd_align") == pytest.approx(first.mean())
+    assert one.recovery_failures_as_0.sel(stage="align_kd") == pytest.approx(second.mean())
+    assert one.difference_failures_as_0 == pytest.approx(second.mean() - first.mean())
+    only = [int((a & ~b).sum()) for a, b in ((second, first), (first, second))]
+    assert one.p_value_failures_as_0 == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert one.p_value_failures_as_0 < 0.05 < one.p_value
+    row = next(row for row in phase_diagram.rows_of(one.expand_dims([*cell])) if row["arm"] == "kd_align")
+    assert row["recovery_failures_as_0"] == pytest.approx(first.mean(), rel=1e-5) != row["recovery"]
+    assert row["order_mcnemar_p_failures_as_0"] == pytest.approx(float(one.p_value_failures_as_0), rel=1e-5)
+    told = []
+    for store in (broken, dataset):
+        store = store.assign_attrs(configuration=configuration("rescue"))
+        told.append(phase_diagram.report({"sweep": store}, tmp_path))
+    assert "Models that failed numerically: 9" in told[0] and "With failures as not recovered" in told[0]
+    assert "With failures as not recovered" not in told[1]
+
+
 def test_the_boundary_is_that_of_the_student_as_a_reference(dataset, summary):
     expected = dataset.half_mass_coefficient.sel(stage="kd_align").median("seed")
     np.testing.assert_allclose(summary.half_mass_coefficient.transpose(*expected.dims), expected)
@@ -161,6 +191,14 @@ def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
     # With a small coefficient every optimum lies far on the target: the log-odds still differ.
     sure = phase_diagram.References(**{**vars(points), "log_odds": points.log_odds + 120})
     assert np.isfinite(phase_diagram.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
+
+
+@pytest.mark.parametrize(("algorithm", "told"), [("ppo", True), ("grpo", False)])
+def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path):
+    dataset = finished(algorithm=[algorithm])
+    dataset.attrs["configuration"] = configuration("plane")
+    text = phase_diagram.report({"sweep": dataset}, tmp_path)
+    assert ("Gibbs says" in text) is told and text.count("critical mass") >= 2
 
 
 @pytest.mark.parametrize(

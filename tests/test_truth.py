@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from jaxkd import mixture
-from jaxkd.truth import discs, make_truth, on_target, with_target_weight
+from jaxkd.truth import discs, make_truth, misses_a_mode, on_target, with_target_weight
 
 
 def test_the_ring_is_the_papers():
@@ -89,6 +89,12 @@ def test_a_draw_of_a_mode_lies_in_its_disc_as_often_as_the_chi_square_says(dim):
     assert abs(float(on_target(truth, x).mean()) - 0.3 * share) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
 
 
+def test_targets_may_be_neighbours_while_their_discs_are_apart():
+    truth = make_truth(targets=[6, 7], variance=0.0277)
+    x = jnp.stack([jnp.full(2001, 1.0), jnp.linspace(-0.6, 1.6, 2001)])
+    assert discs(truth, x)[6:].sum(axis=0).max() == 1
+
+
 @pytest.mark.parametrize("distance", [2.9, 3.1])
 def test_the_disc_ends_at_three_standard_deviations(distance):
     truth = make_truth(variance=0.04)
@@ -98,6 +104,60 @@ def test_the_disc_ends_at_three_standard_deviations(distance):
 
 def test_a_bridge_between_modes_is_on_no_target():
     assert not on_target(make_truth(), jnp.asarray([[1.0], [0.5]]))[0]
+
+
+TARGET, BESIDE = 7, 4
+"""Indices of the ring's modes at (1, 1) and (0, 1)."""
+
+
+def fitted(truth, *pairs):
+    """p* with means a little off its modes; of each pair only the first is there, with the moments of both."""
+    means, weights = np.asarray(truth.modes.means.T, np.float64) + 0.1, np.array(mixture.weights(truth.modes))
+    covariances = np.full((8, 2), 0.025)
+    for kept, lost in pairs:
+        shares = weights[[kept, lost]] / weights[[kept, lost]].sum()
+        covariances[kept] += shares.prod() * (means[kept] - means[lost]) ** 2
+        means[kept] = shares @ means[[kept, lost]]
+        weights[kept] += weights[lost]
+        # Off, with its mean still on the mode.
+        weights[lost] = 0.0
+    return mixture.make(weights, means, covariances)
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_a_model_with_a_mean_on_every_mode_misses_none(num_targets):
+    truth = make_truth(num_targets=num_targets)
+    model = fitted(truth)
+    assert not misses_a_mode(truth, model)
+    moved = model._replace(means=model.means.at[:, 2].add(3 * np.sqrt(0.025)))
+    assert misses_a_mode(truth, moved)
+    assert misses_a_mode(truth, model._replace(means=jnp.full_like(model.means, jnp.nan)))
+
+
+@pytest.mark.parametrize("pair", [(BESIDE, TARGET), (1, 0), (3, 5)])
+def test_a_model_that_merges_two_modes_is_told_from_one_that_covers_them(pair):
+    truth = make_truth(num_targets=2)
+    merged = fitted(truth, pair)
+    assert misses_a_mode(truth, merged)
+    x = mixture.sample(merged, jax.random.key(0), 50_000)
+    shares = np.asarray(discs(truth, x).mean(axis=1)) / np.asarray(mixture.weights(truth.modes))
+    # Coverage, which asks for a tenth of a mode's mass in its disc, sees nothing.
+    assert (shares > 0.1 * stats.chi2.cdf(9, 2)).all()
+
+
+def test_components_that_are_off_never_stand_for_a_mode():
+    truth = make_truth()
+    model = fitted(truth)
+    for k in range(8):
+        assert misses_a_mode(truth, model._replace(logits=model.logits.at[k].set(mixture.INACTIVE_LOGIT)))
+    padded = mixture.make([*np.ones(8), 0.0], [*np.asarray(model.means.T), [1, 1]], np.full((9, 2), 0.025))
+    assert not misses_a_mode(truth, padded)
+
+
+def test_a_mode_without_weight_cannot_be_missed():
+    model = fitted(make_truth(), (BESIDE, TARGET))
+    # The merged mean lies 0.18 from the neighbour's, within its disc.
+    assert misses_a_mode(make_truth(), model) and not misses_a_mode(make_truth(target_weight=0), model)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +188,8 @@ def test_a_bridge_between_modes_is_on_no_target():
         ({"layout": "grid", "targets": [0], "num_modes": 1}, "square number"),
         ({"layout": "random", "targets": [0], "num_modes": 1}, "at least 2"),
         ({"layout": "random", "targets": [0], "num_modes": 200}, "do not fit"),
+        ({"targets": [6, 7], "variance": 0.03}, r"targets 6 and 7 are 1 apart, nearer than 6 .*\(1.03923\)"),
+        ({"targets": [0, 7, 4], "variance": 0.03}, "targets 7 and 4"),
     ],
 )
 def test_make_truth_refuses_bad_input_and_says_why(arguments, message):
