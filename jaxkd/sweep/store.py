@@ -6,6 +6,7 @@ ledger `done` says which are there, so that a sweep killed at any moment goes on
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -62,6 +63,7 @@ def write(dataset: xr.Dataset, path: Path, configuration: dict, *, overwrite: bo
     Raises:
       FileExistsError: when something is at `path` and it may not be overwritten.
     """
+    check_local(path)
     if not overwrite:
         check_free(path, configuration)
     partial = path.with_name(path.name + ".partial")
@@ -75,12 +77,24 @@ def write(dataset: xr.Dataset, path: Path, configuration: dict, *, overwrite: bo
     partial.rename(path)
 
 
+def check_local(path: Path | str, flag: str = "--out") -> None:
+    """Raise ValueError where a path is that of a bucket: a local folder would bear its name."""
+    # A Path has lost one of the two slashes.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{flag} must be a folder, got {path}: buckets are not supported; mount it on every host (gcsfuse, "
+            "mountpoint-s3) and give the folder, or write to a disk and copy"
+        )
+
+
 def check_free(path: Path, configuration: dict) -> None:
     """Make sure that no store would be replaced; say how the one that is there differs.
 
     Raises:
       FileExistsError: when something is at `path`.
+      ValueError: when it is a bucket.
     """
+    check_local(path)
     if not path.exists():
         return
     try:
@@ -90,7 +104,7 @@ def check_free(path: Path, configuration: dict) -> None:
     wanted = json.loads(json.dumps(configuration, default=str))
     differing = files.differences(held, wanted)
     told = f"another configuration ({'; '.join(differing)})" if differing else "this very configuration"
-    raise FileExistsError(f"{path} holds results of {told}: give --overwrite to replace it, or another --out")
+    raise FileExistsError(f"{path} holds results of {told}: choose another --out, or give --overwrite to replace them")
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,12 @@ class Store:
         """Runs that a device computes at a time, as they were measured or asked for when the store was made."""
         return int(self._group.attrs["chunk"])
 
+    @property
+    def devices(self) -> str:
+        """Number and kind of the devices that a process used when the store was made."""
+        # Stores of before told those that were there.
+        return str(self._group.attrs.get("devices", self._group.attrs["device"]))
+
     def done(self) -> np.ndarray:
         """Which blocks are finished; bool[blocks]."""
         return np.asarray(self._group[LEDGER][:], bool)
@@ -213,7 +233,9 @@ class Store:
             ) from error
 
 
-def create(path: Path, template: Template, configuration: Mapping, *, chunk: int, overwrite: bool = False) -> Store:
+def create(
+    path: Path, template: Template, configuration: Mapping, *, chunk: int, devices: str, overwrite: bool = False
+) -> Store:
     """Make an empty store, whole or not at all: dimensions, coordinates, labels and provenance.
 
     Args:
@@ -221,6 +243,7 @@ def create(path: Path, template: Template, configuration: Mapping, *, chunk: int
       template: what it will hold.
       configuration: what the results depend on beside the grid; plain JSON.
       chunk: runs that a device computes at a time, kept for when the sweep goes on.
+      devices: number and kind of the devices that a process uses, kept likewise.
       overwrite: replace the store that is there; nothing but a store of jaxkd is ever replaced.
 
     Raises:
@@ -229,7 +252,7 @@ def create(path: Path, template: Template, configuration: Mapping, *, chunk: int
     """
     check_replaceable(path, overwrite)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk}
+    attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk, "devices": devices}
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -259,7 +282,9 @@ def check_writable(path: Path) -> None:
 
     Raises:
       OSError: when the folder cannot be written.
+      ValueError: when it is a bucket.
     """
+    check_local(path)
     folder = path if path.exists() else path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,10 +312,20 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
         {"jaxkd_store_version": str(STORE_VERSION), **_versions(provenance({})), **wanted},
     )
     if differing:
-        raise FileExistsError(
-            f"{path} holds another sweep ({'; '.join(differing)}): give --overwrite to replace it, or another --out"
-        )
+        raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
     return Store(path)
+
+
+def _advice(path: Path, differing: Sequence[str]) -> str:
+    """What to do about a store of another sweep; nothing that was computed is thrown away but by --overwrite."""
+    anew = "choose another --out, or give --overwrite to throw away what is there"
+    if not all(one.startswith("version of ") for one in differing):
+        return anew
+    if Store(path).done().all():
+        use = "it is finished: open it (xarray.open_zarr) or draw it (experiments/replot.py)"
+        return f"{use}; to compute it anew, {anew}"
+    held = json.loads(_attributes(path)["versions"])
+    return f"to finish it install jaxkd {held.get('jaxkd')} with jax {held.get('jax')}; else {anew}"
 
 
 def _resolved(template: Template, configuration: Mapping) -> dict:
