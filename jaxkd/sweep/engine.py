@@ -253,7 +253,7 @@ def run_sweep(
       quick_compile: as for `compile_runs`.
       progress: show runs done, runs a second and time left on stderr.
 
-    Two stores of the same sweep over other seeds are joined by `xarray.concat` along `seed`, their ledgers dropped.
+    More seeds of a sweep go into another store; `store.join` makes one data set of both.
 
     Raises:
       ValueError: on a chunk or a number of devices out of range, a larger chunk than the store's, a store in a bucket.
@@ -262,7 +262,7 @@ def run_sweep(
       OSError: when the store cannot be written; what was finished stays readable.
     """
     begin = time.perf_counter()
-    stores.check_local(store)
+    checks.folder("--out", store)
     chosen = _choose_devices(devices)
     for given in (chunk, default_chunk):
         if given is not None:
@@ -272,7 +272,7 @@ def run_sweep(
     template = Template(grid, sweep.variables(), labels or {}, coordinates or {})
     wanted = _Chunk(chunk, default_chunk)
     opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite)
-    _tell_of_what_is_idle(sweep, wanted)
+    _tell_of_what_is_idle(sweep, wanted, opened.path.stem)
     with hosts.together("finish the sweep", lambda over: _show_others(opened, over, progress)):
         runs, before, failed = _compute(sweep, opened, sweep.fitting(chunk), cache, progress)
     return Report(
@@ -493,16 +493,17 @@ def _made_by_process_0(path: Path) -> Store:
         time.sleep(1.0)
 
 
-def _tell_of_what_is_idle(sweep: _Sweep, wanted: _Chunk) -> None:
+def _tell_of_what_is_idle(sweep: _Sweep, wanted: _Chunk, name: str) -> None:
     """Say once where fewer runs than asked for fit a call, and where there are processes without a block."""
     if jax.process_index() > 0:
         return
     if wanted.asked is not None and (fits := sweep.fitting(wanted.asked)) < wanted.asked:
         told = f"no more than {sweep.most_runs} runs in a row share a program, over {len(sweep.devices)} device(s)"
-        print(f"chunk {wanted.asked} cut to {fits}: {told}", file=sys.stderr)
+        print(f"{name}: chunk {wanted.asked} cut to {fits}: {told}", file=sys.stderr)
     idle, processes = jax.process_count() - sweep.grid.num_blocks, jax.process_count()
     if idle > 0:
-        print(f"{idle} of {processes} processes have no block: there are {sweep.grid.num_blocks}", file=sys.stderr)
+        told = f"{idle} of {processes} processes have no block: there are {sweep.grid.num_blocks}"
+        print(f"{name}: {told}", file=sys.stderr)
 
 
 def _show_others(store: Store, over: Callable[[float], bool], progress: bool) -> None:

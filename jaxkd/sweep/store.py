@@ -6,7 +6,6 @@ ledger `done` says which are there, so that a sweep killed at any moment goes on
 
 import json
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -21,8 +20,8 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from jaxkd import __version__, files
-from jaxkd.sweep.grid import Block, Grid
+from jaxkd import __version__, checks, files
+from jaxkd.sweep.grid import SEED, Block, Grid
 
 STORE_VERSION = 1
 LEDGER = "done"
@@ -63,7 +62,7 @@ def write(dataset: xr.Dataset, path: Path, configuration: dict, *, overwrite: bo
     Raises:
       FileExistsError: when something is at `path` and it may not be overwritten.
     """
-    check_local(path)
+    checks.folder("--out", path)
     if not overwrite:
         check_free(path, configuration)
     partial = path.with_name(path.name + ".partial")
@@ -77,16 +76,6 @@ def write(dataset: xr.Dataset, path: Path, configuration: dict, *, overwrite: bo
     partial.rename(path)
 
 
-def check_local(path: Path | str, flag: str = "--out") -> None:
-    """Raise ValueError where a path is that of a bucket: a local folder would bear its name."""
-    # A Path has lost one of the two slashes.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise ValueError(
-            f"{flag} must be a folder, got {path}: buckets are not supported; mount it on every host (gcsfuse, "
-            "mountpoint-s3) and give the folder, or write to a disk and copy"
-        )
-
-
 def check_free(path: Path, configuration: dict) -> None:
     """Make sure that no store would be replaced; say how the one that is there differs.
 
@@ -94,7 +83,7 @@ def check_free(path: Path, configuration: dict) -> None:
       FileExistsError: when something is at `path`.
       ValueError: when it is a bucket.
     """
-    check_local(path)
+    checks.folder("--out", path)
     if not path.exists():
         return
     try:
@@ -284,7 +273,7 @@ def check_writable(path: Path) -> None:
       OSError: when the folder cannot be written.
       ValueError: when it is a bucket.
     """
-    check_local(path)
+    checks.folder("--out", path)
     folder = path if path.exists() else path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -326,6 +315,31 @@ def _advice(path: Path, differing: Sequence[str]) -> str:
         return f"{use}; to compute it anew, {anew}"
     held = json.loads(_attributes(path)["versions"])
     return f"to finish it install jaxkd {held.get('jaxkd')} with jax {held.get('jax')}; else {anew}"
+
+
+def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Stores of one sweep over different seeds as one data set: `xarray.concat` along the seeds, ledgers in a row.
+
+    Args:
+      datasets: opened stores, in the order of their seeds.
+
+    Raises:
+      ValueError: when they differ in anything but their seeds, or share one.
+    """
+    configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
+    own = ("axis seed", "grid fingerprint", "block shape")
+    first, *others = ({key: value for key, value in one.items() if key not in own} for one in configurations)
+    if differing := [told for other in others for told in files.differences(first, other)]:
+        raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
+    joined = xr.concat([dataset.drop_vars(LEDGER) for dataset in datasets], SEED, combine_attrs="override")
+    if not joined.indexes[SEED].is_unique:
+        raise ValueError(f"the stores share seeds: {', '.join(str(one['axis seed']) for one in configurations)}")
+    seeds = {"axis seed": [one["axis seed"] for one in configurations]}
+    joined.attrs["configuration"] = json.dumps(configurations[0] | seeds, sort_keys=True)
+    # Joined seeds fall on other boundaries than the stores' chunks.
+    for name in joined.variables:
+        joined[name].encoding.pop("chunks", None)
+    return joined.assign({LEDGER: xr.concat([dataset[LEDGER] for dataset in datasets], _BLOCK)})
 
 
 def _resolved(template: Template, configuration: Mapping) -> dict:

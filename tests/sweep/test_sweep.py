@@ -20,7 +20,7 @@ from cluster import run_cluster
 from jax._src import clusters
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxkd import cli
+from jaxkd import checks, cli
 from jaxkd.sweep import engine, store
 from jaxkd.sweep.engine import run_sweep
 from jaxkd.sweep.grid import Grid
@@ -163,7 +163,7 @@ def test_a_call_holds_runs_of_several_blocks_that_share_a_program(finished, tmp_
     calls.clear()
     assert sweep(tmp_path / "b", chunk=100).chunk == 11
     told = capsys.readouterr().err.splitlines()
-    assert told == ["chunk 100 cut to 11: no more than 42 runs in a row share a program, over 4 device(s)"]
+    assert told == ["b: chunk 100 cut to 11: no more than 42 runs in a row share a program, over 4 device(s)"]
     assert len(calls) == 2
     # With a program a capacity there are fewer in a row: one that is asked for by nobody is cut in silence.
     assert sweep(tmp_path / "c", settings=padding_of, chunk=None, default_chunk=100).chunk == 4
@@ -187,6 +187,23 @@ def test_neither_order_nor_resuming_changes_a_number(finished, tmp_path, monkeyp
     again = sweep(path, chunk=None)
     assert (again.runs, again.runs_before) == (0, GRID.size)
     assert_same(finished, path)
+
+
+def test_stores_of_other_seeds_are_joined_along_them(finished, tmp_path):
+    parts = []
+    for number, seeds in enumerate((range(3), range(3, 7))):
+        sweep(tmp_path / str(number), grid=Grid(GRID.axes, seeds, {}, GRID.static, GRID.per_block, 6))
+        parts.append(xr.open_zarr(tmp_path / str(number)))
+    store.join(parts).to_zarr(tmp_path / "joined", zarr_format=3, consolidated=False)
+    with xr.open_zarr(tmp_path / "joined", consolidated=False) as joined:
+        xr.testing.assert_equal(joined.load().drop_vars("done"), load(finished).drop_vars("done"))
+        assert joined.done.values.all() and joined.done.size == 6 + 12
+        assert json.loads(joined.attrs["configuration"])["axis seed"] == ["0 to 2", "3 to 6"]
+    with pytest.raises(ValueError, match="the stores share seeds: 0 to 2, 0 to 2"):
+        store.join([parts[0], parts[0]])
+    sweep(tmp_path / "other", configuration={"steps": 5}, grid=Grid(GRID.axes, [9], {}, GRID.static, GRID.per_block, 6))
+    with pytest.raises(ValueError, match="different sweeps: steps: 4 there, 5 now"):
+        store.join([parts[0], xr.open_zarr(tmp_path / "other")])
 
 
 def test_a_run_that_goes_bad_stays_one_run(finished, tmp_path):
@@ -314,7 +331,7 @@ def test_a_bucket_is_refused(tmp_path, monkeypatch, path):
         with pytest.raises(ValueError, match="buckets are not supported"):
             check(Path(path))
     assert not list(tmp_path.iterdir())
-    store.check_local("a/b:c/d")
+    checks.folder("--out", "a/b:c/d")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -513,7 +530,7 @@ def test_a_folder_that_the_hosts_do_not_share_is_an_error_in_both(tmp_path):
 def test_a_process_without_a_block_is_told_of(tmp_path):
     ended = small_cluster(tmp_path / "s", "--seeds", 2)
     assert [one.code for one in ended] == [0, 0], ended
-    assert [one.err for one in ended] == ["1 of 2 processes have no block: there are 1\n", ""]
+    assert [one.err for one in ended] == ["s: 1 of 2 processes have no block: there are 1\n", ""]
     assert [json.loads(one.out.splitlines()[-1])["runs"] for one in ended] == [6, 0]
 
 
