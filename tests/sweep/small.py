@@ -5,11 +5,10 @@ import errno
 import json
 import os
 import resource
+import sys
 import time
 import warnings
 from pathlib import Path
-
-warnings.simplefilter("error")
 
 parser = argparse.ArgumentParser()
 parser.add_argument("store", type=Path)
@@ -92,5 +91,11 @@ def main(arguments):
     print(json.dumps(told), flush=True)
 
 
+def run(*flags):
+    """The command with these flags; warnings are errors."""
+    warnings.simplefilter("error")
+    main(parser.parse_args([*map(str, flags)]))
+
+
 if __name__ == "__main__":
-    main(parser.parse_args())
+    run(*sys.argv[1:])

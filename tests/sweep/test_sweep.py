@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import zarr
 from cluster import run_cluster
 from jax._src import clusters
 from jax.experimental.compilation_cache import compilation_cache
+from small import run
 
 from jaxkd import checks, cli
 from jaxkd.sweep import engine, store
@@ -432,22 +434,37 @@ def uninterrupted(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def fork(monkeypatch):
+    """Starts a process of the small sweep that need not import anything first: that would take most of its time."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "xarray", "jaxkd.sweep.engine", "small"])
+
+    def start(*flags):
+        process = context.Process(target=run, args=flags)
+        process.start()
+        return process
+
+    return start
+
+
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_data(uninterrupted, tmp_path):
+def test_killed_twenty_times_it_ends_with_the_same_data(uninterrupted, tmp_path, fork):
     path, draw = tmp_path / "s", random.Random(0)
     kills = after_progress = 0
     while kills < 20:
         before = done_in(path)
         # None: in the midst of making the store, or of reading what is there.
         wanted = before + draw.randint(0, 3)
-        process = small(path, "--chunk", 2, "--pause", 0.1)
-        while process.poll() is None and not (path.exists() and done_in(path) >= wanted):
+        process = fork(path, "--chunk", 2, "--pause", 0.1)
+        while process.is_alive() and not (path.exists() and done_in(path) >= wanted):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.2))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
         after_progress += done_in(path) > before
         if done_in(path) == 12:
             # Finished before twenty kills: these data are right already; some blocks are taken away again.
