@@ -80,6 +80,7 @@ class Align:
     def __post_init__(self):
         from jaxkd import checks
 
+        checks.folder("--out", self.out)
         given = [name for name in ("preferences", "behaviour", "target") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("give one of --preferences, --behaviour and --target to learn from")

@@ -75,6 +75,7 @@ class Distill:
     def __post_init__(self):
         from jaxkd import checks
 
+        checks.folder("--out", self.out)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--temperature", self.temperature, above=0)
         checks.whole("--max-length", self.max_length, least=2)

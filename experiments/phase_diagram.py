@@ -14,9 +14,13 @@ two sentences, and figures that `experiments/replot.py` redraws from the store a
   reward         other rewards
   cost           arms matched on updates against arms matched on component evaluations
 
+`--show-config` tells what a preset consists of. More seeds go into another folder (`--first-seed`, `--out`);
+`jaxkd.sweep.store.join` makes one data set of both stores.
+
 Several hosts share the work when the same command runs on each (SLURM, GKE and TPU pods are found by jax itself).
 """
 
+import json
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +33,10 @@ LARGEST_CAPACITY = 8
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.1)
 BOTH_ORDERS = ("kd_align", "align_kd", "align_kd_sharpened")
 STATIC_AXES = ("algorithm", "reward_name", "num_targets", "base_samples", "starts", "match_component_evaluations")
+SEEDS = ("seeds", "first_seed")
+RUNS_PER_BLOCK = 32
+"""What is written, resumed and shared out at once; a device call may hold several blocks."""
+DEFAULT_CHUNK = 16
 ALWAYS_AXES = ("algorithm", "target_weight", "capacity")
 
 
@@ -49,6 +57,7 @@ class Settings:
     starts: tuple[int, ...] = (10,)
     match_component_evaluations: tuple[bool, ...] = (False,)
     seeds: int = 32
+    first_seed: int = 0
     distillation_starts: int = 2
     steps: int = 400
 
@@ -110,9 +119,11 @@ class Config:
     target_weights: tuple[float, ...] | None = None
     """Total weight of the targets in p*."""
     label_noise: tuple[float, ...] | None = None
-    """Share of preference labels flipped, 0 to 0.5 (preference algorithms)."""
+    """Share of preference labels flipped, 0 to 0.5; for the algorithms that use labels (all but reinforce, ppo, grpo
+    and kto). robust_dpo knows it."""
     arms: tuple[str, ...] | None = None
-    """Orders to run; kd_align and align_kd must be among them."""
+    """Orders to run, of kd_align, align_kd (these two always), kd_align_sharpened, align_kd_sharpened,
+    kd_align_anchored and base_start_student_reference."""
     rewards: tuple[str, ...] | None = None
     """density, bump, disc, log_density, reflected or clipped."""
     num_targets: tuple[int, ...] | None = None
@@ -125,6 +136,8 @@ class Config:
     """Give alignments of the smaller student proportionally more updates, so that all evaluate as many components."""
     seeds: int | None = None
     """Seeds a setting; all settings of a seed share data and random numbers."""
+    first_seed: int | None = None
+    """The first of them, 0 by default: a store of other seeds can be joined to one that is there."""
     distillation_starts: int | None = None
     """EM starts of every distillation."""
     steps: int | None = None
@@ -135,8 +148,12 @@ class Config:
     """Replace a store of another sweep in that folder; without it the same command goes on where it was."""
     quick: bool = False
     """A small run that finishes in less than a minute: fewer seeds and values."""
-    chunk: int | None = 16
-    """Runs that a device computes at a time; changes speed, not results. None measures it, at a compilation a try."""
+    chunk: int | None = None
+    """Runs that a device computes at a time; changes speed, not results. By default the store's, and 16 for a new one:
+    what fits the cache of a CPU's core, where measuring would cost a compilation a try. GPUs and TPUs want more, and
+    --seeds to fill it."""
+    measure_chunk: bool = False
+    """Measure the chunk of a new store instead; it is kept there."""
     devices: int | None = None
     """Devices to use; by default all of this process (each core of a CPU counts as one)."""
     compile_cache: bool = True
@@ -147,6 +164,8 @@ class Config:
     """How many processes share the work."""
     process_id: int | None = None
     """Which of them this is, from 0."""
+    show_config: bool = False
+    """Print what would be run, as JSON, and end."""
 
     def __post_init__(self):
         from jaxkd import checks
@@ -154,6 +173,9 @@ class Config:
         checks.name("--preset", self.preset, PRESETS)
         if self.chunk is not None:
             checks.whole("--chunk", self.chunk, least=1)
+            if self.measure_chunk:
+                raise ValueError(f"--measure-chunk and --chunk exclude each other; got --chunk {self.chunk}")
+        checks.folder("--out", self.folder)
         if self.devices is not None:
             checks.whole("--devices", self.devices, least=1)
         settings = self.settings()
@@ -201,6 +223,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--starts takes one or two values, drawn as two kinds of line; got {list(settings.starts)}")
     checks.no_repeats("--match-component-evaluations", settings.match_component_evaluations)
     checks.whole("--seeds", settings.seeds, least=1)
+    checks.whole("--first-seed", settings.first_seed, least=0, most=2**31 - settings.seeds)
+    _check_labels(settings)
     checks.whole("--distillation-starts", settings.distillation_starts, least=1)
     checks.whole("--steps", settings.steps, least=1)
     for algorithm in settings.algorithms:
@@ -208,6 +232,22 @@ def check(settings: Settings) -> None:
             AlignmentSettings(algorithm=algorithm, num_updates=settings.steps)
         except ValueError as error:
             raise ValueError(f"--steps: {error}") from None
+
+
+def _check_labels(settings: Settings) -> None:
+    """Raise ValueError where label noise would change nothing, or leave an algorithm undefined."""
+    from jaxkd.align import ALGORITHMS
+
+    noise = [share for share in settings.label_noise if share > 0]
+    # KTO is told which draws are desirable by their rewards.
+    using = [name for name, one in ALGORITHMS.items() if one.kind.endswith("_preference") and name != "orpo"]
+    if noise and (without := [name for name in settings.algorithms if name not in using]):
+        raise ValueError(
+            f"--label-noise must be 0 for {', '.join(without)}, which use no preference labels; got {noise} "
+            f"(--algorithms with labels: {', '.join(using)})"
+        )
+    if "robust_dpo" in settings.algorithms and max(noise, default=0.0) >= 0.5:
+        raise ValueError(f"--label-noise must be below 0.5 for robust_dpo, whose loss divides by 1 − 2ε; got {noise}")
 
 
 def axes_of(settings: Settings) -> dict[str, tuple]:
@@ -230,7 +270,8 @@ def grid_of(settings: Settings):
 
     A block's padding is no wider than its own capacities need, so small and large students are in blocks of their own.
     Alignments that are matched on component evaluations make more updates the smaller the student is: then every
-    capacity is in a block, and a program, of its own.
+    capacity is in a block, and a program, of its own. The seeds come last, so that blocks in a row share a program and
+    more seeds make larger device calls possible.
     """
     from jaxkd.sweep.grid import Grid
 
@@ -238,7 +279,8 @@ def grid_of(settings: Settings):
     axes = {name: value for name, value in values.items() if len(value) > 1 or name in ALWAYS_AXES}
     static = [name for name in STATIC_AXES if name in axes]
     per_block = {"capacity": 1 if True in settings.match_component_evaluations else LARGEST_CAPACITY // 2}
-    return Grid(axes, range(settings.seeds), static=static, per_block=per_block, runs_per_block=32)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    return Grid(axes, seeds, static=static, per_block=per_block, runs_per_block=RUNS_PER_BLOCK)
 
 
 def laboratory_of(settings: Settings, own: dict, student_components: int, quick: bool):
@@ -261,10 +303,11 @@ def laboratory_of(settings: Settings, own: dict, student_components: int, quick:
 
 
 def coefficients_of(algorithm: str, label_noise):
-    """A run's traced settings; the KL coefficients are an axis."""
+    """A run's traced settings; the KL coefficients are an axis. Robust DPO's ε is the share of flipped labels."""
     from jaxkd.align import ALGORITHMS, Coefficients
 
-    return Coefficients(learning_rate=ALGORITHMS[algorithm].learning_rate, flip_rate=label_noise)
+    own = {"label_smoothing": label_noise} if algorithm == "robust_dpo" else {}
+    return Coefficients(learning_rate=ALGORITHMS[algorithm].learning_rate, flip_rate=label_noise, **own)
 
 
 def fixed_settings(settings: Settings, quick: bool) -> dict:
@@ -274,7 +317,16 @@ def fixed_settings(settings: Settings, quick: bool) -> dict:
     varied = ("arms", "reward", "num_samples", "starts", "distillation_starts", "match_component_evaluations")
     kept = {name: value for name, value in laboratory.items() if name not in (*varied, "student_components")}
     coefficients = {algorithm: coefficients_of(algorithm, 0.0)._asdict() for algorithm in settings.algorithms}
+    if "robust_dpo" in coefficients:
+        coefficients["robust_dpo"]["label_smoothing"] = "label_noise"
     return {"alignment": kept.pop("alignment"), "laboratory": kept, "coefficients": coefficients}
+
+
+def shown(config: Config) -> str:
+    """The resolved configuration as JSON."""
+    settings = config.settings()
+    own = {"preset": config.preset, "quick": config.quick, "out": str(config.folder), "runs": grid_of(settings).size}
+    return json.dumps(own | asdict(settings) | fixed_settings(settings, config.quick), indent=2)
 
 
 def function_of(settings: Settings, quick: bool):
@@ -307,8 +359,8 @@ def function_of(settings: Settings, quick: bool):
     return run, of_block
 
 
-def sweep(config: Config, settings: Settings, name: str):
-    """Run or go on with a sweep; the report of what was done."""
+def sweep(config: Config, settings: Settings, name: str, default_chunk: int | None):
+    """Run or go on with a sweep; the report of what was done. A new store's chunk is measured where none is given."""
     import jax.numpy as jnp
 
     from jaxkd import laboratory, metrics, results
@@ -319,7 +371,7 @@ def sweep(config: Config, settings: Settings, name: str):
     names = laboratory.every_model(laboratory.LaboratorySettings(arms=settings.arms))
     truths = {count: make_truth(num_targets=count) for count in settings.num_targets}
     points = laboratory.Points(jnp.asarray(settings.temperatures), jnp.asarray(settings.kl_coefs))
-    depends_on = {"preset": config.preset} | {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    depends_on = {"preset": config.preset} | {key: value for key, value in asdict(settings).items() if key not in SEEDS}
     depends_on |= fixed_settings(settings, config.quick)
     return run_sweep(
         run,
@@ -339,6 +391,7 @@ def sweep(config: Config, settings: Settings, name: str):
         coordinates={"temperature": settings.temperatures, "kl_coef": settings.kl_coefs, "stage": names},
         configuration=depends_on,
         chunk=config.chunk,
+        default_chunk=default_chunk,
         devices=config.devices,
         overwrite=config.overwrite,
         compile_cache=config.compile_cache,
@@ -368,10 +421,11 @@ def main(config: Config) -> None:
 
     begin = time.perf_counter()
     settings = config.settings()
-    reports = [sweep(config, settings, "sweep")]
+    reports = [sweep(config, settings, "sweep", None if config.measure_chunk else DEFAULT_CHUNK)]
     if config.preset == "plane":
         beside = more_weights(settings, config.quick)
-        reports += [sweep(config, beside, "more_weights")] if beside.target_weights else []
+        if beside.target_weights:
+            reports.append(sweep(config, beside, "more_weights", reports[0].chunk))
     if jax.process_index() > 0:
         return
     print("\n".join(map(str, reports)))
@@ -386,6 +440,9 @@ if __name__ == "__main__":
 
     with exit_on_error():
         chosen = tyro.cli(Config, description=__doc__)
-        engine.use_cpu_cores_as_devices()
-        hosts.initialize(chosen.coordinator, chosen.num_processes, chosen.process_id)
-        main(chosen)
+        if chosen.show_config:
+            print(shown(chosen))
+        else:
+            engine.use_cpu_cores_as_devices()
+            hosts.initialize(chosen.coordinator, chosen.num_processes, chosen.process_id)
+            main(chosen)

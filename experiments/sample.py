@@ -64,6 +64,7 @@ class Config:
         from jaxkd import checks
         from jaxkd.smollm2 import corpus
 
+        checks.folder("--out", self.out)
         if bool(self.prompt) == (self.prompts is not None):
             raise ValueError("give either --prompt or --prompts, with something to go on from")
         if self.chat and self.prompts is not None:

@@ -105,6 +105,7 @@ class Flags:
     def __post_init__(self):
         from jaxkd import checks
 
+        checks.folder("--out", self.out)
         checks.name("--preset", self.preset, PRESETS)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--device-flops", self.device_flops, above=0)

@@ -34,6 +34,7 @@ class Tuning:
         from jaxkd import checks
         from jaxkd.align import ALGORITHMS
 
+        checks.folder("--out", self.out)
         checks.names("--algorithms", self.algorithms, [n for n, a in ALGORITHMS.items() if a.has_gibbs_optimum])
         checks.numbers("--learning-rates", self.learning_rates, above=0.0)
         checks.whole("--seeds", self.seeds, least=1)

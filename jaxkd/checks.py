@@ -1,7 +1,9 @@
 """Checks of plain arguments, before any computation: what was given, what is allowed, and where."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def number(flag: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
@@ -62,3 +64,13 @@ def no_repeats(flag: str, values: Sequence) -> None:
         raise ValueError(f"{flag} must name at least one value; got none")
     if len(set(values)) != len(values):
         raise ValueError(f"{flag} names a value twice: {list(values)}")
+
+
+def folder(flag: str, path: Path | str) -> None:
+    """Raise ValueError where a path is that of a bucket: a local folder would bear its name."""
+    # A Path has lost one of the two slashes.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{flag} must be a folder, got {path}: buckets are not supported; mount it on every host (gcsfuse, "
+            "mountpoint-s3) and give the folder, or write to a disk and copy"
+        )

@@ -1,6 +1,9 @@
 import csv
 import json
+import os
 import runpy
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from jaxkd import phase_diagram, statistics
+from jaxkd import phase_diagram, pipelines, statistics
 from jaxkd.align import ALGORITHMS, AlignmentSettings
+from jaxkd.sweep import engine
 
 pytestmark = pytest.mark.loose
 
@@ -237,11 +241,124 @@ def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
         ("noise", {"label_noise": (0.2,)}, "--label-noise needs two values"),
         ("reward", {"rewards": ("disc",)}, "--rewards needs two values"),
         ("base-em", {"starts": (1, 3, 10)}, "--starts takes one or two values"),
+        ("noise", {"algorithms": ("online_dpo", "kto", "ppo")}, "--label-noise must be 0 for kto, ppo, which use no"),
+        (
+            "plane",
+            {"label_noise": (0.2,)},
+            "--label-noise must be 0 for ppo, .*got \\[0.2\\].* online_dpo, offline_dpo_r",
+        ),
+        (
+            "noise",
+            {"algorithms": ("robust_dpo",), "label_noise": (0.1, 0.5)},
+            "--label-noise must be below 0.5 for rob",
+        ),
+        ("plane", {"chunk": 0}, "--chunk must be a whole number of at least 1; got 0"),
+        ("plane", {"chunk": 4, "measure_chunk": True}, "--measure-chunk and --chunk exclude each other; got --chunk 4"),
+        ("plane", {"out": Path("gs://bucket/plane")}, "--out must be a folder, got gs:/bucket/plane: buckets are not"),
+        ("plane", {"first_seed": 2**31 - 31}, "--first-seed must be a whole number .* at most 2147483616; got"),
     ],
 )
-def test_refuses_what_its_figure_cannot_show(preset, flags, message):
+def test_refuses_what_it_cannot_compute_or_show(preset, flags, message):
     with pytest.raises(ValueError, match=message):
         SCRIPT["Config"](preset, **flags)
+
+
+def without_computing(monkeypatch):
+    """Stores are made, and nothing is computed."""
+    monkeypatch.setattr(engine, "_compute", lambda sweep, *_: (sweep.close(), (0, 0, 0))[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SCRIPT["PRESETS"])
+def test_the_store_of_every_preset_has_its_dimensions(preset, tmp_path, monkeypatch):
+    without_computing(monkeypatch)
+    config = SCRIPT["Config"](preset, out=tmp_path, compile_cache=False)
+    settings = config.settings()
+    report = SCRIPT["sweep"](config, settings, "sweep", 16)
+    assert report.runs == 0
+    varied = {
+        "noise": ("label_noise",),
+        "two-targets": ("num_targets",),
+        "base-data": ("base_samples",),
+        "base-em": ("starts",),
+        "reward": ("reward_name",),
+        "cost": ("match_component_evaluations",),
+    }.get(preset, ())
+    sizes = {"algorithm": len(settings.algorithms), "target_weight": len(settings.target_weights)}
+    sizes |= {"capacity": len(settings.capacities), "seed": settings.seeds}
+    with xr.open_zarr(tmp_path / "sweep.zarr") as store:
+        mass = store.target_mass
+        assert {*mass.dims} == {*sizes, *varied, "temperature", "kl_coef", "stage"}
+        assert {dim: mass.sizes[dim] for dim in sizes} == sizes
+        assert all(mass.sizes[dim] > 1 for dim in varied)
+        assert mass.temperature.values.tolist() == pytest.approx([*settings.temperatures])
+        assert {*map(str, store.stage.values)} == {"base", "student", "aligned_base", *settings.arms}
+        assert not store.done.values.any() and np.isnan(mass.values).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [(None, 16), (None, 5)]),
+        ({"chunk": 32}, [(32, 16), (32, 5)]),
+        ({"measure_chunk": True}, [(None, None), (None, 5)]),
+    ],
+)
+def test_the_chunk_of_a_store_is_kept_unless_another_is_asked_for(flags, expected, tmp_path, monkeypatch):
+    calls = []
+
+    def run_sweep(*_, chunk, default_chunk, **__):
+        calls.append((chunk, default_chunk))
+        return engine.Report(tmp_path, 0, 0, 0, 5, 1, 0, 0, 0.0, 1.0, 0, 1, 0)
+
+    monkeypatch.setattr(engine, "run_sweep", run_sweep)
+    monkeypatch.setattr(phase_diagram, "report", lambda *_: "")
+    monkeypatch.setattr(xr, "open_zarr", lambda _: None)
+    SCRIPT["main"](SCRIPT["Config"]("plane", out=tmp_path, **flags))
+    assert calls == expected
+
+
+def test_more_seeds_make_larger_calls_possible():
+    config = SCRIPT["Config"]("plane", seeds=512, first_seed=100)
+    grid = SCRIPT["grid_of"](config.settings())
+    assert grid.seeds == tuple(range(100, 612))
+    _, of_block = SCRIPT["function_of"](config.settings(), False)
+    sweep = engine._Sweep(None, grid, (), of_block, None, engine.jax.local_devices()[:4], False)
+    # 512 seeds of the four smaller capacities are in a row, and then those of the four larger ones.
+    assert sweep.most_runs == 4 * 512
+    assert sweep.fitting(1024) == 512
+    assert grid.block(0).num_runs == 32
+
+
+def test_robust_dpo_knows_the_share_of_flipped_labels():
+    assert SCRIPT["coefficients_of"]("robust_dpo", 0.2).label_smoothing == 0.2
+    assert SCRIPT["coefficients_of"]("cdpo", 0.2).label_smoothing == 0.1
+    chosen = SCRIPT["Config"]("noise", algorithms=("robust_dpo",)).settings()
+    assert SCRIPT["fixed_settings"](chosen, False)["coefficients"]["robust_dpo"]["label_smoothing"] == "label_noise"
+
+
+@pytest.mark.slow
+def test_help_names_every_arm_and_algorithm():
+    command = [sys.executable, Path(SCRIPT["__file__"]), "--help"]
+    environment = os.environ | {"COLUMNS": "200"}
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert all(name in told for name in (*pipelines.ARMS, *ALGORITHMS) if name != "orpo")
+
+
+def test_the_resolved_configuration_is_shown():
+    told = json.loads(SCRIPT["shown"](SCRIPT["Config"]("noise", seeds=5)))
+    assert told["label_noise"] == [0.0, 0.1, 0.2, 0.3, 0.4] and told["out"] == "runs/noise"
+    assert told["runs"] == 2 * 5 * 5
+    assert told["coefficients"]["online_dpo"]["learning_rate"] == ALGORITHMS["online_dpo"].learning_rate
+
+
+@pytest.mark.slow
+def test_showing_the_configuration_computes_and_writes_nothing(tmp_path):
+    command = [sys.executable, Path(SCRIPT["__file__"]), "--preset", "cost", "--show-config"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(ended.stdout)["match_component_evaluations"] == [False, True]
+    assert ended.stderr == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_store_says_what_no_flag_does():

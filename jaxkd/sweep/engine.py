@@ -1,17 +1,19 @@
 """Many independent runs of a pure function, over all devices.
 
 `compile_runs` maps a function over its runs in one device call. `run_sweep` goes through a grid of any size block by
-block, into a store, with the runs of a block computed in chunks that fit the cache; it can be killed at any moment and
-goes on when it is called again.
+block, into a store, with runs computed in chunks that fit the cache; it can be killed at any moment and goes on when it
+is called again.
 """
 
-import math
+import itertools
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxkd import checks
+from jaxkd import checks, cli
 from jaxkd.sweep import hosts
 from jaxkd.sweep import store as stores
 from jaxkd.sweep.cache import CacheUse, use_compile_cache
@@ -169,6 +171,9 @@ class Report(NamedTuple):
       cache_hits: how many of them came from the persistent compile cache.
       compile_seconds: time to trace and compile or load the first program (s).
       seconds: time of the whole call (s).
+      process: which process this is, from 0.
+      processes: how many share the sweep.
+      size: runs of the sweep, those of all processes.
     """
 
     path: Path
@@ -181,14 +186,20 @@ class Report(NamedTuple):
     cache_hits: int
     compile_seconds: float
     seconds: float
+    process: int
+    processes: int
+    size: int
 
     def __str__(self):
         """One line for the end of a script."""
+        runs = f"{self.runs} runs"
+        if self.processes > 1:
+            runs = f"process {self.process} of {self.processes}: {self.runs} of {self.size} runs"
         before = f" ({self.runs_before} were there)" if self.runs_before else ""
         failed = f", {self.failed} failed" if self.failed else ""
         devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         return (
-            f"{self.runs} runs{before}{failed} in {self.seconds:.1f} s, {self.runs / self.seconds:.1f} runs/s, "
+            f"{runs}{before}{failed} in {self.seconds:.1f} s, {self.runs / self.seconds:.1f} runs/s, "
             f"{self.chunk} a chunk on {devices}; {self.programs} programs, {self.cache_hits} from the compile cache"
         )
 
@@ -205,6 +216,7 @@ def run_sweep(
     coordinates: Mapping[str, Sequence] | None = None,
     configuration: Mapping | None = None,
     chunk: int | None = None,
+    default_chunk: int | None = None,
     devices: int | None = None,
     overwrite: bool = False,
     compile_cache: Path | bool = True,
@@ -231,39 +243,52 @@ def run_sweep(
       labels: long names, units and own dimensions, by variable or axis.
       coordinates: values along the variables' own dimensions.
       configuration: what the results depend on beside the grid, as plain JSON; a store of another one is refused.
-      chunk: runs that a device computes at a time; measured when not given, and kept in the store.
+      chunk: runs that a device computes at a time, from as many blocks in a row as share a program; kept in the store,
+        and the store's when not given. On other devices any other goes on with a store, on the same ones a smaller one
+        (for want of memory), or any while nothing is finished.
+      default_chunk: that of a new store where `chunk` is not given; measured where neither is.
       devices: how many of this process's devices to use; by default all.
       overwrite: replace a store of another sweep, or begin this one anew.
       compile_cache: folder of the persistent compile cache; True for the usual one, False for none.
       quick_compile: as for `compile_runs`.
       progress: show runs done, runs a second and time left on stderr.
 
+    More seeds of a sweep go into another store; `store.join` makes one data set of both.
+
     Raises:
-      ValueError: on a chunk or a number of devices out of range, or a chunk other than the store's.
+      ValueError: on a chunk or a number of devices out of range, a larger chunk than the store's, a store in a bucket.
+      DeviceMemoryError: when the devices' memory does not hold a chunk.
       FileExistsError: when something else is at `store`.
       OSError: when the store cannot be written; what was finished stays readable.
     """
     begin = time.perf_counter()
+    checks.folder("--out", store)
     chosen = _choose_devices(devices)
-    if chunk is not None:
-        checks.whole("--chunk", chunk, least=1)
+    for given in (chunk, default_chunk):
+        if given is not None:
+            checks.whole("--chunk", given, least=1)
     cache = use_compile_cache(compile_cache)
     sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
     template = Template(grid, sweep.variables(), labels or {}, coordinates or {})
-    opened = _open(sweep, template, Path(store), dict(configuration or {}), chunk, overwrite)
-    with hosts.together("finish the sweep"):
-        runs, before, failed = _compute(sweep, opened, cache, progress)
+    wanted = _Chunk(chunk, default_chunk)
+    opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite)
+    _tell_of_what_is_idle(sweep, wanted, opened.path.stem)
+    with hosts.together("finish the sweep", lambda over: _show_others(opened, over, progress)):
+        runs, before, failed = _compute(sweep, opened, sweep.fitting(chunk), cache, progress)
     return Report(
         path=Path(store),
         runs=runs,
         runs_before=before,
         failed=failed,
-        chunk=sweep.fitting(opened.chunk),
+        chunk=sweep.fitting(chunk),
         devices=len(chosen),
         programs=len(sweep.programs),
         cache_hits=min(cache.hits, len(sweep.programs)),
         compile_seconds=sweep.first_compile_seconds,
         seconds=time.perf_counter() - begin,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        size=grid.size,
     )
 
 
@@ -272,6 +297,28 @@ def _choose_devices(count: int | None) -> list[jax.Device]:
     if count is not None:
         checks.whole(f"--devices (this process has {len(there)})", count, least=1, most=len(there))
     return there[:count]
+
+
+class Piece(NamedTuple):
+    """Runs of a block from `begin` up to `end`: a batch is made of such, of one block or of several."""
+
+    block: Block
+    begin: int
+    end: int
+
+    @property
+    def part(self) -> slice:
+        """Where the runs are in the block."""
+        return slice(self.begin, self.end)
+
+    @property
+    def runs(self) -> int:
+        """How many."""
+        return self.end - self.begin
+
+
+def _arguments(block: Block) -> tuple:
+    return block.axes, block.seeds
 
 
 class _Sweep:
@@ -292,6 +339,10 @@ class _Sweep:
         """All static keywords of a block."""
         own = dict(self._settings(block)) if self._settings is not None else {}
         return {**block.static, **own}
+
+    def program_of(self, block: Block) -> tuple:
+        """What tells a block's program from others; blocks of equal ones can be computed in one call."""
+        return tuple(sorted(self.static_of(block).items()))
 
     def one_run(self, static: Mapping) -> Callable:
         """The function of one run, from numbers that a program takes; traced once for all programs that map it."""
@@ -319,8 +370,7 @@ class _Sweep:
             first, mesh=_mesh(self.devices), in_specs=(runs, everywhere), out_specs=runs, check_vma=False
         )
         arguments = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((len(self.devices), *leaf.shape[1:]), leaf.dtype),
-            (block.axes, block.seeds),
+            lambda leaf: jax.ShapeDtypeStruct((len(self.devices), *leaf.shape[1:]), leaf.dtype), _arguments(block)
         )
         outcome = jax.eval_shape(over_mesh, arguments, self._shared)
         zeros = jax.tree.map(lambda leaf: np.zeros((block.num_runs, *leaf.shape[1:]), leaf.dtype), outcome)
@@ -333,18 +383,25 @@ class _Sweep:
         """Results by variable name, runs leading."""
         return {name: np.asarray(array) for name, array in self._finish(results, block).items()}
 
+    @cached_property
+    def most_runs(self) -> int:
+        """Most runs of this process that can be computed in one call: of blocks in a row that share a program."""
+        blocks = map(self.grid.block, hosts.own_share(self.grid.num_blocks))
+        in_a_row = itertools.groupby(blocks, key=self.program_of)
+        return max((sum(block.num_runs for block in group) for _, group in in_a_row), default=1)
+
     def fitting(self, chunk: int) -> int:
-        """A chunk, but no more than a device has of a block: it would only repeat runs."""
-        return min(chunk, -(-math.prod(self.grid.block_shape) // len(self.devices)))
+        """A chunk, but no more than a device has of the runs that share a program: it would only repeat them."""
+        return min(chunk, -(-self.most_runs // len(self.devices)))
 
     def program(self, block: Block, chunk: int) -> Future[Compiled]:
         """The program of a block, begun to be compiled when it is asked for first."""
         static = self.static_of(block)
-        key = (chunk, *sorted(static.items()))
+        key = (chunk, *self.program_of(block))
         if key not in self.programs:
             runs = chunk * len(self.devices)
             shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape[1:]), leaf.dtype), (block.axes, block.seeds)
+                lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape[1:]), leaf.dtype), _arguments(block)
             )
             self.programs[key] = self._pool.submit(
                 compile_runs,
@@ -357,10 +414,11 @@ class _Sweep:
             )
         return self.programs[key]
 
-    def start(self, program: Compiled, block: Block, begin: int, runs: int) -> Any:
-        """Begin to compute `runs` runs of a block; the last ones are repeated where the block has not so many."""
-        places = np.minimum(np.arange(begin, begin + runs), block.num_runs - 1)
-        arguments = jax.tree.map(lambda leaf: leaf[places], (block.axes, block.seeds))
+    def start(self, program: Compiled, pieces: Sequence[Piece], runs: int) -> Any:
+        """Begin to compute the runs of some pieces, `runs` at most; they are repeated where there are fewer."""
+        own = [jax.tree.map(lambda leaf, piece=piece: leaf[piece.part], _arguments(piece.block)) for piece in pieces]
+        places = np.arange(runs) % sum(piece.runs for piece in pieces)
+        arguments = jax.tree.map(lambda *leaves: np.concatenate(leaves)[places], *own)
         return program.start(arguments, self._shared)
 
     def close(self) -> None:
@@ -374,23 +432,106 @@ def named(results: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator=".") or "result": leaf for path, leaf in leaves}
 
 
-def _open(sweep, template, path, configuration, chunk, overwrite) -> Store:
-    """Go on with the store that is there, or make one; in a cluster, process 0 makes it while the others wait."""
+class _Chunk(NamedTuple):
+    """The chunk that is asked for, and that of a new store where none is."""
+
+    asked: int | None
+    default: int | None
+
+    def new(self, sweep) -> int:
+        """That of a new store."""
+        given = self.asked if self.asked is not None else self.default
+        return _measure_chunk(sweep) if given is None else given
+
+    def going_on(self, held: Store, devices: str) -> int:
+        """That with which a store is gone on with.
+
+        Raises:
+          ValueError: when numbers that are bit-equal so far would be so no more, and nothing speaks for it.
+        """
+        asked = held.chunk if self.asked is None else self.asked
+        if asked > held.chunk and held.devices == devices and held.done().any():
+            raise ValueError(
+                f"--chunk must be {held.chunk}, with which {held.path} was begun, or smaller, or be left out; got "
+                f"{asked} (on the same devices numbers are bit-equal only at one chunk; another --out begins anew)"
+            )
+        return asked
+
+
+def _open(sweep, template, path, configuration, wanted: _Chunk, overwrite) -> tuple[Store, int]:
+    """Go on with the store that is there, or make one: process 0 makes it while the others wait. It and its chunk."""
+    devices = f"{len(sweep.devices)} × {sweep.devices[0].device_kind}"
     with hosts.together("open the store"):
         held = None if overwrite else stores.resume(path, template, configuration)
-        if held is not None and chunk not in (None, held.chunk):
-            raise ValueError(
-                f"--chunk must be {held.chunk}, with which {path} was begun, or be left out; got {chunk} "
-                "(--overwrite begins anew)"
-            )
         if held is not None:
+            wanted.going_on(held, devices)
             stores.check_writable(path)
         elif jax.process_index() == 0:
             stores.check_replaceable(path, overwrite)
             stores.check_writable(path)
-            found = _measure_chunk(sweep) if chunk is None else chunk
-            stores.create(path, template, configuration, chunk=found, overwrite=overwrite)
-    return held or Store(path)
+            attributes = {"chunk": wanted.new(sweep), "devices": devices}
+            stores.create(path, template, configuration, **attributes, overwrite=overwrite)
+    with hosts.together("open the store"):
+        opened = held or _made_by_process_0(path)
+    return opened, wanted.going_on(opened, devices)
+
+
+_SEEN_WITHIN = 60.0
+"""How long after its making a store may stay unseen from other hosts (s): a network's file system looks that rarely."""
+
+
+def _made_by_process_0(path: Path) -> Store:
+    until = time.monotonic() + (_SEEN_WITHIN if jax.process_index() > 0 else 0.0)
+    while True:
+        try:
+            return Store(path)
+        except OSError:
+            if time.monotonic() >= until:
+                raise OSError(
+                    f"process {jax.process_index()} does not see {path}: --out must be a folder that all hosts share"
+                ) from None
+        time.sleep(1.0)
+
+
+def _tell_of_what_is_idle(sweep: _Sweep, wanted: _Chunk, name: str) -> None:
+    """Say once where fewer runs than asked for fit a call, and where there are processes without a block."""
+    if jax.process_index() > 0:
+        return
+    if wanted.asked is not None and (fits := sweep.fitting(wanted.asked)) < wanted.asked:
+        told = f"no more than {sweep.most_runs} runs in a row share a program, over {len(sweep.devices)} device(s)"
+        print(f"{name}: chunk {wanted.asked} cut to {fits}: {told}", file=sys.stderr)
+    idle, processes = jax.process_count() - sweep.grid.num_blocks, jax.process_count()
+    if idle > 0:
+        told = f"{idle} of {processes} processes have no block: there are {sweep.grid.num_blocks}"
+        print(f"{name}: {told}", file=sys.stderr)
+
+
+def _show_others(store: Store, over: Callable[[float], bool], progress: bool) -> None:
+    """Show the blocks of all processes, from the ledger, until the others have finished theirs too."""
+    if not progress or jax.process_index() > 0 or over(1.0):
+        return
+    done = store.done()
+    with tqdm(desc="waiting for the other processes", total=len(done), unit="block", file=sys.stderr) as bar:
+        while True:
+            bar.update(int(store.done().sum()) - bar.n)
+            if over(_LOOK_EVERY):
+                break
+        bar.update(int(store.done().sum()) - bar.n)
+
+
+_LOOK_EVERY = 5.0
+
+
+@contextmanager
+def _memory(chunk: int) -> Iterator[None]:
+    """Say what to do where the devices' memory does not suffice; other errors go on as they are."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not cli.is_out_of_memory(error):
+            raise
+        told = f"out of memory with {chunk} run{'s' if chunk > 1 else ''} a device"
+        raise cli.DeviceMemoryError(f"{told}: give a smaller --chunk" if chunk > 1 else told) from error
 
 
 _CHUNKS = (2, 8, 32, 128, 512, 2048)
@@ -401,14 +542,20 @@ def _measure_chunk(sweep: _Sweep) -> int:
 
     Wide chunks amortise the overhead of small operations until a chunk's arrays leave the cache. Trying one costs a
     compilation. It is tried while that is less than half of what it would save if it gained as much as the last one
-    did; the first gain is taken to be a fifth.
+    did; the first gain is taken to be a fifth. One that does not fit the devices' memory is the last.
     """
     block, best, fastest, gain = sweep.grid.block(0), 0, np.inf, 0.2
     for chunk in sorted({sweep.fitting(chunk) for chunk in _CHUNKS}):
         begin = time.perf_counter()
-        program = sweep.program(block, chunk).result()
-        sweep.first_compile_seconds = sweep.first_compile_seconds or program.seconds
-        seconds = _seconds_a_run(sweep, program, block, chunk)
+        try:
+            with _memory(chunk):
+                program = sweep.program(block, chunk).result()
+                sweep.first_compile_seconds = sweep.first_compile_seconds or program.seconds
+                seconds = _seconds_a_run(sweep, program, block, chunk)
+        except cli.DeviceMemoryError:
+            if not best:
+                raise
+            break
         if seconds > 0.95 * fastest:
             break
         if best:
@@ -425,12 +572,12 @@ def _seconds_a_run(sweep, program, block, chunk) -> float:
     # The first call warms up: a short one is repeated.
     while len(seconds) < 3 and sum(seconds) < 0.3:
         begin = time.perf_counter()
-        program.fetch(sweep.start(program, block, 0, runs))
+        program.fetch(sweep.start(program, [Piece(block, 0, min(runs, block.num_runs))], runs))
         seconds.append(time.perf_counter() - begin)
     return min(seconds) / runs
 
 
-def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tuple[int, int, int]:
+def _compute(sweep: _Sweep, store: Store, chunk: int, cache: CacheUse, progress: bool) -> tuple[int, int, int]:
     """Compute what is missing of this process's blocks; runs computed, runs that were there, runs failed."""
     done = store.done()
     own = hosts.own_share(sweep.grid.num_blocks)
@@ -438,8 +585,9 @@ def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tu
     total = sum(sweep.grid.block(index).num_runs for index in own)
     before = total - sum(sweep.grid.block(index).num_runs for index in missing)
     writing, failed, computed = deque(), 0, 0
+    of_all = f", process 0 of {jax.process_count()} ({total} of {sweep.grid.size} runs)"
     bar = tqdm(
-        desc=store.path.stem,
+        desc=store.path.stem + (of_all if jax.process_count() > 1 else ""),
         total=total,
         initial=before,
         unit="run",
@@ -448,8 +596,8 @@ def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tu
         disable=not progress or jax.process_index() > 0,
     )
     try:
-        with bar, ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
-            for block, results in _results(sweep, missing, sweep.fitting(store.chunk), bar, cache):
+        with bar, ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer, _memory(chunk):
+            for block, results in _results(sweep, missing, chunk, bar, cache):
                 values = sweep.finish(results, block)
                 failed += _count_failed(values)
                 computed += block.num_runs
@@ -464,36 +612,52 @@ def _compute(sweep: _Sweep, store: Store, cache: CacheUse, progress: bool) -> tu
     return computed, before, failed
 
 
+def _batches(sweep: _Sweep, indices: Sequence[int], runs: int) -> Iterator[list[Piece]]:
+    """All runs of some blocks in order, `runs` at a time; a batch holds several blocks where they share a program."""
+    for _, group in itertools.groupby(map(sweep.grid.block, indices), key=sweep.program_of):
+        pieces, room = [], runs
+        for block in group:
+            begin = 0
+            while begin < block.num_runs:
+                pieces.append(Piece(block, begin, min(begin + room, block.num_runs)))
+                begin, room = pieces[-1].end, room - pieces[-1].runs
+                if not room:
+                    yield pieces
+                    pieces, room = [], runs
+        if pieces:
+            yield pieces
+
+
 def _results(sweep, indices, chunk, bar, cache) -> Iterator[tuple[Block, Any]]:
     """Results of every block, on the host, in order. The devices are one batch ahead of what is fetched."""
     runs = chunk * len(sweep.devices)
     # Programs are asked for in the order of their first block: later ones compile while earlier blocks run.
     for index in indices:
         sweep.program(sweep.grid.block(index), chunk)
-    blocks = map(sweep.grid.block, indices)
-    batches = ((block, begin) for block in blocks for begin in range(0, block.num_runs, runs))
     ahead: deque = deque()
     parts: list = []
 
     def collect():
-        block, begin, program, started = ahead.popleft()
-        fresh = min(runs, block.num_runs - begin)
-        parts.append(jax.tree.map(lambda leaf: leaf[:fresh], program.fetch(started)))
-        bar.update(fresh)
-        if begin + fresh < block.num_runs:
-            return None
-        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        parts.clear()
-        return block, whole
+        pieces, program, started = ahead.popleft()
+        fetched, first = program.fetch(started), 0
+        for piece in pieces:
+            own = slice(first, first + piece.runs)
+            parts.append(jax.tree.map(lambda leaf, own=own: leaf[own], fetched))
+            first = own.stop
+            bar.update(piece.runs)
+            if piece.end == piece.block.num_runs:
+                # A copy: what waits to be written keeps no whole batch.
+                whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+                parts.clear()
+                yield piece.block, whole
 
-    for block, begin in batches:
-        program = _ready(sweep, block, chunk, bar, cache)
-        ahead.append((block, begin, program, sweep.start(program, block, begin, runs)))
-        if len(ahead) > 1 and (found := collect()) is not None:
-            yield found
+    for pieces in _batches(sweep, indices, runs):
+        program = _ready(sweep, pieces[0].block, chunk, bar, cache)
+        ahead.append((pieces, program, sweep.start(program, pieces, runs)))
+        if len(ahead) > 1:
+            yield from collect()
     while ahead:
-        if (found := collect()) is not None:
-            yield found
+        yield from collect()
 
 
 def _ready(sweep, block, chunk, bar, cache) -> Compiled:

@@ -20,8 +20,8 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from jaxkd import __version__, files
-from jaxkd.sweep.grid import Block, Grid
+from jaxkd import __version__, checks, files
+from jaxkd.sweep.grid import SEED, Block, Grid
 
 STORE_VERSION = 1
 LEDGER = "done"
@@ -62,6 +62,7 @@ def write(dataset: xr.Dataset, path: Path, configuration: dict, *, overwrite: bo
     Raises:
       FileExistsError: when something is at `path` and it may not be overwritten.
     """
+    checks.folder("--out", path)
     if not overwrite:
         check_free(path, configuration)
     partial = path.with_name(path.name + ".partial")
@@ -80,7 +81,9 @@ def check_free(path: Path, configuration: dict) -> None:
 
     Raises:
       FileExistsError: when something is at `path`.
+      ValueError: when it is a bucket.
     """
+    checks.folder("--out", path)
     if not path.exists():
         return
     try:
@@ -90,7 +93,7 @@ def check_free(path: Path, configuration: dict) -> None:
     wanted = json.loads(json.dumps(configuration, default=str))
     differing = files.differences(held, wanted)
     told = f"another configuration ({'; '.join(differing)})" if differing else "this very configuration"
-    raise FileExistsError(f"{path} holds results of {told}: give --overwrite to replace it, or another --out")
+    raise FileExistsError(f"{path} holds results of {told}: choose another --out, or give --overwrite to replace them")
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,12 @@ class Store:
         """Runs that a device computes at a time, as they were measured or asked for when the store was made."""
         return int(self._group.attrs["chunk"])
 
+    @property
+    def devices(self) -> str:
+        """Number and kind of the devices that a process used when the store was made."""
+        # Stores of before told those that were there.
+        return str(self._group.attrs.get("devices", self._group.attrs["device"]))
+
     def done(self) -> np.ndarray:
         """Which blocks are finished; bool[blocks]."""
         return np.asarray(self._group[LEDGER][:], bool)
@@ -213,7 +222,9 @@ class Store:
             ) from error
 
 
-def create(path: Path, template: Template, configuration: Mapping, *, chunk: int, overwrite: bool = False) -> Store:
+def create(
+    path: Path, template: Template, configuration: Mapping, *, chunk: int, devices: str, overwrite: bool = False
+) -> Store:
     """Make an empty store, whole or not at all: dimensions, coordinates, labels and provenance.
 
     Args:
@@ -221,6 +232,7 @@ def create(path: Path, template: Template, configuration: Mapping, *, chunk: int
       template: what it will hold.
       configuration: what the results depend on beside the grid; plain JSON.
       chunk: runs that a device computes at a time, kept for when the sweep goes on.
+      devices: number and kind of the devices that a process uses, kept likewise.
       overwrite: replace the store that is there; nothing but a store of jaxkd is ever replaced.
 
     Raises:
@@ -229,7 +241,7 @@ def create(path: Path, template: Template, configuration: Mapping, *, chunk: int
     """
     check_replaceable(path, overwrite)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk}
+    attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk, "devices": devices}
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -259,7 +271,9 @@ def check_writable(path: Path) -> None:
 
     Raises:
       OSError: when the folder cannot be written.
+      ValueError: when it is a bucket.
     """
+    checks.folder("--out", path)
     folder = path if path.exists() else path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,10 +301,45 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
         {"jaxkd_store_version": str(STORE_VERSION), **_versions(provenance({})), **wanted},
     )
     if differing:
-        raise FileExistsError(
-            f"{path} holds another sweep ({'; '.join(differing)}): give --overwrite to replace it, or another --out"
-        )
+        raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
     return Store(path)
+
+
+def _advice(path: Path, differing: Sequence[str]) -> str:
+    """What to do about a store of another sweep; nothing that was computed is thrown away but by --overwrite."""
+    anew = "choose another --out, or give --overwrite to throw away what is there"
+    if not all(one.startswith("version of ") for one in differing):
+        return anew
+    if Store(path).done().all():
+        use = "it is finished: open it (xarray.open_zarr) or draw it (experiments/replot.py)"
+        return f"{use}; to compute it anew, {anew}"
+    held = json.loads(_attributes(path)["versions"])
+    return f"to finish it install jaxkd {held.get('jaxkd')} with jax {held.get('jax')}; else {anew}"
+
+
+def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Stores of one sweep over different seeds as one data set: `xarray.concat` along the seeds, ledgers in a row.
+
+    Args:
+      datasets: opened stores, in the order of their seeds.
+
+    Raises:
+      ValueError: when they differ in anything but their seeds, or share one.
+    """
+    configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
+    own = ("axis seed", "grid fingerprint", "block shape")
+    first, *others = ({key: value for key, value in one.items() if key not in own} for one in configurations)
+    if differing := [told for other in others for told in files.differences(first, other)]:
+        raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
+    joined = xr.concat([dataset.drop_vars(LEDGER) for dataset in datasets], SEED, combine_attrs="override")
+    if not joined.indexes[SEED].is_unique:
+        raise ValueError(f"the stores share seeds: {', '.join(str(one['axis seed']) for one in configurations)}")
+    seeds = {"axis seed": [one["axis seed"] for one in configurations]}
+    joined.attrs["configuration"] = json.dumps(configurations[0] | seeds, sort_keys=True)
+    # Joined seeds fall on other boundaries than the stores' chunks.
+    for name in joined.variables:
+        joined[name].encoding.pop("chunks", None)
+    return joined.assign({LEDGER: xr.concat([dataset[LEDGER] for dataset in datasets], _BLOCK)})
 
 
 def _resolved(template: Template, configuration: Mapping) -> dict:

@@ -1,7 +1,6 @@
 """Eight simulated devices need a process of their own: their number is fixed when the backend starts."""
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cluster import run_cluster
 
 from jaxkd.smollm2 import generate, policy, sharding, text, weights
 from jaxkd.smollm2.config import Config
@@ -30,20 +30,16 @@ def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
     config = Config.tiny(hidden_size=64, num_layers=2)
     params = make_model(config).init(jax.random.key(0))
     weights.save_pretrained(tmp_path / "model", config, params, text.byte_tokenizer())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     script = [sys.executable, str(Path(__file__).with_name("on_two_hosts.py")), str(tmp_path / "model")]
-    processes = [
-        subprocess.Popen([*script, *cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for cluster in ([], [address, "2", "0"], [address, "2", "1"])
-    ]
-    told = []
-    for process in processes:
-        said, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error[-3000:]
-        # The collectives say hello first.
-        told.append(said.splitlines()[-1].split())
+
+    def start(*cluster):
+        return subprocess.Popen([*script, *cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    ended = run_cluster(lambda address, index: start(address, "2", str(index)))
+    ended = [*run_cluster(lambda address, index: start(), count=1), *ended]
+    assert [outcome.code for outcome in ended] == [0, 0, 0], [outcome.err[-3000:] for outcome in ended]
+    # The collectives say hello first.
+    told = [outcome.out.splitlines()[-1].split() for outcome in ended]
     assert [words[1] for words in told] == ["2", "4", "4"] and told[1] == told[2]
     alone, together = ([float(number) for number in words[3:]] for words in told[:2])
     assert together == pytest.approx(alone, rel=1e-5) and alone[1] < alone[0]

@@ -59,8 +59,6 @@ def leaves_equal(first, second):
     ("batch_size", "num_devices"),
     [
         (1, 4),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
         pytest.param(2, 2, marks=pytest.mark.slow),
     ],
 )
