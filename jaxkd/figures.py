@@ -42,6 +42,7 @@ LABELS = {
 
 MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
 MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
+MARKERS |= {"aligned_base": "<", "student": ">", "base": "X"}
 
 ALGORITHM_LABELS = {
     "reinforce": "REINFORCE",
