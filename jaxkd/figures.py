@@ -1,5 +1,7 @@
 """Figures, each drawn from a finished store alone."""
 
+import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,8 +80,8 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
     arms = [name for name in pipelines.ARMS if name in dataset.stage.values]
     temperature = float(dataset.temperature.min())
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10.5, 13.2), layout="constrained")
-        parts = figure.subfigures(3, 1, height_ratios=[4.1, 5.3, 3.6], hspace=0.02)
+        figure = plt.figure(figsize=(7.2, 11.2), layout="constrained")
+        parts = figure.subfigures(3, 1, height_ratios=[3.7, 4.9, 3.2], hspace=0.02)
         _models_of_one_seed(parts[0], dataset, arms, temperature)
         _outcomes(parts[1], dataset, arms, temperature)
         _frontier(parts[2], dataset, arms, temperature)
@@ -141,15 +143,18 @@ def _draws(cell: xr.Dataset, count: int, seed: int) -> np.ndarray:
     return cell.component_mean.values[:, chosen] + moved
 
 
+def _head(part, words: str) -> None:
+    """Say above a part of a figure what it shows."""
+    part.suptitle(textwrap.fill(words, 106, subsequent_indent="     "), x=0.01, ha="left", fontsize=8.5)
+
+
 def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
     algorithm, kl_coef, seed = telling_cell(dataset)
     cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef, seed=seed).load()
-    part.suptitle(
+    _head(
+        part,
         f"a   One seed of median gain (seed {seed}): {ALGORITHM_LABELS.get(algorithm, algorithm)}, β = {kl_coef:g}, "
         f"τ = {temperature:g}. Contours of density, 300 draws; the circle is the target's disc.",
-        x=0.01,
-        ha="left",
-        fontsize=9,
     )
     stages = ["base", "student", *(s for s in ("aligned_base",) if s in dataset.stage.values), *arms]
     axes = part.subplots(2, 5, sharex=True, sharey=True, gridspec_kw={"wspace": 0.02}).ravel()
@@ -158,10 +163,9 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
     _one_model(axes[0], _truth_cell(dataset), x, "p*", "#000000", dataset)
     for axis, stage in zip(axes[1:], stages, strict=False):
         one = cell.sel(stage=stage)
-        title = f"{LABELS[stage].replace(chr(10), ' ')}"
-        _one_model(axis, one, x, title, COLOURS[stage], dataset)
+        _one_model(axis, one, x, LABELS[stage], COLOURS[stage], dataset)
         axis.text(
-            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=6.5, va="bottom"
+            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=7, va="bottom"
         )
     for axis in axes[1 + len(stages) :]:
         axis.set_visible(False)
@@ -202,12 +206,10 @@ def _one_model(axis, cell, x, title, colour, dataset) -> None:
 
 
 def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
-    part.suptitle(
-        f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point a seed, white diamonds are "
-        "medians, black bars each reference's own Gibbs optimum (median).",
-        x=0.01,
-        ha="left",
-        fontsize=9,
+    _head(
+        part,
+        f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point per seed, white markers "
+        "are medians, black bars each reference's own Gibbs optimum (median).",
     )
     kl_coefs = dataset.kl_coef.values
     algorithms = [str(name) for name in dataset.algorithm.values]
@@ -216,6 +218,8 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
     width = 0.6 / max(len(algorithms), 1)
     generator = np.random.default_rng(0)
     cell = dataset.sel(temperature=temperature)
+    markers = dict(zip(algorithms, itertools.cycle("Dos^vPX*<>h"), strict=False))
+    white = {"mfc": "white", "mec": "black", "mew": 0.6}
     for row, (quantity, optimum, label) in enumerate(
         (("reward", "gibbs_reward", "reward"), ("target_mass", "gibbs_target_mass", "target mass"))
     ):
@@ -228,9 +232,7 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                     spread = place + shade + generator.uniform(-width / 2.6, width / 2.6, values.size)
                     axis.scatter(spread, values, s=2.5, color=COLOURS[arm], alpha=0.4, linewidths=0, rasterized=True)
                     if values.size:
-                        axis.plot(
-                            place + shade, np.median(values), "D", ms=3.2, mfc="white", mec="black", mew=0.6, zorder=4
-                        )
+                        axis.plot(place + shade, np.median(values), markers[algorithm], ms=3.8, zorder=4, **white)
                 best = cell[optimum].sel(kl_coef=kl_coef, stage=arm).values
                 axis.hlines(np.nanmedian(best), place - 0.45, place + 0.45, color="black", lw=1.3, zorder=3)
             if row == 0:
@@ -239,19 +241,22 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                 axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
             if column == 0:
                 axis.set_ylabel(f"{label}" + (" (dotted: recovered)" if row else " E[R]"))
-            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=40, ha="right")
+            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=55, ha="right")
             axis.set_xlim(-0.6, len(arms) - 0.4)
-    order = ", ".join(ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms)
-    part.supxlabel(f"columns within an arm, left to right: {order}", fontsize=8)
+    names = {name: ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms}
+    handles = [
+        Line2D([], [], ls="", marker=markers[name], ms=4.5, label=label, **white) for name, label in names.items()
+    ]
+    within = "columns within an arm, left to right"
+    part.legend(handles=handles, title=within, title_fontsize=7, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
-    part.suptitle(
-        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker a β "
-        f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm.",
-        x=0.01,
-        ha="left",
-        fontsize=9,
+    _head(
+        part,
+        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker per β "
+        f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm."
+        + (" The abscissae differ." if dataset.sizes["algorithm"] > 1 else ""),
     )
     algorithms = [str(name) for name in dataset.algorithm.values]
     axes = part.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
@@ -295,4 +300,4 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
         for arm in arms
     ]
     handles.append(Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base"))
-    part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    part.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
