@@ -165,8 +165,9 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
         one = cell.sel(stage=stage)
         _one_model(axis, one, x, LABELS[stage], COLOURS[stage], dataset)
         axis.text(
-            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=7, va="bottom"
-        )
+            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=7,
+            va="bottom", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5},
+        )  # fmt: skip
     for axis in axes[1 + len(stages) :]:
         axis.set_visible(False)
     for axis in axes[5:]:
@@ -240,7 +241,7 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
             else:
                 axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
             if column == 0:
-                axis.set_ylabel(f"{label}" + (" (dotted: recovered)" if row else " E[R]"))
+                axis.set_ylabel(f"{label}" + ("\n(dotted: recovered)" if row else " E[R]"))
             axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=55, ha="right")
             axis.set_xlim(-0.6, len(arms) - 0.4)
     names = {name: ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms}
