@@ -630,25 +630,37 @@ def draw(result: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     timed = [row for row in result["tasks"] if "seconds" in row]
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=[1.15, 1, 1.35])
+        # As wide as a page, so that it is printed with the letters that it has here.
+        decoding = [row for row in timed if row["what"] == "decode"]
+        figure, axes = plt.subplot_mosaic(
+            [["passes", "decoding"] if decoding else ["passes"] * 2, ["memory"] * 2],
+            figsize=(7.2, 5.4),
+            layout="constrained",
+            width_ratios=[1.25, 1],
+        )
+        for axis, letter in zip(axes.values(), "abc", strict=False):
+            axis.set_title(letter, loc="left", fontweight="bold")
         passes = [row for row in timed if row["what"] in ("forward", "gradient")]
         passes = passes or [row for row in timed if row["what"] in TRAINING]
         if passes:
             what = {"dpo": "step of DPO", "distillation": "step of\ndistillation"}
             labels = [f"{what.get(row['what'], row['what'])}\n{row['dtype']}" for row in passes]
-            _bars(axes[0], labels, [row["seconds"] for row in passes], "{:.2f}")
+            _bars(axes["passes"], labels, [row["seconds"] for row in passes], "{:.2f}")
             shapes = ", ".join(dict.fromkeys(f"{row['batch']} × {row['length']}" for row in passes))
-            axes[0].set(title=f"A pass or a step\n{shapes} tokens", ylabel="seconds (less is better)", yscale="log")
-            _plain_ticks(axes[0])
-        decoding = [row for row in timed if row["what"] == "decode"]
+            axes["passes"].set(
+                title=f"A pass or a step\n{shapes} tokens", ylabel="seconds (less is better)", yscale="log"
+            )
+            _plain_ticks(axes["passes"])
         if decoding:
-            _lines(axes[1], decoding)
+            _lines(axes["decoding"], decoding)
         weighed = [row for row in result["tasks"] if "memory_bytes" in row and row["what"] != "decode"]
         if weighed:
             gib = [{k: v["peak"] / 2**30 for k, v in row["memory_bytes"].items()} for row in weighed]
-            _bars(axes[2], [_memory_label(row) for row in weighed], gib, "{:.1f}")
-            axes[2].set(title="Most memory resident while running,\nweights and libraries included", ylabel="GiB")
-        handles, names = axes[0].get_legend_handles_labels()
+            _bars(axes["memory"], [_memory_label(row) for row in weighed], gib, "{:.1f}")
+            axes["memory"].set(title="Most memory resident while running, weights and libraries included", ylabel="GiB")
+        for axis in axes.values():
+            axis.set_visible(axis.has_data())
+        handles, names = axes["passes"].get_legend_handles_labels()
         names = [
             {"torch": "transformers on torch, defaults", "torch medium": "… float32 matmul “medium”"}.get(n, n)
             for n in names
@@ -673,7 +685,7 @@ def _bars(axes, labels: list[str], values: list[dict], form: str) -> None:
             continue
         x = [j + (i - 1) * 0.27 for j, _ in places]
         bars = axes.bar(x, [v for _, v in places], 0.25, label=side, edgecolor="white", linewidth=0.4, **LOOK[side])
-        axes.bar_label(bars, [form.format(v) for _, v in places], fontsize=6.5, padding=1)
+        axes.bar_label(bars, [form.format(v) for _, v in places], fontsize=7, padding=1)
     axes.set_xticks(range(len(labels)), labels, fontsize=7)
 
 
@@ -694,8 +706,8 @@ def _lines(axes, rows: list[dict]) -> None:
         axes.plot(*zip(*points, strict=True), MARKERS[side] + "-", color=look["color"], markersize=4)
         if side == "jaxkd":
             for x, y in points:
-                axes.annotate(f"{y:.0f}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=6.5)
-    axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens a second (more is better)")
+                axes.annotate(f"{y:.0f}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens per second (more is better)")
     batches = [row["batch"] for row in rows]
     axes.set_xticks(batches, batches)
     _plain_ticks(axes)

@@ -211,7 +211,7 @@ def check(settings: Settings) -> None:
     checks.numbers("--kl-coefs", settings.kl_coefs, above=0.0)
     checks.numbers("--target-weights", settings.target_weights, above=0.0, below=1.0)
     checks.numbers("--label-noise", settings.label_noise, least=0.0, most=0.5)
-    checks.names("--arms", settings.arms, pipelines.ARMS)
+    checks.names("--arms", settings.arms, pipelines.arms())
     for arm in ("kd_align", "align_kd"):
         if arm not in settings.arms:
             raise ValueError(f"--arms must contain kd_align and align_kd, which are compared; got {settings.arms}")

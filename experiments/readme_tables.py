@@ -208,8 +208,8 @@ def smollm2_order() -> str:
         numbers += ["–" if value != value else f"{value:.{digits}f}" for value, digits in zip(met, (1, 0), strict=True)]
         body.append([name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers])
     head = ["model", "algorithm", "frequency, every seed (%)", "95 % t interval", "KL to the base (nats)",
-            "recall gap (nats)", "on the behaviour", "log p* a token", "on the behaviour", "PFLOP",
-            "reward gained a PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip
+            "recall gap (nats)", "on the behaviour", "log p* per token", "on the behaviour", "PFLOP",
+            "reward gained per PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip
     return _table(head, body)
 
 

@@ -1,5 +1,7 @@
 """Figures, each drawn from a finished store alone."""
 
+import itertools
+import textwrap
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +64,8 @@ LABELS = _Looks(_LABELS, lambda name: name.replace("_", " "))
 
 _MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
 _MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
-MARKERS = _Looks(_MARKERS, _one_of(("X", "p", "h", "<", ">", "*")))
+_MARKERS |= {"aligned_base": "<", "student": ">", "base": "X"}
+MARKERS = _Looks(_MARKERS, _one_of(("p", "h", "H", "8", "d", "*")))
 
 ALGORITHM_LABELS = {
     "reinforce": "REINFORCE",
@@ -98,8 +101,8 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
     arms = [name for name in pipelines.arms() if name in dataset.stage.values]
     temperature = float(dataset.temperature.min())
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10.5, 13.2), layout="constrained")
-        parts = figure.subfigures(3, 1, height_ratios=[4.1, 5.3, 3.6], hspace=0.02)
+        figure = plt.figure(figsize=(7.2, 11.2), layout="constrained")
+        parts = figure.subfigures(3, 1, height_ratios=[3.7, 4.9, 3.2], hspace=0.02)
         _models_of_one_seed(parts[0], dataset, arms, temperature)
         _outcomes(parts[1], dataset, arms, temperature)
         _frontier(parts[2], dataset, arms, temperature)
@@ -166,15 +169,18 @@ def _draws(cell: xr.Dataset, count: int, seed: int) -> np.ndarray:
     return cell.component_mean.values[:, chosen] + moved
 
 
+def _head(part, words: str) -> None:
+    """Say above a part of a figure what it shows."""
+    part.suptitle(textwrap.fill(words, 106, subsequent_indent="     "), x=0.01, ha="left", fontsize=8.5)
+
+
 def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
     algorithm, kl_coef, seed = telling_cell(dataset)
     cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef, seed=seed).load()
-    part.suptitle(
+    _head(
+        part,
         f"a   One seed of median gain (seed {seed}): {ALGORITHM_LABELS.get(algorithm, algorithm)}, β = {kl_coef:g}, "
         f"τ = {temperature:g}. Contours of density, 300 draws; the circle is the target's disc.",
-        x=0.01,
-        ha="left",
-        fontsize=9,
     )
     stages = ["base", "student", *(s for s in ("aligned_base",) if s in dataset.stage.values), *arms]
     columns = max(5, -(-(1 + len(stages)) // 2))
@@ -184,11 +190,11 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
     _one_model(axes[0], _truth_cell(dataset), x, "p*", "#000000", dataset)
     for axis, stage in zip(axes[1:], stages, strict=False):  # an odd number leaves a place
         one = cell.sel(stage=stage)
-        title = f"{LABELS[stage].replace(chr(10), ' ')}"
-        _one_model(axis, one, x, title, COLOURS[stage], dataset)
+        _one_model(axis, one, x, LABELS[stage], COLOURS[stage], dataset)
         axis.text(
-            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=6.5, va="bottom"
-        )
+            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=7,
+            va="bottom", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5},
+        )  # fmt: skip
     for axis in axes[1 + len(stages) :]:
         axis.set_visible(False)
     for axis in axes[columns:]:
@@ -232,12 +238,10 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
     algorithms = [str(name) for name in dataset.algorithm.values]
     has_optimum = np.asarray([has_gibbs_optimum(dataset, algorithm) for algorithm in algorithms])
     bars = ", black bars each reference's own Gibbs optimum (median)" if has_optimum.any() else ""
-    part.suptitle(
-        f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point a seed, white diamonds are "
-        f"medians{bars}.",
-        x=0.01,
-        ha="left",
-        fontsize=9,
+    _head(
+        part,
+        f"b   Outcomes over {dataset.sizes['seed']} seeds at τ = {temperature:g}: one point per seed, white markers "
+        f"are medians{bars}.",
     )
     axes = part.subplots(2, len(kl_coefs), sharex=True, sharey="row", squeeze=False)
     shades = np.linspace(-0.33, 0.33, len(algorithms)) if len(algorithms) > 1 else [0.0]
@@ -246,6 +250,8 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
     between = np.asarray([-0.45, *(np.add(shades[1:], shades[:-1]) / 2), 0.45])
     generator = np.random.default_rng(0)
     cell = dataset.sel(temperature=temperature)
+    markers = dict(zip(algorithms, itertools.cycle("Dos^vPX*<>h"), strict=False))
+    white = {"mfc": "white", "mec": "black", "mew": 0.6}
     for row, (quantity, optimum, label) in enumerate(
         (("reward", "gibbs_reward", "reward"), ("target_mass", "gibbs_target_mass", "target mass"))
     ):
@@ -258,9 +264,7 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                     spread = place + shade + generator.uniform(-width / 2.6, width / 2.6, values.size)
                     axis.scatter(spread, values, s=2.5, color=COLOURS[arm], alpha=0.4, linewidths=0, rasterized=True)
                     if values.size:
-                        axis.plot(
-                            place + shade, np.median(values), "D", ms=3.2, mfc="white", mec="black", mew=0.6, zorder=4
-                        )
+                        axis.plot(place + shade, np.median(values), markers[algorithm], ms=3.8, zorder=4, **white)
                 best = cell[optimum].sel(kl_coef=kl_coef, stage=arm).values
                 if has_optimum.any() and np.isfinite(best).any():
                     ends = place + between[:-1][has_optimum], place + between[1:][has_optimum]
@@ -270,20 +274,23 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
             else:
                 axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
             if column == 0:
-                axis.set_ylabel(f"{label}" + (" (dotted: recovered)" if row else " E[R]"))
-            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=40, ha="right")
+                axis.set_ylabel(f"{label}" + ("\n(dotted: recovered)" if row else " E[R]"))
+            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=55, ha="right")
             axis.set_xlim(-0.6, len(arms) - 0.4)
-    order = ", ".join(ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms)
-    part.supxlabel(f"columns within an arm, left to right: {order}", fontsize=8)
+    names = {name: ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms}
+    handles = [
+        Line2D([], [], ls="", marker=markers[name], ms=4.5, label=label, **white) for name, label in names.items()
+    ]
+    within = "columns within an arm, left to right"
+    part.legend(handles=handles, title=within, title_fontsize=7, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
-    part.suptitle(
-        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker a β "
-        f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm.",
-        x=0.01,
-        ha="left",
-        fontsize=9,
+    _head(
+        part,
+        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker per β "
+        f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm."
+        + (" The abscissae differ." if dataset.sizes["algorithm"] > 1 else ""),
     )
     algorithms = [str(name) for name in dataset.algorithm.values]
     axes = part.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
@@ -330,4 +337,4 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
     if any(has_gibbs_optimum(dataset, algorithm) for algorithm in algorithms):
         optimum = Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base")
         handles.append(optimum)
-    part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    part.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)

@@ -7,16 +7,18 @@ A store holds `capacity`, `temperature`, `kl_coef`, `seed`, `stage` and whatever
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import Normal, Stroke
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from jaxkd import files, pipelines, results, statistics
 from jaxkd.align import ALGORITHMS, AlignmentSettings
@@ -311,17 +313,24 @@ def gibbs_mass(points: References, kl_coef: float) -> float:
 
 # --- Figure 1: the plane ---------------------------------------------------------------------------------------------
 
+_WIDTH = 7.2  # inches, of a page: what is drawn larger is printed with smaller letters
 _BOUNDARIES = {
-    "half_mass": ("white", "-", "β_c = β: the student's Gibbs policy has half its mass on the target"),
-    "seen_at_once": ("#F0E442", "--", "n·m = 1: a hit is expected in the first step"),
-    "seen_ever": ("#F0E442", ":", "n·T·m = 1: a hit is expected at all"),
+    "half_mass": (
+        "white",
+        "-",
+        "β$_c$ = β: the student's Gibbs\npolicy has half its mass on target\n(a, b: β beside the line)",
+    ),
+    "seen_at_once": ("#F0E442", (0, (3, 2)), "n·m = 1: a hit is expected\nin the first step"),
+    "seen_ever": ("#F0E442", (0, (1, 1.5)), "n·T·m = 1: a hit is expected at all"),
 }
+_STUDENT_PANELS = (
+    ("student_target_recall", "student: target recall", "median over seeds (nat)"),
+    ("student_bounded_recall", "student: bounded recall", "median over seeds"),
+)
 _PANELS = (
-    ("student_target_recall", "a   student: target recall (nat)", "viridis", None),
-    ("student_bounded_recall", "a   student: bounded recall", "viridis", (0.0, 1.0)),
-    ("recovery_baseline", "b   recovered, KD→Align", "cividis", (0.0, 1.0)),
-    ("recovery_challenger", "c   recovered, Align→KD", "cividis", (0.0, 1.0)),
-    ("difference", "d   Align→KD − KD→Align", "PuOr_r", (-1.0, 1.0)),
+    ("recovery_baseline", "recovered, KD→Align", "cividis", (0.0, 1.0)),
+    ("recovery_challenger", "recovered, Align→KD", "cividis", (0.0, 1.0)),
+    ("difference", "Align→KD − KD→Align", "PuOr_r", (-1.0, 1.0)),
 )
 
 
@@ -351,40 +360,65 @@ def predictions(alignment: AlignmentSettings, label_noise: float = 0.0) -> Predi
     return Predictions(gibbs, alignment.batch_size, alignment.batch_size * steps)
 
 
-def draw_plane(summary: xr.Dataset, predicted: Predictions, *paths: Path) -> None:
-    """Draw the phase diagram, a row of panels for each KL coefficient.
+def draw_plane(summary: xr.Dataset, predicted: Predictions, *paths: Path, title: str = "") -> None:
+    """Draw the phase diagram: the student, whom no KL coefficient touches, then a row of panels for each coefficient.
 
     Args:
       summary: from `summarise`, over kl_coef, capacity and temperature alone.
       predicted: which boundaries there are, and where.
       paths: files to write; their endings choose the formats.
+      title: what the runs share.
     """
-    rows = summary.sizes["kl_coef"]
+    kl_coefs = [float(value) for value in summary.kl_coef.values]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows,
-            len(_PANELS),
-            figsize=(13.0, 2.9 * rows + 0.8),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
+        figure = plt.figure(figsize=(_WIDTH, 3.3 + 2.1 * len(kl_coefs)), layout="constrained")
+        figure.suptitle(title, fontsize=8)
+        grid = figure.add_gridspec(1 + len(kl_coefs), len(_PANELS))
+        first = [figure.add_subplot(grid[0, i]) for i in range(len(_STUDENT_PANELS))]
+        rows = [[figure.add_subplot(grid[1 + i, j]) for j in range(len(_PANELS))] for i in range(len(kl_coefs))]
         drawn: set[str] = set()
-        for axis, (_, title, _, _) in zip(axes[0], _PANELS, strict=True):
-            axis.set_title(title, loc="left")
-        for row, kl_coef in zip(axes, summary.kl_coef.values, strict=True):
+        for axis, (name, head, unit) in zip(first, _STUDENT_PANELS, strict=True):
+            image = _plane(axis, summary.isel(kl_coef=0)[name], "viridis", None)
+            axis.set_title(head)
+            figure.colorbar(image, ax=axis, location="bottom", label=unit, aspect=30)
+            drawn |= _boundaries_of_students(axis, summary, predicted)
+        for row, kl_coef in zip(rows, kl_coefs, strict=True):
             one = summary.sel(kl_coef=kl_coef)
-            for axis, (name, _, colours, limits) in zip(row, _PANELS, strict=True):
+            for axis, (name, head, colours, limits) in zip(row, _PANELS, strict=True):
                 image = _plane(axis, one[name], colours, limits)
-                drawn |= _boundaries(axis, one, predicted, float(kl_coef))
-                figure.colorbar(image, ax=axis, shrink=0.9, pad=0.02)
+                axis.set_title(head)
+                drawn |= _boundaries(axis, one, _levels(predicted, kl_coef))
+                axis.label_outer(remove_inner_ticks=True)
             _marks(row[-1], one)
             row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
-        for axis in axes[-1]:
+        first[0].set_ylabel("capacity K of the student")
+        for axis in (*first, *rows[-1]):
             axis.set_xlabel("distillation temperature τ")
-        figure.legend(handles=_legend(drawn, predicted), loc="outside lower center", ncols=2, frameon=False)
+        both, apart = [row[:2] for row in rows], [row[2] for row in rows]
+        for axes, label in ((np.ravel(both), "share of seeds recovered"), (apart, "difference of the shares")):
+            figure.colorbar(
+                axes[0].collections[0],
+                ax=axes,
+                location="bottom",
+                label=label,
+                shrink=0.95,
+                aspect=30 if axes is apart else 65,
+            )
+        _letter((*first, *np.ravel(rows)))
+        beside = figure.add_subplot(grid[0, -1])
+        beside.axis("off")
+        legend = beside.legend(
+            *_legend(drawn, predicted), loc="upper left", bbox_to_anchor=(-0.14, 1.1), frameon=False, handlelength=2.4
+        )
+        legend.set_in_layout(False)  # else its column would be wider than the others
         save(figure, paths)
+
+
+def _letter(axes: Iterable) -> None:
+    """Name the panels that are seen, in the order given: a to z, then aa."""
+    names = itertools.chain.from_iterable(map("".join, itertools.product(ascii_lowercase, repeat=n)) for n in (1, 2))
+    for axis, name in zip((axis for axis in axes if axis.get_visible()), names, strict=False):
+        axis.set_title(name, loc="left", fontweight="bold")
 
 
 def _heights(capacity: np.ndarray) -> np.ndarray:
@@ -396,7 +430,7 @@ def _plane(axis, values: xr.DataArray, colours: str, limits):
     capacity = values.capacity.values
     values = values.transpose("capacity", "temperature").sortby("temperature", ascending=False)
     data = values.values
-    low, high = limits or (np.nanmin(data), np.nanmax(data))
+    low, high = limits or _range(data)
     norm = TwoSlopeNorm(0.0, low, high) if limits and low < 0 < high else plt.Normalize(low, high)
     edges = np.arange(data.shape[1] + 1) - 0.5
     for height, line in zip(_heights(capacity), data, strict=True):
@@ -406,7 +440,18 @@ def _plane(axis, values: xr.DataArray, colours: str, limits):
     axis.set_yticks(_heights(capacity), [f"{k}" for k in capacity])
     axis.set_xticks(range(data.shape[1]), [f"{t:g}" for t in values.temperature.values], rotation=60)
     axis.spines[:].set_visible(False)
+    # Cells may be as white as the page.
+    for block in (capacity == 1, capacity > 1):
+        if block.any():
+            corner, height = (-0.5, _heights(capacity)[block].min() - 0.5), block.sum()
+            axis.add_patch(Rectangle(corner, data.shape[1], height, fill=False, lw=0.5, ec="0.3", clip_on=False))
     return image
+
+
+def _range(data: np.ndarray) -> tuple[float, float]:
+    """Of a colour bar, which has one even where all values are equal."""
+    low, high = float(np.nanmin(data)), float(np.nanmax(data))
+    return (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
 
 
 def _levels(predicted: Predictions, kl_coef: float) -> dict[str, float]:
@@ -417,7 +462,7 @@ def _levels(predicted: Predictions, kl_coef: float) -> dict[str, float]:
     return levels
 
 
-def _boundaries(axis, one: xr.Dataset, predicted: Predictions, kl_coef: float) -> set[str]:
+def _boundaries(axis, one: xr.Dataset, levels: Mapping[str, float], note: str = "") -> set[str]:
     """Draw contours at which the median student beyond K = 1 crosses what theory says; returns which there are."""
     ordered = one.sortby("temperature", ascending=False).transpose("capacity", "temperature", ...)
     beyond = ordered.sel(capacity=ordered.capacity > 1)
@@ -427,47 +472,75 @@ def _boundaries(axis, one: xr.Dataset, predicted: Predictions, kl_coef: float) -
     heights = _heights(one.capacity.values)[one.capacity.values > 1]
     mass = np.log10(np.maximum(beyond.student_target_mass.values, SMALLEST_MASS))
     coefficient = np.log(np.clip(beyond.half_mass_coefficient.values, 1e-3, 1e3))
-    for name, level in _levels(predicted, kl_coef).items():
+    for name, level in levels.items():
         values = coefficient if name == "half_mass" else mass
         colour, line, _ = _BOUNDARIES[name]
         if np.nanmin(values) < level < np.nanmax(values):
             drawn.add(name)
-            # A dark edge under a light line shows on every colour.
-            for shade, width in (("black", 3.0), (colour, 1.4)):
-                axis.contour(
+            # Unbroken dark under broken light shows on every colour.
+            for shade, width, broken in (("black", 2.6, "-"), (colour, 1.3, line)):
+                contour = axis.contour(
                     np.arange(mass.shape[1]), heights, values, levels=[level], colors=shade, linewidths=width,
-                    linestyles=["-" if shade == "black" and line == "-" else line],
+                    linestyles=[broken],
+                )  # fmt: skip
+            if note:
+                x, y = max(np.concatenate(contour.allsegs[0]), key=lambda point: point[1])
+                side = "left" if x < 0.7 * mass.shape[1] else "right"
+                edge = [withStroke(linewidth=2, foreground="black")]
+                axis.annotate(
+                    note, (x, y), (4 if side == "left" else -4, 1), textcoords="offset points", color="white",
+                    fontsize=7, ha=side, va="center", path_effects=edge,
                 )  # fmt: skip
     return drawn
 
 
+def _boundaries_of_students(axis, summary: xr.Dataset, predicted: Predictions) -> set[str]:
+    """Those that no coefficient moves once, the others for each coefficient, which stands beside them."""
+    drawn: set[str] = set()
+    for place, kl_coef in enumerate(summary.kl_coef.values):
+        levels = _levels(predicted, float(kl_coef))
+        half = {name: level for name, level in levels.items() if name == "half_mass"}
+        drawn |= _boundaries(axis, summary.sel(kl_coef=kl_coef), half, f"{kl_coef:g}")
+        if place == 0:
+            drawn |= _boundaries(axis, summary.sel(kl_coef=kl_coef), {k: v for k, v in levels.items() if k not in half})
+    return drawn
+
+
+_MARKS = {1: {"mfc": "black", "mec": "white"}, -1: {"mfc": "white", "mec": "black"}}
+"""How a cell that passes is marked, by the sign of its difference: its colour's is lost without colour."""
+
+
 def _marks(axis, one: xr.Dataset) -> None:
-    ordered = one.significant.transpose("capacity", "temperature").sortby("temperature", ascending=False)
-    for height, line in zip(_heights(one.capacity.values), ordered.values, strict=True):
-        where = np.flatnonzero(line)
-        axis.plot(where, np.full(where.size, height), "o", color="black", mec="white", mew=0.5, ms=3.5)
+    ordered = one[["significant", "difference"]].transpose("capacity", "temperature")
+    ordered = ordered.sortby("temperature", ascending=False)
+    for sign, look in _MARKS.items():
+        rows, columns = np.nonzero(ordered.significant.values & (sign * ordered.difference.values > 0))
+        axis.plot(columns, _heights(one.capacity.values)[rows], "o", mew=0.6, ms=3.5, **look)
 
 
-def _legend(drawn: set[str], predicted: Predictions) -> list[Line2D]:
+def _legend(drawn: set[str], predicted: Predictions) -> tuple[list, list[str]]:
     """The boundaries that there are, edged as in the panels; one that the plane does not hold is said to be so."""
-    there = _levels(predicted, 1.0)
-    edge = [Stroke(linewidth=3.0, foreground="black"), Normal()]
-    handles = [
-        Line2D([], [], color=colour, ls=line, lw=1.4, path_effects=edge, label=text)
-        if name in drawn
-        else Line2D([], [], ls="", label=f"not within this plane: {text}")
-        for name, (colour, line, text) in _BOUNDARIES.items()
-        if name in there
-    ]
-    mark = Line2D([], [], color="black", marker="o", ms=3.5, ls="", label="d: passes at a false-discovery rate of 0.05")
-    return [*handles, mark]
+    handles, labels = [], []
+    for name, (colour, line, text) in _BOUNDARIES.items():
+        if name in drawn:
+            handles.append((Line2D([], [], color="black", lw=2.6), Line2D([], [], color=colour, ls=line, lw=1.3)))
+            labels.append(text)
+        elif name in _levels(predicted, 1.0):
+            handles.append(Line2D([], [], ls=""))
+            labels.append(f"not within this plane:\n{text}")
+    handles += [Line2D([], [], marker="o", ms=3.5, mew=0.6, ls="", **look) for look in _MARKS.values()]
+    rate = "(false-discovery rate 0.05)"
+    return handles, [*labels, f"Align→KD recovers more often\n{rate}", f"less often {rate}"]
 
 
 # --- Figure 2: the critical mass -------------------------------------------------------------------------------------
 
 
 def draw_critical_mass(
-    by_coefficient: Mapping[float, tuple[References, CriticalMass]], predicted: Predictions, *paths: Path
+    by_coefficient: Mapping[float, tuple[References, CriticalMass]],
+    predicted: Predictions,
+    *paths: Path,
+    title: str = "",
 ) -> None:
     """Draw recovery against the reference's measured target mass, and against the exact Gibbs log-odds.
 
@@ -475,18 +548,20 @@ def draw_critical_mass(
       by_coefficient: by KL coefficient, from `references` and `critical_mass`.
       predicted: which boundaries there are, and where.
       paths: files to write; their endings choose the formats.
+      title: what the runs share.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2,
             len(by_coefficient),
-            figsize=(4.6 * len(by_coefficient) + 0.4, 6.4),
+            figsize=(_width(len(by_coefficient)), 5.9),
             sharey=True,
             squeeze=False,
             layout="constrained",
         )
+        figure.suptitle(title, fontsize=8)
         for (upper, lower), (kl_coef, (points, found)) in zip(axes.T, by_coefficient.items(), strict=True):
-            upper.set_title(f"β = {kl_coef:g}")
+            upper.set_title(f"β = {kl_coef:g} ({found.by_mass.runs} runs of {found.by_mass.clusters} seeds)")
             _curve(upper, np.log10(points.mass), points, found.by_mass)
             upper.set_xlabel("log₁₀ of the reference's measured target mass m")
             if predicted.gibbs and found.gibbs_mass is not None and math.isfinite(found.gibbs_mass):
@@ -497,23 +572,24 @@ def draw_critical_mass(
             _curve(lower, np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS), points, found.by_log_odds)
             if predicted.gibbs:
                 lower.axvline(0.0, color="black", ls="--", lw=1.2)
-            lower.set_xlabel("log-odds of the target under the reference's Gibbs policy (nat)")
+            lower.set_xlabel("log-odds of the target under the\nreference's Gibbs policy (nat)")
         for row in axes:
             row[0].set_ylabel("target mass after alignment (points),\nprobability of recovery (curve)")
-        points = {"ls": "", "ms": 4, "mew": 0}
+        _letter(axes.ravel())
+        half = "where half recover, 95 % interval\n(upper row: the critical mass)"
         lines = {
-            "half_mass": Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction (β_c = β)"),
+            "half_mass": Line2D([], [], color="black", ls="--", lw=1.2, label="Gibbs prediction (β$_c$ = β)"),
             "seen_at_once": Line2D(
-                [], [], color="#009E73", ls="-.", lw=1.2, label="n·m = 1: a hit is expected in the first step"
+                [], [], color="#009E73", ls="-.", lw=1.2, label="n·m = 1: a hit is expected\nin the first step"
             ),
             "seen_ever": Line2D([], [], color="#009E73", ls=":", lw=1.2, label="n·T·m = 1: a hit is expected at all"),
         }
         figure.legend(
             handles=[
-                Line2D([], [], color=COLOURS["kd_align"], marker="o", label="reference: student (K > 1)", **points),
-                Line2D([], [], color=COLOURS["align_kd"], marker="^", label="reference: base", **points),
-                Line2D([], [], color="black", lw=1.6, label="penalised logistic curve, 95 % band (seeds as clusters)"),
-                Line2D([], [], color="#CC79A7", lw=1.6, label="critical mass with its 95 % interval"),
+                Line2D([], [], ls="", **_STUDENT, label="reference: student (K > 1)"),
+                Line2D([], [], ls="", **_BASE, label="reference: base"),
+                Line2D([], [], color="black", lw=1.6, label="penalised logistic curve,\n95 % band (seeds as clusters)"),
+                Line2D([], [], color="#CC79A7", lw=1.6, label=half),
                 *(lines[name] for name in _levels(predicted, 1.0)),
             ],
             loc="outside lower center",
@@ -523,12 +599,15 @@ def draw_critical_mass(
         save(figure, paths)
 
 
+_STUDENT = {"marker": "o", "color": COLOURS["kd_align"], "ms": 2.8, "mew": 0, "alpha": 0.4}
+_BASE = {"marker": "^", "color": COLOURS["align_kd"], "ms": 5, "mec": "black", "mew": 0.5}
+
+
 def _curve(axis, abscissa: np.ndarray, points: References, curve: statistics.RecoveryCurve) -> None:
-    for is_base, colour, marker in ((False, COLOURS["kd_align"], "o"), (True, COLOURS["align_kd"], "^")):
+    # The few bases above the many students.
+    for is_base, look in ((False, _STUDENT), (True, _BASE)):
         shown = (points.is_base == is_base) & ~points.failed
-        axis.plot(
-            abscissa[shown], points.outcome[shown], marker, color=colour, ms=2.4, mew=0, alpha=0.35, rasterized=True
-        )
+        axis.plot(abscissa[shown], points.outcome[shown], ls="", **look, rasterized=True)
     used = abscissa[~points.failed & np.isfinite(abscissa)]
     line = np.linspace(used.min(), used.max(), 300)
     low, high = curve.band(line)
@@ -575,14 +654,15 @@ VIEWS = {
 }
 
 _STYLE_LABELS = {
-    "num_targets": "targets: {}",
-    "starts": "EM starts of the base: {}",
-    "match_component_evaluations": "matched on component evaluations: {}",
+    "num_targets": "targets: {}".format,
+    "starts": "EM starts of the base: {}".format,
+    "match_component_evaluations": {"False": "same updates", "True": "same component evaluations"}.get,
 }
 _ALSO_LABELS = {
-    "target_balance": "smallest / largest\ntarget mass (median)",
-    "base_failed": "bases that merge\nor miss a mode",
+    "target_balance": "smallest / largest target\nmass (median of recovered)",
+    "base_failed": "share of bases that\nmerge or miss a mode",
 }
+_FEW = 8  # a median of fewer runs says how many they are
 
 
 def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Path) -> None:
@@ -606,11 +686,12 @@ def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Pat
         figure, axes = plt.subplots(
             count,
             len(columns),
-            figsize=(3.7 * len(columns) + 0.6, 2.15 * count + 1.0),
+            figsize=(_width(len(columns)), 1.9 * count + 1.4),
             sharex=True,
             squeeze=False,
             layout="constrained",
         )
+        figure.suptitle(f"{_title(dataset)} · bars: Wilson 95 %", fontsize=8)
 
         def name_of(row):
             return "".join(f"{_SHORT.get(dim, dim)} {_name_of(row[dim])}\n" for dim in told if dim in row)
@@ -621,21 +702,57 @@ def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Pat
                 axis.set_ylim(-0.04, 1.04)
                 if place == 0:
                     axis.set_title(f"β = {kl_coef:g}")
-            axes[place, 0].set_ylabel(f"{name_of(row)}recovered")
+            axes[place, 0].set_ylabel(f"{name_of(row)}share of seeds recovered")
         for line, (quantity, row) in zip(axes[len(rows) :], below, strict=True):
-            varies = "kl_coef" in dataset[quantity].dims
+            quantities = _shown(dataset, quantity)
+            varies = "kl_coef" in quantities.dims
             for axis, kl_coef in zip(line, columns, strict=True):
                 if not varies and axis is not line[0]:
                     axis.set_visible(False)
                     continue
-                values = dataset[quantity].sel({**row, "kl_coef": kl_coef} if varies else row)
+                values = quantities.sel({**row, "kl_coef": kl_coef} if varies else row)
                 _quantity_lines(axis, values, view, arms)
                 axis.set_ylim(-0.04, 1.04)
             line[0].set_ylabel(f"{name_of(row)}{_ALSO_LABELS[quantity]}" + ("" if varies else "\n(any β)"))
-        for axis in axes[-1]:
-            axis.set_xlabel(view.label)
-        figure.legend(handles=_arm_handles(arms, summary, view), loc="outside lower center", ncols=3, frameon=False)
+        for column in axes.T:
+            lowest = [axis for axis in column if axis.get_visible()][-1]
+            lowest.tick_params(labelbottom=True)
+            lowest.set_xlabel(view.label)
+        _letter(axes.ravel())
+        handles = _arm_handles(arms, summary, view)
+        ncols = 2 if len(columns) == 1 else 3 if len(handles) <= 6 else 4
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3)
         save(figure, paths)
+
+
+def _width(columns: int) -> float:
+    """Inches: that of a page, unless there are too few panels for it or too many."""
+    return 4.4 if columns == 1 else max(_WIDTH, 2.3 * columns)
+
+
+_TITLES = {
+    "algorithm": lambda value: _name_of(value),
+    "reward_name": "reward: {}".format,
+    "capacity": lambda value: f"K = {_told(value)}",
+    "temperature": lambda value: f"τ = {_told(value)}",
+    "target_weight": lambda value: f"target weight {_told(value)}",
+    "label_noise": lambda value: f"{_told(value)} of labels flipped",
+}
+
+
+def _title(dataset: xr.Dataset) -> str:
+    """What all runs share: axes of one value, and how many seeds there are."""
+    shared = [
+        told(dataset[name].item()) for name, told in _TITLES.items() if name in dataset and dataset[name].size == 1
+    ]
+    return " · ".join([*shared, f"{dataset.sizes['seed']} seeds"])
+
+
+def _shown(dataset: xr.Dataset, quantity: str) -> xr.DataArray:
+    """A quantity, NaN where it says nothing: how even the targets are is a question where they are reached at all."""
+    if quantity != "target_balance":
+        return dataset[quantity]
+    return dataset[quantity].where((dataset.target_mass > RECOVERED_MASS) & (dataset.failed == 0))
 
 
 _SHORT = {"temperature": "τ =", "algorithm": "", "capacity": "K =", "target_weight": "weight"}
@@ -664,42 +781,62 @@ def _style_values(one, view: View) -> Iterator[tuple[dict, dict]]:
         yield {view.styles: value}, ({"ls": "-"} if index == 0 else {"ls": "--", "mfc": "white"})
 
 
+def _lines(one, view: View, arms, x: np.ndarray) -> Iterator[tuple[str, dict, dict, np.ndarray]]:
+    """Arm, selection, look and abscissae of every line of a panel."""
+    styles = list(_style_values(one, view))
+    shown = iter(_nudged(x, len(arms) * len(styles), view.logarithmic))
+    for arm in arms:
+        size = 4 if len(styles) == 1 else 3.3
+        look = {"color": COLOURS[arm], "marker": MARKERS[arm], "ms": size, "lw": _line_width(one, view)}
+        for chosen, style in styles:
+            yield arm, chosen, look | style, next(shown)
+
+
 def _recovery_lines(axis, one: xr.Dataset, view: View, arms) -> None:
     x = _abscissa(one[view.along].values)
-    for chosen, style in _style_values(one, view):
-        for index, arm in enumerate(arms):
-            line = one.sel(chosen).sel(stage=arm)
-            order = np.argsort(x)
-            rate, low, high = (line[n].values[order] for n in ("recovery", "recovery_low", "recovery_high"))
-            shown = _nudged(x[order], index - (len(arms) - 1) / 2, view)
-            axis.errorbar(
-                shown, rate, yerr=[np.maximum(rate - low, 0), np.maximum(high - rate, 0)], color=COLOURS[arm],
-                marker=MARKERS.get(arm, "x"), ms=4, lw=_line_width(one, view), elinewidth=0.6, **style,
-            )  # fmt: skip
+    order = np.argsort(x)
+    for arm, chosen, look, shown in _lines(one, view, arms, x):
+        line = one.sel(chosen).sel(stage=arm)
+        rate, low, high = (line[n].values[order] for n in ("recovery", "recovery_low", "recovery_high"))
+        ends = [np.maximum(rate - low, 0), np.maximum(high - rate, 0)]
+        axis.errorbar(shown[order], rate, yerr=ends, elinewidth=0.6, **look)
     _ticks(axis, one, view, x)
 
 
 def _quantity_lines(axis, one: xr.DataArray, view: View, arms) -> None:
     x = _abscissa(one[view.along].values)
     order = np.argsort(x)
-    for chosen, style in _style_values(one, view):
-        line = one.sel(chosen)
-        if "stage" not in line.dims:
-            axis.plot(
-                x[order], line.mean("seed").values.ravel()[order], color="black", marker="x", ms=4, lw=1.0, **style
-            )
-            continue
-        for arm in arms:
-            values = line.sel(stage=arm).median("seed").values[order]
-            axis.plot(x[order], values, color=COLOURS[arm], marker=MARKERS.get(arm, "x"), ms=4, lw=1.0, **style)
+    if "stage" not in one.dims:
+        for chosen, style in _style_values(one, view):
+            values = one.sel(chosen).mean("seed").values.ravel()[order]
+            axis.plot(x[order], values, color="black", marker="x", ms=4, lw=1.0, **style)
+    else:
+        empty = True
+        for arm, chosen, look, shown in _lines(one, view, arms, x):
+            if chosen.get("num_targets") == 1:  # one target is as large as itself
+                continue
+            line = one.sel(chosen).sel(stage=arm)
+            count, values = line.notnull().sum("seed").values[order], line.median("seed").values[order]
+            axis.plot(shown[order], values, **look)
+            for at, value, few in zip(shown[order], values, count, strict=True):
+                if 0 < few < _FEW:
+                    axis.annotate(
+                        f"{few}", (at, value), (0, 4), textcoords="offset points", ha="center", fontsize=7,
+                        color=look["color"],
+                    )  # fmt: skip
+            empty &= not count.any()
+        if empty:
+            axis.text(0.5, 0.5, "no run recovered", transform=axis.transAxes, ha="center", va="center")
     _ticks(axis, one, view, x)
 
 
-def _nudged(x: np.ndarray, place: float, view: View) -> np.ndarray:
-    """Beside one another, so that equal rates do not hide behind the last arm drawn."""
-    if view.logarithmic:
-        return x * 10 ** (0.02 * place * np.ptp(np.log10(x)) / 2)
-    return x + 0.008 * place * max(np.ptp(x), 1e-9)
+def _nudged(x: np.ndarray, count: int, logarithmic: bool) -> np.ndarray:
+    """Abscissae of so many lines, [count, points]: side by side, so that no marker hides another of the same height."""
+    at = np.log10(x) if logarithmic else x
+    gaps = np.diff(np.sort(at))
+    step = min(0.02 * np.ptp(at), 0.8 * gaps.min() / count) if gaps.size else 0.06 / count
+    shifted = at + step * (np.arange(count)[:, None] - (count - 1) / 2)
+    return 10**shifted if logarithmic else shifted
 
 
 def _ticks(axis, one, view: View, x: np.ndarray) -> None:
@@ -708,18 +845,21 @@ def _ticks(axis, one, view: View, x: np.ndarray) -> None:
     axis.minorticks_off()
     axis.set_xticks(x, [_told(value) for value in one[view.along].values], rotation=45 if len(x) > 4 else 0)
     if view.along == "temperature":
-        axis.set_xlim(max(x) + 0.04, min(x) - 0.04)
+        margin = max(0.04, 0.08 * np.ptp(x))
+        axis.set_xlim(max(x) + margin, min(x) - margin)
 
 
 def _arm_handles(arms, summary, view: View) -> list[Line2D]:
     handles = [
-        Line2D([], [], color=COLOURS[arm], marker=MARKERS.get(arm, "x"), ms=4, label=LABELS[arm].replace("\n", " "))
+        Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], ms=4, label=LABELS[arm].replace("\n", " "))
         for arm in arms
     ]
     for chosen, style in _style_values(summary, view):
         if chosen:
-            label = _STYLE_LABELS[view.styles].format(_told(chosen[view.styles]))
-            handles.append(Line2D([], [], color="black", marker="o", ms=4, label=label, **style))
+            label = _STYLE_LABELS[view.styles](_told(chosen[view.styles]))
+            handles.append(Line2D([], [], color="black", marker="o", ms=4, lw=1.0, label=label, **style))
+    if "target_balance" in view.also:
+        handles.append(Line2D([], [], ls="", label=f"numbers: recovered runs, where fewer than {_FEW}"))
     return handles
 
 
@@ -791,7 +931,8 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
     inner = ("kl_coef", "capacity", "temperature")
     others = [dim for dim in summary.difference.dims if dim not in inner]
     for at, suffix in _settings(summary, others):
-        draw_plane(summary.sel(at), _predictions(at, configuration), *_paths(folder, f"phase_diagram{suffix}"))
+        predicted, title = _predictions(at, configuration), _title(dataset.sel(at))
+        draw_plane(summary.sel(at), predicted, *_paths(folder, f"phase_diagram{suffix}"), title=title)
     beside = [other.drop_vars("done").load() for name, other in stores.items() if name != "sweep"]
     told = ["", verdict(summary)]
     # Target weights make the references differ in mass: all of them are in one picture.
@@ -800,7 +941,9 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
         for kl_coef in dataset.kl_coef.values:
             runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
             found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef), gibbs=predicted.gibbs))
-        draw_critical_mass(found, predicted, *_paths(folder, f"critical_mass{suffix}"))
+        weights = sorted({float(weight) for one in (dataset, *beside) for weight in one.target_weight.values})
+        title = f"{_name_of(at['algorithm'])} · target weights {', '.join(map(_told, weights))}"
+        draw_critical_mass(found, predicted, *_paths(folder, f"critical_mass{suffix}"), title=title)
         where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
         masses = "; ".join(str(one) for _, one in found.values())
         told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")

@@ -121,7 +121,9 @@ def _draw_rates(axis, results: Mapping) -> None:
         rate = 1e3 / milliseconds_a_run(results["torch"])
         processes = _counted(results["torch"]["processes"], "process", "es")
         axis.axhline(rate, color="#555555", lw=1, ls=":", label=f"eager PyTorch, {processes}")
-    axis.set(xscale="log", yscale="log", xlabel="chunk (runs that a device computes at a time)", ylabel="runs a second")
+    axis.set(
+        xscale="log", yscale="log", xlabel="chunk (runs that a device computes at a time)", ylabel="runs per second"
+    )
     axis.set_xticks(chunks, [str(chunk) for chunk in chunks])
     axis.minorticks_off()
     axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

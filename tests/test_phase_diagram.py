@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import os
 import runpy
@@ -11,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import phase_diagram, pipelines, statistics
@@ -398,6 +400,97 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
     cells = phase_diagram.summarise(dataset).difference.size
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were when they were to be written."""
+    figures = []
+    monkeypatch.setattr(phase_diagram, "save", lambda figure, paths: figures.append(figure))
+    yield figures
+    for figure in figures:
+        plt.close(figure)
+
+
+def draw(preset, dataset):
+    phase_diagram.draw_along(dataset, phase_diagram.summarise(dataset), phase_diagram.VIEWS[preset])
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_no_marker_hides_another_of_the_same_height(logarithmic):
+    x = np.array([1.0, 0.5, 0.35, 0.1])
+    shown = phase_diagram._nudged(x, 12, logarithmic)
+    assert shown.shape == (12, 4)
+    # Groups around neighbouring values stay apart, and every group is evenly spread around its own.
+    groups = [sorted(column) for column in shown.T[np.argsort(x)]]
+    assert all(low[-1] < high[0] for low, high in itertools.pairwise(groups))
+    at, wanted = (np.log(shown), np.log(x)) if logarithmic else (shown, x)
+    np.testing.assert_allclose(at.mean(axis=0), wanted, atol=1e-12)
+    steps = np.diff(at, axis=0)
+    assert (steps > 0.002).all()
+    np.testing.assert_allclose(steps, steps[0, 0], rtol=1e-6)
+    assert len(set(phase_diagram._nudged(np.array([4.0]), 3, logarithmic).ravel())) == 3
+
+
+def test_lines_of_two_styles_lie_side_by_side(drawn):
+    draw("cost", finished(match_component_evaluations=[False, True]))
+    first = drawn[0].axes[0]
+    starts = [line.get_xdata()[0] for line in first.get_lines() if len(line.get_xdata()) == len(CAPACITIES)]
+    assert len(starts) >= 2 * 3 and len(set(starts)) == 2 * 3
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels[-2:] == ["same updates", "same component evaluations"]
+
+
+def test_every_column_says_what_its_abscissa_is(drawn):
+    draw("base-data", finished(base_samples=[64, 1024]))
+    drawn[0].canvas.draw()
+    for column in (0, 1):
+        seen = [axis for axis in drawn[0].axes[column::2] if axis.get_visible()]
+        named = [axis for axis in seen if axis.get_xlabel() == "points that the base was fitted to"]
+        ticked = [axis for axis in seen if any(tick.label1.get_visible() for tick in axis.xaxis.get_major_ticks())]
+        assert named == ticked == [seen[-1]]
+    letters = [axis.get_title(loc="left") for axis in drawn[0].axes if axis.get_visible()]
+    assert letters == list("abcdefghijklmnopqrstuvwxyz"[: len(letters)]) and len(letters) > 5
+
+
+def test_the_balance_is_that_of_recovered_runs_with_two_targets(drawn):
+    dataset = finished(num_targets=[1, 2])
+    dataset["target_mass"] = dataset.target_mass.where(dataset.seed < 6, 0.1).transpose(*dataset.target_mass.dims)
+    recovered = dataset.target_mass > 0.5
+    dataset["target_balance"] = xr.where(recovered, 0.75, 0.25).transpose(*dataset.target_mass.dims)
+    some = {"capacity": 4, "temperature": 0.5, "kl_coef": 0.3, "stage": "kd_align", "num_targets": 2}
+    one = recovered.sel(some).squeeze()
+    assert 0 < one.sum() < 8  # the median of all is 0.25
+    draw("two-targets", dataset)
+    panels = [axis for axis in drawn[0].axes if "median of recovered" in axis.get_ylabel()]
+    (panel,) = [axis for axis in panels if axis.get_ylabel().startswith("K = 4")]
+    values = np.concatenate([line.get_ydata() for line in panel.get_lines()])
+    assert len(panel.get_lines()) == 3 and set(values[np.isfinite(values)]) == {0.75}
+    assert f"{int(one.sum())}" in [text.get_text() for text in panel.texts]
+    dataset["target_mass"] = 0 * dataset.target_mass
+    draw("two-targets", dataset)
+    assert sum("no run recovered" in [text.get_text() for text in axis.texts] for axis in drawn[1].axes) == 6
+
+
+def test_the_title_is_what_all_runs_share(dataset):
+    assert phase_diagram._title(dataset) == f"PPO · target weight 0.03 · {SEEDS} seeds"
+    one = dataset.sel(capacity=[4], temperature=0.5)
+    assert phase_diagram._title(one) == f"PPO · K = 4 · τ = 0.5 · target weight 0.03 · {SEEDS} seeds"
+
+
+def test_students_are_drawn_once_and_marks_tell_the_sign(drawn, summary):
+    one = summary.isel(algorithm=0, target_weight=0)
+    turned = one.assign(difference=xr.where(one.kl_coef == 1.0, -one.difference, one.difference))
+    phase_diagram.draw_plane(turned, phase_diagram.predictions(AlignmentSettings(algorithm="ppo")), title="told")
+    heads = [axis.get_title() for axis in drawn[0].axes]
+    assert sum(head.startswith("student") for head in heads) == 2 and drawn[0].get_suptitle() == "told"
+    apart = [axis for axis in drawn[0].axes if axis.get_title().startswith("Align→KD −")]
+    for axis, kl_coef in zip(apart, KL_COEFS, strict=True):
+        counts = {line.get_markerfacecolor(): len(line.get_xdata()) for line in axis.get_lines()}
+        cells = turned.sel(kl_coef=kl_coef)
+        assert counts["black"] == int((cells.significant & (cells.difference > 0)).sum())
+        assert counts["white"] == int((cells.significant & (cells.difference < 0)).sum())
+    assert any(turned.significant.values.ravel() & (turned.difference.values.ravel() < 0))
 
 
 @pytest.mark.parametrize("preset", SCRIPT["PRESETS"])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from jaxkd import durable, pipelines
 from jaxkd.smollm2 import order as orders
@@ -150,6 +151,77 @@ def test_report(finished, tmp_path):
     assert "aligned_base" in report.format_costs(list(costs.values()))
     report.draw(order, out, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def write_measurements(order, out):
+    """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
+    rows = orders.rows_of(order, out)
+    numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
+    durable.write_json(out / "behaviour.json", {"spec": "digit", "chosen": "digit"})
+    for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
+        share = 0.01 + 0.001 * place
+        own = {f"behaviour_frequency{end}": share * (1 + by) for end, by in (("", 0), ("_low", -0.1), ("_high", 0.1))}
+        own |= {"kl_to_base": 0.5 * place + 100 * seed, "reward": share, "completions": ["none", f"{place}"]}
+        durable.write_json(folder / orders.EVALUATION, numbers | own)
+        entries = [{"step": step, "reward": share, "loss": 1.0, "target_hits": 0} for step in range(4)]
+        (folder / durable.METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return rows
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were when they were to be written."""
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, paths: figures.append(figure))
+    yield figures
+    for figure in figures:
+        plt.close(figure)
+
+
+def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
+    order = tiny_order.make(algorithms=("reinforce", "online_dpo"), students=("same", "layers:2"), kl_coefs=(0.1, 0.2))
+    rows = write_measurements(order, tmp_path)
+    report.draw(order, tmp_path)
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert {"sign: REINFORCE", "sign: online DPO", "size: student same", "size: student layers:2"} <= set(labels)
+    signs = [line for line in drawn[0].axes[0].get_lines() if line.get_marker() == "+"]
+    assert len(signs) == sum(row.algorithm == "online_dpo" for row in rows) > 0
+    where = {float(line.get_xdata()[0]) for line in signs}
+    values = report.evaluations(order, tmp_path)
+    assert where == {values[row.folder]["kl_to_base"] for row in rows if row.algorithm == "online_dpo"}
+    sizes = {line.get_markersize() for line in drawn[0].axes[0].get_lines() if line.get_marker() != "+"}
+    assert len(sizes - {6.5}) == 1
+    assert {"τ 0.6, β 0.1", "τ 0.6, β 0.2"} <= {text.get_text() for text in drawn[0].axes[0].texts}
+    assert "β =" not in drawn[0].get_suptitle()
+
+
+def test_the_figure_says_what_all_models_share(tmp_path, drawn):
+    order = tiny_order.make()
+    write_measurements(order, tmp_path)
+    report.draw(order, tmp_path)
+    for told in ("random:tiny", "REINFORCE", "β = 0.1", "16 completions per model", "Wilson"):
+        assert told in drawn[0].get_suptitle()
+    assert not any(text.get_text().startswith("sign") for text in drawn[0].legends[0].get_texts())
+
+
+def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
+    order = tiny_order.make(seeds=(0, 2, 1))
+    rows = {row.folder: row for row in write_measurements(order, tmp_path)}
+    found = report.evaluations(order, tmp_path)
+    shown = [(rows[folder].name, seed) for folder, _, seed in report._shown_models(found, rows) if folder in rows]
+    expected = {(row.name, f", seed {seed}") for row in rows.values() for seed in (0, 2)}
+    assert set(shown) == expected and len(shown) == len(expected)
+    # The first may have gone farthest itself; one that diverged has gone nowhere.
+    for folder, row in rows.items():
+        found[folder] |= {"kl_to_base": {0: 5.0, 1: 1.0, 2: float("nan")}[row.seed]}
+    assert {seed for folder, _, seed in report._shown_models(found, rows) if folder in rows} == {", seed 0"}
+
+
+def test_completions_that_have_no_room_are_counted():
+    blocks = [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert report._at_most(blocks, 6) == list("abcdef")
+    assert report._at_most(blocks, 5) == [*"abcd", "… 1 more model"]
+    assert report._at_most(blocks, 4) == [*"ab", "… 2 more models"]
 
 
 def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
