@@ -498,6 +498,40 @@ def test_a_critic_is_fitted_to_the_returns():
     np.testing.assert_allclose(state.optimizer_state["values"], expected, rtol=1e-5)
 
 
+# --- the optimiser ----------------------------------------------------------------------------------------------------
+
+
+def adam_by_hand(gradients, schedule):
+    """Directions for the gradients of updates, each scaled by its value of the schedule (arXiv 1412.6980)."""
+    m, v, directions = 0.0, 0.0, []
+    for t, (gradient, scale) in enumerate(zip(gradients, schedule, strict=True), start=1):
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        directions.append(scale * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8))
+    return directions
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_optimiser_by_hand(accumulate):
+    """Two updates of a rise, then four of a half cosine; clipping, and the mean of gradients, come before Adam."""
+    optimizer = align.make_optimizer(6, warmup_updates=2, max_gradient_norm=1.0, accumulate=accumulate)
+    gradients = (
+        np.random.default_rng(1).normal(size=(6 * accumulate, 3)) * np.geomspace(0.1, 10, 6 * accumulate)[:, None]
+    )
+    params, update = {"w": jnp.zeros(3)}, jax.jit(optimizer.update)
+    state, found = optimizer.init(params), []
+    for gradient in gradients:
+        direction, state = update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        found.append(np.asarray(direction["w"]))
+    means = gradients.reshape(6, accumulate, 3).mean(axis=1)
+    norms = np.linalg.norm(means, axis=1)
+    assert (norms < 1).any() and (norms > 1).any()
+    schedule = [1 / 3, 2 / 3, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
+    expected = adam_by_hand(means / np.maximum(norms, 1)[:, None], schedule)
+    np.testing.assert_allclose(found[accumulate - 1 :: accumulate], expected, rtol=1e-4)
+    if accumulate > 1:
+        assert not np.any(found[::accumulate])
+
+
 # --- failures, traces, pairing ---------------------------------------------------------------------------------------
 
 
