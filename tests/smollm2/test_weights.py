@@ -298,7 +298,8 @@ print((peak - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path, form):
     """Of a process's own: pages of the file itself, mapped, can be dropped at any time."""
     config = Config.tiny(hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8, head_dim=64)
     noise = np.random.default_rng(0)
@@ -307,8 +308,13 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     )
     assert 150e6 < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) < 200e6
     weights.save_pretrained(tmp_path / "large", config, params)
-    _saved(tmp_path / "small")
-    command = [sys.executable, "-c", LOAD_AND_WATCH, tmp_path / "small", tmp_path / "large"]
+    small, _ = _saved(tmp_path / "small")
+    sources = [tmp_path / "small", tmp_path / "large"]
+    if form == "gguf":
+        for source, shape in zip(sources, (small, config), strict=True):
+            _write_gguf(source.with_suffix(".gguf"), shape, load_file(source / "model.safetensors"))
+        sources = [source.with_suffix(".gguf") for source in sources]
+    command = [sys.executable, "-c", LOAD_AND_WATCH, *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) <= 1.3
