@@ -73,7 +73,7 @@ class Config:
 
     def __post_init__(self):
         from jaxkd import checks, pipelines
-        from jaxkd.align import ALGORITHMS, AlignmentSettings
+        from jaxkd.align import ALGORITHMS, AlignmentSettings, check_label_noise
 
         checks.whole("--seeds", self.seeds, least=1)
         checks.whole("--first-seed", self.first_seed, least=0, most=2**31 - 1 - self.seeds)
@@ -89,6 +89,7 @@ class Config:
         checks.whole("--num-targets", self.num_targets, least=1, most=2)
         checks.name("--reward", self.reward, ["density", "bump", "disc", "log_density", "reflected", "clipped"])
         checks.number("--label-noise", self.label_noise, least=0.0, most=0.5)
+        check_label_noise("--label-noise", self.algorithms, [self.label_noise])
         checks.whole("--steps", self.steps, least=1)
         if self.learning_rate is not None:
             checks.number("--learning-rate", self.learning_rate, above=0.0)
@@ -164,10 +165,10 @@ def coefficients_of(config: Config, algorithm: str, learning_rate: float | None 
     """The traced coefficients of one algorithm."""
     import jax.numpy as jnp
 
-    from jaxkd.align import ALGORITHMS, Coefficients
+    from jaxkd.align import ALGORITHMS, Coefficients, label_coefficients
 
     rate = learning_rate or config.learning_rate or ALGORITHMS[algorithm].learning_rate
-    chosen = Coefficients(learning_rate=rate, flip_rate=config.label_noise)
+    chosen = Coefficients(learning_rate=rate, **label_coefficients(algorithm, config.label_noise))
     return Coefficients(*(jnp.float32(value) for value in chosen))
 
 

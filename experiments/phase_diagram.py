@@ -202,7 +202,7 @@ class Config:
 def check(settings: Settings) -> None:
     """Raise ValueError on a value out of range, naming its flag."""
     from jaxkd import checks, pipelines
-    from jaxkd.align import ALGORITHMS, AlignmentSettings
+    from jaxkd.align import ALGORITHMS, AlignmentSettings, check_label_noise
     from jaxkd.laboratory import REWARDS
 
     checks.names("--algorithms", settings.algorithms, [name for name in ALGORITHMS if name != "orpo"])
@@ -224,7 +224,7 @@ def check(settings: Settings) -> None:
     checks.no_repeats("--match-component-evaluations", settings.match_component_evaluations)
     checks.whole("--seeds", settings.seeds, least=1)
     checks.whole("--first-seed", settings.first_seed, least=0, most=2**31 - settings.seeds)
-    _check_labels(settings)
+    check_label_noise("--label-noise", settings.algorithms, settings.label_noise)
     checks.whole("--distillation-starts", settings.distillation_starts, least=1)
     checks.whole("--steps", settings.steps, least=1)
     for algorithm in settings.algorithms:
@@ -232,22 +232,6 @@ def check(settings: Settings) -> None:
             AlignmentSettings(algorithm=algorithm, num_updates=settings.steps)
         except ValueError as error:
             raise ValueError(f"--steps: {error}") from None
-
-
-def _check_labels(settings: Settings) -> None:
-    """Raise ValueError where label noise would change nothing, or leave an algorithm undefined."""
-    from jaxkd.align import ALGORITHMS
-
-    noise = [share for share in settings.label_noise if share > 0]
-    # KTO is told which draws are desirable by their rewards.
-    using = [name for name, one in ALGORITHMS.items() if one.kind.endswith("_preference") and name != "orpo"]
-    if noise and (without := [name for name in settings.algorithms if name not in using]):
-        raise ValueError(
-            f"--label-noise must be 0 for {', '.join(without)}, which use no preference labels; got {noise} "
-            f"(--algorithms with labels: {', '.join(using)})"
-        )
-    if "robust_dpo" in settings.algorithms and max(noise, default=0.0) >= 0.5:
-        raise ValueError(f"--label-noise must be below 0.5 for robust_dpo, whose loss divides by 1 − 2ε; got {noise}")
 
 
 def axes_of(settings: Settings) -> dict[str, tuple]:
@@ -303,11 +287,11 @@ def laboratory_of(settings: Settings, own: dict, student_components: int, quick:
 
 
 def coefficients_of(algorithm: str, label_noise):
-    """A run's traced settings; the KL coefficients are an axis. Robust DPO's ε is the share of flipped labels."""
-    from jaxkd.align import ALGORITHMS, Coefficients
+    """A run's traced settings; the KL coefficients are an axis."""
+    from jaxkd.align import ALGORITHMS, Coefficients, label_coefficients
 
-    own = {"label_smoothing": label_noise} if algorithm == "robust_dpo" else {}
-    return Coefficients(learning_rate=ALGORITHMS[algorithm].learning_rate, flip_rate=label_noise, **own)
+    labels = label_coefficients(algorithm, label_noise)
+    return Coefficients(learning_rate=ALGORITHMS[algorithm].learning_rate, **labels)
 
 
 def fixed_settings(settings: Settings, quick: bool) -> dict:

@@ -6,7 +6,7 @@ over a grid (`Coefficients`) is traced, so one executable serves a whole sweep.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,7 +170,7 @@ class Record(NamedTuple):
 
     Attributes:
       first_hit_step: index of the first step that saw a draw on a target; NaN if none did.
-      target_hits: draws on a target seen in all.
+      target_hits: draws on a target seen in all; a draw of a fixed set counts at every pass.
       clip_fraction: mean share of clipped ratios (0 where nothing clips).
       failed: whether a loss or a final parameter is not finite.
     """
@@ -538,6 +538,11 @@ class Algorithm:
         """Whether each step is given draws of the current policy."""
         return self.kind != "offline_preference"
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether it learns from labelled pairs, which noise can flip; KTO takes what is desirable from rewards."""
+        return self.kind.endswith("_preference")
+
 
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm("policy_gradient", "reinforce", has_gibbs_optimum=True, learning_rate=0.1),
@@ -554,6 +559,25 @@ ALGORITHMS: dict[str, Algorithm] = {
     "orpo": Algorithm("offline_preference", "orpo", "truth"),
 }
 """Every algorithm under its own name; the offline relatives of DPO learn from the fixed set of the truth's pairs."""
+
+
+def check_label_noise(flag: str, algorithms: Sequence[str], shares: Sequence[float]) -> None:
+    """Raise ValueError where label noise would change nothing, or leave an algorithm undefined."""
+    noise = [share for share in shares if share > 0]
+    using = [name for name, one in ALGORITHMS.items() if one.uses_labels]
+    if noise and (without := [name for name in algorithms if name not in using]):
+        raise ValueError(
+            f"{flag} must be 0 for {', '.join(without)}, which use no preference labels; got {noise} "
+            f"(algorithms with labels: {', '.join(using)})"
+        )
+    if "robust_dpo" in algorithms and max(noise, default=0.0) >= 0.5:
+        raise ValueError(f"{flag} must be below 0.5 for robust_dpo, whose loss divides by 1 − 2ε; got {noise}")
+
+
+def label_coefficients(algorithm: str, label_noise: Any) -> dict[str, Any]:
+    """The entries of `Coefficients` that a share of flipped labels sets; robust DPO's ε is that share."""
+    own = {"label_smoothing": label_noise} if algorithm == "robust_dpo" else {}
+    return {"flip_rate": label_noise} | own
 
 
 def make_step(

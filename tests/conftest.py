@@ -15,6 +15,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
+_TOGETHER = ("tests/test_laboratory.py", "tests/sweep/test_sweep.py")
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -33,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep a file's tests of the language model in one process, for they share compiled programs and whole runs.
+    """Keep a file's tests in one process where they share compiled programs and whole runs.
 
     Files come first, by their number of tests; all other tests follow one by one and fill what is left.
     """
@@ -42,7 +44,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return file if file.startswith("tests/smollm2/") else nodeid
+            return file if file.startswith(("tests/smollm2/", *_TOGETHER)) else nodeid
 
     return Scheduling(config, log)
 

@@ -80,19 +80,8 @@ def test_every_kl_is_zero_at_step_zero_and_the_loss_of_dpo_is_log_two(algorithm)
 
 # --- what each algorithm does ----------------------------------------------------------------------------------------
 
-RAISING = [
-    "reinforce",
-    "ppo",
-    "grpo",
-    "online_dpo",
-    "offline_dpo_ref",
-    "offline_dpo_data",
-    "cdpo",
-    "robust_dpo",
-    "ipo",
-    "simpo",
-    "kto",
-]
+# One of each kind of step; offline losses differ in what `test_preference_losses_of_ragged_texts_by_hand` holds alone.
+RAISING = ["reinforce", "ppo", "grpo", "online_dpo", "offline_dpo_data", "kto"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +89,7 @@ RAISING = [
     [name if name in ("ppo", "online_dpo") else pytest.param(name, marks=pytest.mark.slow) for name in RAISING],
 )
 def test_every_algorithm_raises_the_reward(algorithm):
-    assert set(RAISING) == set(ON_MIXTURES)
+    assert {ALGORITHMS[name].kind for name in RAISING} == {one.kind for one in ALGORITHMS.values()}
     chosen = settings(algorithm, 120, 128, epochs=4, group_size=16)
     coefficients = DEFAULTS._replace(kl_coef=jnp.float32(0.3), label_temperature=jnp.float32(0.3))
     model, record = run(chosen, jax.random.key(0), BASE, BASE, coefficients)
@@ -127,8 +116,7 @@ def test_a_larger_coefficient_keeps_the_policy_nearer_to_its_reference(algorithm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-@pytest.mark.parametrize("kl_coef", [0.5, 1.0])
+@pytest.mark.parametrize(("algorithm", "kl_coef"), [("reinforce", 0.5), ("ppo", 1.0)])
 def test_policy_gradient_reaches_the_gibbs_optimum(algorithm, kl_coef):
     truth = make_truth(target_weight=0.03)
     reward = rewards.bump(truth.target.means, height=3.0, width=0.5)
@@ -255,15 +243,19 @@ RAGGED = {
     "mask": jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 0]], bool),
     "reward": jnp.asarray([1.0, -2.0, 0.5, 3.0]),
 }
+FRESH = {
+    "tokens": jnp.asarray(RANDOM.integers(0, 3, (4, 4)), jnp.int32),
+    "mask": jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]], bool),
+}
 HALF = DEFAULTS._replace(kl_coef=jnp.float32(0.5), gae_lambda=jnp.float32(0.8), learning_rate=jnp.float32(0.3))
 
 
-def by_hand(params, reference):
+def by_hand(params, reference, x=RAGGED):
     """Log-probabilities and log-ratios of each text, as lists without padding, in double precision."""
     logits = [np.float64(one["logits"]) for one in (params, reference)]
     steps = [one - np.log(np.exp(one).sum(axis=1, keepdims=True)) for one in logits]
     texts = []
-    for tokens, mask in zip(np.asarray(RAGGED["tokens"]), np.asarray(RAGGED["mask"]), strict=True):
+    for tokens, mask in zip(np.asarray(x["tokens"]), np.asarray(x["mask"]), strict=True):
         where = np.flatnonzero(mask)
         texts.append([one[where, tokens[where]] for one in steps])
     return [own for own, _ in texts], [own - held for own, held in texts]
@@ -372,6 +364,85 @@ def test_a_lone_step_with_a_mask_is_a_lone_step_without(algorithm):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), one(masked, x), one(plain, x))
 
 
+def preferences_by_hand(algorithm, params, reference):
+    """The loss where text 0 is preferred to 2 and 3 to 1, with β = ½ and the other coefficients at their defaults."""
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def margin(values):
+        return np.array([values[0] - values[2], values[3] - values[1]])
+
+    log_probs, log_ratios = by_hand(params, reference)
+    of_texts = margin([one.sum() for one in log_ratios])
+    as_labelled, flipped = (-np.log(sigmoid(sign * 0.5 * of_texts)) for sign in (1, -1))
+    means = [one.mean() for one in log_probs]
+    return {
+        "offline_dpo_ref": as_labelled,
+        "cdpo": 0.9 * as_labelled + 0.1 * flipped,
+        "robust_dpo": (0.9 * as_labelled - 0.1 * flipped) / 0.8,
+        "ipo": (margin([one.mean() for one in log_ratios]) - 1 / (2 * 0.5)) ** 2,
+        "simpo": -np.log(sigmoid(0.5 * margin(means) - 0.5)),
+        "orpo": [-means[0], -means[3]] - 0.1 * np.log(sigmoid(margin([m - np.log(1 - np.exp(m)) for m in means]))),
+    }[algorithm].mean()
+
+
+def kto_by_hand(params, reference, reference_point):
+    """Texts 0 and 3 have a reward above ½; text 2 has just that."""
+    signs = np.array([1, -1, -1, 1])
+    log_ratios = np.array([one.sum() for one in by_hand(params, reference)[1]])
+    return (1 - 1 / (1 + np.exp(-signs * 0.5 * (log_ratios - reference_point)))).mean()
+
+
+def central_differences(function, params, step=1e-5):
+    gradient = np.zeros(params["logits"].shape)
+    for where in np.ndindex(*gradient.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = np.float64(params["logits"])
+            moved[where] += sign * step
+            ends.append(function({"logits": moved}))
+        gradient[where] = (ends[0] - ends[1]) / (2 * step)
+    return gradient
+
+
+def learn_from_pairs(algorithm, params, reference):
+    """The state and the info after a step on two pairs, of which the second has its second text preferred."""
+    policy = table_policy()
+    step = align.make_step(policy, KEEP, settings(algorithm, 1, 4), lambda x: x["reward"], lambda x: x["reward"] > 0)
+    data = align.PreferenceData(
+        RAGGED, RAGGED["reward"], jnp.asarray([True, False]), policy.log_prob(reference, RAGGED)
+    )
+    return step(State(params, params), Inputs(jax.random.key(0), reference, HALF, FRESH, data))
+
+
+@pytest.mark.parametrize("algorithm", ["offline_dpo_ref", "cdpo", "robust_dpo", "ipo", "simpo", "orpo"])
+def test_preference_losses_of_ragged_texts_by_hand(algorithm):
+    """Sums over a text's tokens, or means over its own number of them."""
+    state, info = jax.jit(partial(learn_from_pairs, algorithm))(TABLE, OTHER)
+    np.testing.assert_allclose(info.loss, preferences_by_hand(algorithm, TABLE, OTHER), rtol=1e-5)
+    np.testing.assert_allclose(info.kl, np.mean([one.sum() for one in by_hand(TABLE, OTHER)[1]]), rtol=1e-5)
+    assert (info.reward, info.target_hits) == (0.625, 3)
+    expected = central_differences(lambda moved: preferences_by_hand(algorithm, moved, OTHER), TABLE)
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(state.optimizer_state["logits"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("floored", [False, True])
+def test_kto_of_ragged_texts_by_hand(floored):
+    """Its reference point is the mean log-ratio of fresh draws, not below 0, and held constant."""
+    params, reference = (TABLE, OTHER) if floored else (OTHER, TABLE)
+    state, info = jax.jit(partial(learn_from_pairs, "kto"))(params, reference)
+    estimate = np.mean([one.sum() for one in by_hand(params, reference, FRESH)[1]])
+    assert (estimate < -0.1) if floored else (estimate > 0.1)
+    point = max(estimate, 0.0)
+    np.testing.assert_allclose(info.kl, estimate, rtol=1e-5)
+    np.testing.assert_allclose(info.loss, kto_by_hand(params, reference, point), rtol=1e-5)
+    expected = central_differences(lambda moved: kto_by_hand(moved, reference, point), params)
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(state.optimizer_state["logits"], expected, rtol=1e-4, atol=1e-6)
+
+
 def every_text():
     """Texts of at most two tokens, of which 0 ends: (0), (1, 0), (1, 1); all nine pairs of them."""
     tokens, mask = np.array([[0, 0], [1, 0], [1, 1]]), np.array([[1, 0], [1, 1], [1, 1]], bool)
@@ -425,6 +496,40 @@ def test_a_critic_is_fitted_to_the_returns():
     for mask, of_text in zip(np.asarray(RAGGED["mask"]), advantages, strict=True):
         expected[mask] -= 0.1 * of_text / 4
     np.testing.assert_allclose(state.optimizer_state["values"], expected, rtol=1e-5)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------------------
+
+
+def adam_by_hand(gradients, schedule):
+    """Directions for the gradients of updates, each scaled by its value of the schedule (arXiv 1412.6980)."""
+    m, v, directions = 0.0, 0.0, []
+    for t, (gradient, scale) in enumerate(zip(gradients, schedule, strict=True), start=1):
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        directions.append(scale * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8))
+    return directions
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_optimiser_by_hand(accumulate):
+    """Two updates of a rise, then four of a half cosine; clipping, and the mean of gradients, come before Adam."""
+    optimizer = align.make_optimizer(6, warmup_updates=2, max_gradient_norm=1.0, accumulate=accumulate)
+    gradients = (
+        np.random.default_rng(1).normal(size=(6 * accumulate, 3)) * np.geomspace(0.1, 10, 6 * accumulate)[:, None]
+    )
+    params, update = {"w": jnp.zeros(3)}, jax.jit(optimizer.update)
+    state, found = optimizer.init(params), []
+    for gradient in gradients:
+        direction, state = update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        found.append(np.asarray(direction["w"]))
+    means = gradients.reshape(6, accumulate, 3).mean(axis=1)
+    norms = np.linalg.norm(means, axis=1)
+    assert (norms < 1).any() and (norms > 1).any()
+    schedule = [1 / 3, 2 / 3, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
+    expected = adam_by_hand(means / np.maximum(norms, 1)[:, None], schedule)
+    np.testing.assert_allclose(found[accumulate - 1 :: accumulate], expected, rtol=1e-4)
+    if accumulate > 1:
+        assert not np.any(found[::accumulate])
 
 
 # --- failures, traces, pairing ---------------------------------------------------------------------------------------

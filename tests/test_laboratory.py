@@ -305,16 +305,13 @@ def test_a_failed_arm_is_recorded_and_the_models_before_it_are_untouched(prepare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["reinforce", "online_dpo", "offline_dpo_data", "kto"])
-def test_algorithms_of_a_seed_share_base_and_students(prepared, algorithm):
-    results = arms_of(settings(algorithm, arms=("kd_align", "align_kd")))(
+def test_the_truths_pairs_are_one_set_for_every_arm_temperature_and_coefficient(prepared):
+    results = arms_of(settings("offline_dpo_data", arms=("kd_align", "align_kd")))(
         jax.random.key(0), prepared[0], jnp.int32(3), POINTS, COEFFICIENTS
     )
     assert not results["kd_align"].record.failed.any()
-    if algorithm == "offline_dpo_data":
-        # One set of the truth's pairs for every arm, temperature and coefficient.
-        hits = np.concatenate([np.ravel(results[name].record.target_hits) for name in ("kd_align", "aligned_base")])
-        assert len(set(hits.tolist())) == 1 and hits[0] > 0
+    hits = np.concatenate([np.ravel(results[name].record.target_hits) for name in ("kd_align", "aligned_base")])
+    assert len(set(hits.tolist())) == 1 and hits[0] > 0
 
 
 # --- rewards, budgets, padding ---------------------------------------------------------------------------------------

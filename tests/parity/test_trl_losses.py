@@ -132,9 +132,11 @@ def assert_parity(kit, trl_loss, ours, inputs, parameters, atol=1e-6):
     np.testing.assert_allclose(value, trl_loss.item(), rtol=1e-4, atol=atol)
     theirs = kit.torch.autograd.grad(trl_loss, parameters, retain_graph=True)
     through = kit.torch.autograd.grad(inputs, parameters, [kit.torch.tensor(np.asarray(slope)) for slope in slopes])
-    assert max(gradient.abs().max() for gradient in theirs) > 1e-3
+    # By the largest entry of all: small ones are sums that cancel.
+    largest = max(float(gradient.abs().max()) for gradient in theirs)
+    assert largest > 1e-3
     for one, other in zip(through, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + atol)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,25 @@ def test_ends_when_all_have_and_masks_what_follows():
     assert not drawn.log_probs[0, end + 1 :].any() and (drawn.tokens[0, end + 1 :] == 0).all()
 
 
+def test_nothing_is_decoded_once_every_sequence_has_ended():
+    """Sequences that end at their first token cost their prompt's pass and no other, however many might follow."""
+    model, params = _model()
+    first = np.asarray(_generate(model, params).tokens[:, 0])
+    assert first[0] != first[1]
+
+    def steps(**changes):
+        model, params = _model(**changes)
+        arguments = (params, PROMPTS, MASK, KEYS, Sampling(), 10)
+        state = jax.jit(lambda *given: generate._decode(model, *given, None, 10))(*arguments)
+        return int(state.step), np.asarray(state.drawn.mask)
+
+    step, mask = steps(eos_ids=tuple(first.tolist()))
+    assert step == 1 and (mask == (np.arange(10) == 0)).all()
+    # One that goes on keeps all of them going.
+    assert steps(eos_ids=(int(first[0]),))[0] > 1
+    assert steps()[0] == 10
+
+
 def test_fewer_new_tokens_are_a_prefix():
     model, params = _model()
     np.testing.assert_array_equal(_generate(model, params, n=3).tokens, _generate(model, params, n=10).tokens[:, :3])

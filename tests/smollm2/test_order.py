@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,14 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from jaxkd import durable, pipelines
+from jaxkd import align, durable, pipelines
+from jaxkd.smollm2 import generate, network, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
-from jaxkd.smollm2 import report, stages, weights
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
-from tests.smollm2 import tiny_order
+from tests.smollm2 import by_hand, tiny_order
 
 # Orbax, optax and the host loop are not ours to be strict about.
 pytestmark = pytest.mark.loose
@@ -84,6 +85,52 @@ def test_what_was_measured_is_what_it_says(finished):
     assert found["behaviour_frequency_low"] <= shown <= found["behaviour_frequency_high"]
     assert found["objective"] == pytest.approx(found["reward"] - row.kl_coef * found["kl_to_reference"])
     assert found["recall_gap"] == pytest.approx(base["recall"] - found["recall"], abs=1e-5)
+
+
+def _texts(path: Path, n: int) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {name: file[name][:n] for name in file}
+
+
+def _measured_by_hand(order: Order, out: Path, row: orders.Row, base, reference) -> dict[str, float]:
+    """An arm's quantities from its samples and the checkpoints on disk."""
+
+    def of(source, x) -> np.ndarray:
+        return by_hand.log_prob(*weights.load(source), x)
+
+    x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
+    own, by_truth, by_base, by_reference = (
+        of(source, x) for source in (row.folder / "model", "random:tiny", base, reference)
+    )
+    of_truth = _texts(out / "truth" / "samples.npz", order.evaluation.num_truth_samples)
+    found, best = of(row.folder / "model", of_truth), of("random:tiny", of_truth)
+    lost = best - found
+    n = len(lost)
+    return {
+        "precision": by_truth.mean(),
+        "precision_per_token": by_truth.sum() / x["completion_mask"].sum(),
+        "entropy_per_token": -own.sum() / x["completion_mask"].sum(),
+        "kl_to_base": np.mean(own - by_base),
+        "kl_to_base_error": np.std(own - by_base, ddof=1) / len(own) ** 0.5,
+        "kl_to_reference": np.mean(own - by_reference),
+        "recall": found.mean(),
+        "recall_gap": lost.mean(),
+        "recall_gap_error": (np.sum((lost - lost.mean()) ** 2) / (n * (n - 1))) ** 0.5,
+        "held_out_perplexity": np.exp(-found.sum() / of_truth["completion_mask"].sum()),
+        "bounded_recall": np.mean([one > other - np.log(10) for one, other in zip(found, best, strict=True)]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kd_align", "align_kd"])
+def test_what_was_measured_by_hand(finished, name):
+    """Of an arm that is held to the student, and of one that is held to the base, which is the truth."""
+    order, out, _ = finished
+    row = next(row for row in orders.rows_of(order, out) if row.name == name)
+    reference = row.folder.parents[1] / "student-t0.6" / "model" if name == "kd_align" else "random:tiny"
+    expected = _measured_by_hand(order, out, row, "random:tiny", reference)
+    found = json.loads((row.folder / "evaluation.json").read_text())
+    assert {quantity: found[quantity] for quantity in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -338,6 +385,39 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
         tiny_order.run(order, out)
 
 
+@pytest.mark.slow
+def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
+    """Truth, base, target, student and policy are five models here: none can stand for another unseen."""
+    out, base = tmp_path / "run", tmp_path / "base"
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(base, config, tiny_order.uneven(params), text.byte_tokenizer())
+    fast = replace(tiny_order.OPTIMISATION, learning_rate=0.01)
+    order = tiny_order.make(
+        base=str(base),
+        reward="reflected",
+        target="distil:0.5",
+        algorithms=("offline_dpo_data",),
+        arms=("kd_align",),
+        distillation=replace(tiny_order.make().distillation, method="forward_kl", num_held_out=32),
+        alignment=replace(tiny_order.make().alignment, optimisation=fast),
+    )
+    tiny_order.run(order, out, meshed=False)
+    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    found = json.loads((row.folder / "evaluation.json").read_text())
+    expected = _measured_by_hand(order, out, row, base, next(out.rglob("student-t0.6")) / "model")
+    x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
+    by_target = by_hand.log_prob(*weights.load(out / "target" / "model"), x)
+    level = json.loads((out / "target" / "level.json").read_text())["level"]
+    likelihood = by_target / x["completion_mask"].sum(axis=1)
+    expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert len({round(expected[name], 3) for name in expected}) == len(expected)
+    assert 0 < expected["bounded_recall"] < 1
+    lines = [json.loads(line) for line in (row.folder / durable.METRICS).read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert all(np.isfinite(line["reward"]) and line["reward"] <= level for line in lines)
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_refuses_to_accumulate_gradients_of_one_rollout(algorithm):
     settings = replace(tiny_order.make().alignment.settings, algorithm=algorithm, num_updates=8, group_size=4)
@@ -457,6 +537,75 @@ def test_two_processes_killed_at_any_moment_end_bit_equal_to_one(tmp_path):
     made = [ended(last).splitlines() for last in [start("killed") for _ in range(2)]]
     assert all("all done" in lines for lines in made)
     _assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_stages_interrupted_at_any_step_end_bit_equal_and_compile_once(tmp_path, monkeypatch):
+    """A critic's optimiser and a student's own draws, which the killed processes do not have."""
+    tiny = tiny_order.make()
+    order = tiny_order.make(
+        algorithms=("ppo",),
+        arms=("kd_align",),
+        alignment=replace(tiny.alignment, settings=align.AlignmentSettings("ppo", 12, 8, epochs=2)),
+        distillation=replace(tiny.distillation, method="reverse_kl", on_policy_fraction=0.5),
+    )
+    with monkeypatch.context() as patched:
+        programs = _programs_after_each_step(patched)
+        tiny_order.run(order, tmp_path / "whole", meshed=False)
+    assert [len(of_stage) for of_stage in programs] == [6, 6]
+    assert all(len(set(of_stage)) == 1 for of_stage in programs)
+
+    write, chance, left = durable.Log.write, random.Random(0), 0
+
+    def interrupted(log, step, metrics):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        write(log, step, metrics)
+        if left == 1 and chance.random() < 0.5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable.Log, "write", interrupted)
+    interruptions = 0
+    while True:
+        # Each time one checkpoint further, at least.
+        left = chance.randint(4, 6)
+        try:
+            tiny_order.run(order, tmp_path / "interrupted", meshed=False)
+        except KeyboardInterrupt:
+            interruptions += 1
+        else:
+            break
+    assert interruptions >= 3
+    _assert_same(tmp_path / "whole", tmp_path / "interrupted")
+
+
+def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
+    """Of each stage that is made from now on: how many programs there are of its step, of drawing and of scoring."""
+    stages_seen = []
+
+    def watched(make):
+        # Steps of its own: those of other tests may be compiled for what comes only later here.
+        make = lru_cache(make.__wrapped__)
+
+        def maker(*arguments):
+            step, seen = make(*arguments), []
+            stages_seen.append(seen)
+
+            def one_step(*inputs):
+                made = step(*inputs)
+                programs = (step, generate._generate, network._log_prob)
+                seen.append(tuple(program._cache_size() for program in programs))
+                return made
+
+            return one_step
+
+        return maker
+
+    for name in ("_sequence_step", "_token_step", "_alignment_step"):
+        monkeypatch.setattr(stages, name, watched(getattr(stages, name)))
+    return stages_seen
 
 
 def _files(folder: Path) -> list[Path]:

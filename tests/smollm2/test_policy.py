@@ -1,3 +1,5 @@
+import math
+import re
 from functools import cache, partial
 
 import jax
@@ -141,6 +143,21 @@ def test_nothing_of_the_size_of_all_logits_is_made():
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
     assert "x264xf32" not in text.replace("8x264", "") and "x100xf32" in text
     assert f"{3 * 8}x264" not in text and "3x8x264" not in text and "3x9x264" not in text
+
+
+@pytest.mark.parametrize("name", list(policy.DIVERGENCES))
+def test_nothing_of_the_size_of_all_logits_is_made_where_models_are_compared(name):
+    """Three positions at a time, 800 numbers by 264 tokens; of 21 positions, for 24 is the hidden size too."""
+    model, params = _model()
+    tokens, mask = TOKENS[:, :8], MASK[:, :8]
+
+    def loss(params):
+        return policy.compare(model, params, *_model(seed=7), tokens, mask, divergence=name).divergence.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<([0-9x]+)xf32>", text)]
+    positions = {math.prod(shape) // 264 for shape in shapes if 264 in shape}
+    assert 3 in positions and positions <= {1, 3, 24}
 
 
 def test_every_divergence_from_itself_is_zero():

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import weights
+from jaxkd.smollm2 import students, text, weights
 from jaxkd.sweep import cache
+from tests.smollm2 import by_hand, tiny_order
 
 pytestmark = pytest.mark.loose
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -62,14 +63,20 @@ def test_align_on_a_behaviour(run, tmp_path, algorithm):
 
 @pytest.mark.slow
 def test_distill_writes_a_student(run, tmp_path):
+    fresh, params = weights.load("random:tiny")
+    weights.save_pretrained(tmp_path / "teacher", fresh, tiny_order.uneven(params), text.byte_tokenizer())
     code, _, errors = run(
-        DISTILL, "--teacher", "random:tiny", "--student", "layers:2", "--samples", "16", "--held-out", "8",
-        "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--method", "reverse_kl",
+        DISTILL, "--teacher", tmp_path / "teacher", "--student", "layers:2", "--samples", "16", "--held-out", "8",
+        "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--updates", "8", "--method", "reverse_kl",
         "--on-policy-fraction", "0.5", "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, errors
-    config, _ = weights.load(tmp_path / "out" / "model")
+    config, params = weights.load(tmp_path / "out" / "model")
     assert config.num_layers == 2
+    with np.load(tmp_path / "out" / "teacher.npz") as file:
+        held_out = {name: file[name][:8] for name in file}
+    begun = students.keep_layers(*weights.load(tmp_path / "teacher"), 2)
+    assert by_hand.log_prob(config, params, held_out).mean() > by_hand.log_prob(*begun, held_out).mean()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -263,3 +266,55 @@ def test_config_and_generation_config_are_written(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLM"] and written["torch_dtype"] == "float32"
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+LOAD_AND_WATCH = """
+import re, sys, threading
+from pathlib import Path
+import jax
+from jaxkd.smollm2 import weights
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+small, large = sys.argv[1:]
+weights.load(small)
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+config, params = jax.block_until_ready(weights.load(large))
+done.set()
+thread.join()
+peak = max(peak, anonymous())
+print((peak - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path, form):
+    """Of a process's own: pages of the file itself, mapped, can be dropped at any time."""
+    config = Config.tiny(hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8, head_dim=64)
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(noise.standard_normal(leaf.shape, np.float32)), make_model(config).shapes()
+    )
+    assert 150e6 < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) < 200e6
+    weights.save_pretrained(tmp_path / "large", config, params)
+    small, _ = _saved(tmp_path / "small")
+    sources = [tmp_path / "small", tmp_path / "large"]
+    if form == "gguf":
+        for source, shape in zip(sources, (small, config), strict=True):
+            _write_gguf(source.with_suffix(".gguf"), shape, load_file(source / "model.safetensors"))
+        sources = [source.with_suffix(".gguf") for source in sources]
+    command = [sys.executable, "-c", LOAD_AND_WATCH, *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) <= 1.3

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings, Coefficients
@@ -40,19 +41,26 @@ def make(**changes) -> Order:
     return replace(order, **changes)
 
 
-def laboratory(order: Order, out: Path) -> orders.Laboratory:
+def laboratory(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
     """Nothing is computed yet."""
-    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), sharding.mesh_of_all_devices())
+    mesh = sharding.mesh_of_all_devices() if meshed else None
+    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), mesh)
 
 
-def run(order: Order, out: Path) -> orders.Laboratory:
+def run(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
     """Everything that is not there yet."""
-    made = laboratory(order, out)
+    made = laboratory(order, out, meshed=meshed)
     durable.check_configuration(out, made.configuration())
     made.prepare()
     for row in made.run(orders.rows_of(order, out)):
         print(row.name, flush=True)
     return made
+
+
+def uneven(params):
+    """Fresh parameters find all tokens about as likely; from these there is something to learn."""
+    noise = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), params)
 
 
 def die_after(seconds: float) -> None:

@@ -1,0 +1,56 @@
+"""Distillations by themselves: which student is kept, and when they stop."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxkd import durable
+from jaxkd.smollm2 import stages
+from jaxkd.smollm2.network import Network
+from tests.smollm2 import by_hand, tiny_order
+
+pytestmark = pytest.mark.loose
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    laboratory = tiny_order.laboratory(tiny_order.make(), tmp_path_factory.mktemp("none"), meshed=False)
+    fresh = laboratory.setting.load("random:tiny")
+    return Network(fresh.config, tiny_order.uneven(fresh.params), fresh.setting)
+
+
+def distilled(folder, base, learning_rate, **changes):
+    """The student, and the metrics of each step."""
+    optimisation = replace(tiny_order.OPTIMISATION, learning_rate=learning_rate)
+    changes = {"method": "forward_kl", "num_held_out": 32, "optimisation": optimisation} | changes
+    settings = replace(tiny_order.make().distillation, **changes)
+    workshop = stages.Workshop(durable.Progress(quiet=True))
+    student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop)
+    return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
+
+
+def held_out_loss(folder, network):
+    with np.load(folder / "teacher.npz") as file:
+        return -by_hand.log_prob(network.config, network.params, {name: file[name][:32] for name in file}).mean()
+
+
+@pytest.mark.slow
+def test_a_distillation_that_only_gets_worse_stops_early_and_gives_back_its_start(tmp_path, base):
+    student, lines = distilled(tmp_path, base, 0.1, check_every=1, patience=3)
+    at_start = held_out_loss(tmp_path, base)
+    assert len(lines) == 3
+    assert all(line["held_out_loss"] > at_start for line in lines)
+    assert [line["best_held_out_loss"] for line in lines] == pytest.approx([at_start] * 3, rel=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, student.params, base.params)
+
+
+@pytest.mark.slow
+def test_the_best_student_by_its_held_out_loss_is_kept(tmp_path, base):
+    student, lines = distilled(tmp_path, base, 0.01, check_every=2, patience=2)
+    looks = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert len(lines) == 6 and min(looks) < looks[-1]
+    assert held_out_loss(tmp_path, student) == pytest.approx(min(looks), rel=1e-6)
+    assert min(looks) < held_out_loss(tmp_path, base)
