@@ -8,7 +8,7 @@ over a grid (`Coefficients`) is traced, so one executable serves a whole sweep.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
