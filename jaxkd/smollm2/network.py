@@ -94,6 +94,18 @@ class Setting:
 
         return jax.tree.map(placed, batch)
 
+    def on_mesh(self, state: Any) -> Any:
+        """A state as a step over the mesh returns it: what lies on one device is put on all.
+
+        A step that is given it otherwise is compiled twice.
+        """
+        if self.mesh is None:
+            return state
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere), state
+        )
+
     @property
     def _shards(self) -> int:
         return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]

@@ -68,7 +68,11 @@ def param_specs(config: Config, mesh: Mesh) -> Params:
 
     def spec(path, leaf):
         letters = AXES[".".join(key.key for key in path)]
-        return PartitionSpec(*(_axis(letter, size, mesh) for letter, size in zip(letters, leaf.shape, strict=True)))
+        axes = [_axis(letter, size, mesh) for letter, size in zip(letters, leaf.shape, strict=True)]
+        # As jit writes the layout of what it returns; said otherwise, a step is compiled again for its own result.
+        while axes and axes[-1] is None:
+            axes.pop()
+        return PartitionSpec(*axes)
 
     return jax.tree_util.tree_map_with_path(spec, make_model(config).shapes())
 

@@ -274,7 +274,7 @@ def distil(
             metrics["held_out_perplexity"] = _perplexity(held, held_out)
         return state, metrics, bool(state.looks_since >= settings.patience) or not np.isfinite(metrics["loss"])
 
-    student = State(copied(start.params), optimizer.init(start.params))
+    student = setting.on_mesh(State(copied(start.params), optimizer.init(start.params)))
     state = durable.train(
         folder,
         _Distilling(student, copied(start.params), jnp.float32(np.inf), jnp.int32(0)),
@@ -486,7 +486,7 @@ def align_policy(
     params = copied(form.start)
     state = durable.train(
         folder,
-        State(params, optimizer.init(params)),
+        setting.on_mesh(State(params, optimizer.init(params))),
         step,
         settings.num_steps * optimisation.accumulate,
         log=workshop.log(folder),
