@@ -174,6 +174,42 @@ def verdict_on_failures(summary: xr.Dataset) -> str:
     )
 
 
+_FEWEST_BASES = 5  # of either kind, for their rates to be told
+
+
+def verdict_on_bases(dataset: xr.Dataset) -> list[str]:
+    """How many bases merge or miss a mode, and how each order fares on those and on the others at the lowest τ."""
+    share = f"Bases that merge or miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept)."
+    coldest = float(dataset.temperature.min())
+    told = [share]
+    for at, _ in _settings(dataset, [dim for dim in dataset.base_failed.dims if dim not in ("capacity", "seed")]):
+        at |= {"capacity": dataset.capacity.values[0]}
+        bad = dataset.base_failed.sel(at).values
+        if min(bad.sum(), (~bad).sum()) < _FEWEST_BASES:
+            continue
+        mass = dataset.target_mass.sel(at | {"temperature": coldest})
+        recovered = xr.where(mass.notnull(), mass > RECOVERED_MASS, np.nan)
+        rates = "; ".join(
+            f"β = {kl_coef:g}: "
+            + ", ".join(
+                f"{label} {_rate(recovered, bad, kl_coef, arm)} / {_rate(recovered, ~bad, kl_coef, arm)}"
+                for arm, label in (("kd_align", "KD→Align"), ("align_kd", "Align→KD"))
+            )
+            for kl_coef in dataset.kl_coef.values
+        )
+        varied = ", ".join(f"{dim} {_told(value)}" for dim, value in at.items() if dataset.sizes[dim] > 1)
+        told.append(
+            f"{varied or 'Here'}: {int(bad.sum())} of {bad.size} bases; recovered at τ = {coldest:g} on those / on the "
+            f"others: {rates}."
+        )
+    return told
+
+
+def _rate(recovered: xr.DataArray, bases: np.ndarray, kl_coef: float, arm: str) -> str:
+    """Share of the seeds with these bases."""
+    return f"{float(recovered.sel(kl_coef=kl_coef, stage=arm).values[bases].mean()):.2f}"
+
+
 # --- critical mass ---------------------------------------------------------------------------------------------------
 
 
@@ -892,11 +928,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
         told += _report_plane(dataset, summary, stores, configuration, folder)
     else:
         draw_along(dataset, summary, VIEWS[preset], *_paths(folder, preset))
-        told += [
-            "",
-            verdict(summary),
-            f"Bases that merge or miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept).",
-        ]
+        told += ["", verdict(summary), *verdict_on_bases(dataset)]
     failed = int(dataset.failed.sum())
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
     told += [verdict_on_failures(summary)] if failed else []

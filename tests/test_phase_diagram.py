@@ -515,3 +515,15 @@ def test_an_unfinished_or_missing_store_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"holds no store sweep\.zarr"):
         phase_diagram.report({}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_orders_on_bases_that_merge_a_mode_and_on_others():
+    dataset = finished(starts=[1, 10]).sel(temperature=[1.0, 0.5])
+    mass = dataset.target_mass.sel(stage="kd_align", temperature=0.5, kl_coef=0.3, capacity=4, algorithm="ppo")
+    merged = (mass.sel(starts=1, target_weight=0.03) > phase_diagram.RECOVERED_MASS).values
+    assert 5 <= merged.sum() <= SEEDS - 5
+    dataset.base_failed[0, 0, 0, :, :] = merged
+    share, told = phase_diagram.verdict_on_bases(dataset)
+    assert share.startswith(f"Bases that merge or miss a mode: {100 * merged.mean() / 2:.1f} %")
+    assert told.startswith(f"starts 1: {merged.sum()} of {SEEDS} bases; recovered at τ = 0.5")
+    assert "β = 0.3: KD→Align 1.00 / 0.00, Align→KD 1.00 / 1.00" in told
