@@ -51,7 +51,7 @@ class Align:
     max_new_tokens: int = 32
     """The most tokens of a completion, with a reward."""
     max_length: int = 512
-    """The most tokens of prompt and answer, with preferences; longer answers are cut."""
+    """The most tokens of prompt and answer, with preferences; longer answers are cut, and to the models' context."""
     kl_coef: float = 0.1
     """KL coefficient β."""
     updates: int = 100
@@ -155,7 +155,7 @@ def main(config: Align) -> None:
     import numpy as np
 
     from jaxkd import durable
-    from jaxkd.smollm2 import preferences, sharding, stages, text
+    from jaxkd.smollm2 import preferences, sharding, stages, text, weights
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.sweep.cache import use_compile_cache
 
@@ -163,7 +163,9 @@ def main(config: Align) -> None:
     tokenizer, alignment = text.load_tokenizer(config.source), alignment_of(config)
     pairs = None
     if config.preferences is not None:
-        pairs = preferences.read(config.preferences, tokenizer, config.max_length)
+        sources = [source for source in (config.source, config.reference) if source is not None]
+        context = min(weights.load_config(source).max_positions for source in sources)
+        pairs = preferences.read(config.preferences, tokenizer, min(config.max_length, context))
         preferences.check_enough(pairs, config.batch_size)
     prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
     setting = Setting(
@@ -176,13 +178,12 @@ def main(config: Align) -> None:
     reference = start if config.reference is None else setting.load(config.reference)
     stages.check_alignment(start, reference, alignment)
     oracle, key = oracle_of(config, setting), jax.random.key(config.seed)
-    if config.behaviour is not None and not config.out.exists():
+    if config.behaviour is not None and not (config.out / "config.json").exists():
         check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
-    held = {"weights": fingerprint(start.params, reference.params)}
-    held |= {} if pairs is None else {"pairs": fingerprint(pairs)}
+    held = {} if pairs is None else {"pairs": fingerprint(pairs)}
     with durable.one_at_a_time(config.out):
-        # All that can be refused is refused: from here on the folder is this command's.
         durable.check_configuration(config.out, config.results_depend_on() | held)
+        durable.check_weights(config.out, {"source": fingerprint(start), "reference": fingerprint(reference)})
         if durable.read_record(config.out) is not None:
             print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
             return

@@ -42,7 +42,7 @@ class Distill:
     max_new_tokens: int = 64
     """The most tokens of a sample."""
     max_length: int = 512
-    """The most tokens of a text of the file; longer completions are cut."""
+    """The most tokens of a text of the file; longer completions are cut, and to the models' context."""
     samples: int = 1024
     """Samples of the teacher to learn from."""
     held_out: int = 64
@@ -117,16 +117,18 @@ def distillation_of(config: Distill):
 
 def read_texts(config: Distill, tokenizer):
     """The completions of a file as draws."""
-    from jaxkd.smollm2 import text
+    from jaxkd.smollm2 import text, weights
     from jaxkd.smollm2.policy import Texts
 
+    own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
+    context = min(weights.load_config(source).max_positions for source in (config.teacher, *own))
     examples = text.read_examples(config.data, tokenizer)
     if len(examples) < config.held_out + config.batch_size:
         raise ValueError(
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    return Texts(*text.encode_sequences(tokenizer, examples, context=config.max_length, truncate=True))
+    return Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
 
 
 def main(config: Distill) -> None:
@@ -151,11 +153,10 @@ def main(config: Distill) -> None:
     )
     teacher = setting.load(config.teacher)
     start = student_start(teacher, config.student)
-    held = {"weights": fingerprint(teacher.params, start.params)}
-    held |= {} if samples is None else {"texts": fingerprint(samples)}
+    held = {} if samples is None else {"texts": fingerprint(samples)}
     with durable.one_at_a_time(config.out):
-        # All that can be refused is refused: from here on the folder is this command's.
         durable.check_configuration(config.out, config.results_depend_on() | held)
+        durable.check_weights(config.out, {"teacher": fingerprint(teacher), "student": fingerprint(start)})
         if durable.read_record(config.out) is not None:
             print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
             return

@@ -53,7 +53,7 @@ class Config:
     reward: str = "density"
     """density, bump, disc, log_density, reflected or clipped."""
     label_noise: float = 0.0
-    """Share of preference labels flipped, 0 to 0.5 (preference algorithms)."""
+    """Share of preference labels flipped, 0 to 0.5 (algorithms with preference labels)."""
     steps: int = 400
     """Optimiser updates of an alignment (PPO makes 4 on each rollout of 256 draws)."""
     learning_rate: float | None = None
@@ -75,6 +75,7 @@ class Config:
         from jaxkd import checks, pipelines
         from jaxkd.align import ALGORITHMS, AlignmentSettings, check_label_noise
 
+        checks.folder("--out", self.out)
         checks.whole("--seeds", self.seeds, least=1)
         checks.whole("--first-seed", self.first_seed, least=0, most=2**31 - 1 - self.seeds)
         checks.names("--algorithms", self.algorithms, [name for name in ALGORITHMS if name != "orpo"])

@@ -310,7 +310,12 @@ def shown(config: Config) -> str:
     """The resolved configuration as JSON."""
     settings = config.settings()
     own = {"preset": config.preset, "quick": config.quick, "out": str(config.folder), "runs": grid_of(settings).size}
-    return json.dumps(own | asdict(settings) | fixed_settings(settings, config.quick), indent=2)
+    own |= asdict(settings) | fixed_settings(settings, config.quick)
+    if config.preset == "plane":
+        beside = more_weights(settings, config.quick)
+        varied = {name: value for name, value in asdict(beside).items() if value != getattr(settings, name)}
+        own["more_weights"] = {"runs": grid_of(beside).size if beside.target_weights else 0} | varied
+    return json.dumps(own, indent=2)
 
 
 def function_of(settings: Settings, quick: bool):
@@ -386,7 +391,8 @@ def sweep(config: Config, settings: Settings, name: str, default_chunk: int | No
 def more_weights(settings: Settings, quick: bool) -> Settings:
     """Other target weights for the plane, so that the base's recall varies too; for the critical mass alone.
 
-    They fill blocks of the same size as the plane's, so that its compiled program is used again.
+    They fill blocks of the same size as the plane's, so that its compiled program is used again where the chunk is the
+    same.
     """
     weights = (0.003, 0.1) if quick else (0.003, 0.01, 0.1, 0.3)
     weights = tuple(weight for weight in weights if weight not in settings.target_weights)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import files
@@ -216,14 +215,8 @@ def _as_data(state):
 
 def _as_state(data, like):
     leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [_leaf(data[str(i)], leaf) for i, leaf in enumerate(leaves)])
-
-
-def _leaf(found, like):
-    if isinstance(like, jax.Array) and not like.committed:
-        # orbax commits what it restores to a device: a step over a mesh takes no scalar that is bound to one.
-        found = jnp.asarray(np.asarray(found))
-    return jax.random.wrap_key_data(found) if _is_key(like) else found
+    found = [jax.random.wrap_key_data(data[str(i)]) if _is_key(leaf) else data[str(i)] for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, found)
 
 
 def _shape_of(leaf):
@@ -299,7 +292,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     Raises:
       ValueError: where another process is at it.
     """
-    with files.claim(folder / "stage", wait=False) as mine:
+    # Beside the folder, which may turn out to be another's.
+    with files.claim(folder.with_name(f"{folder.name}.stage"), wait=False) as mine:
         if not mine:
             raise ValueError(f"another process is working in {folder}: wait for it, or choose another --out")
         yield
@@ -326,11 +320,32 @@ def _check_configuration(folder: Path, wanted: dict) -> None:
             )
         return
     begun = path.with_name(path.name + files.PARTIAL)
-    # Claims of processes are no content.
-    if folder.exists() and (not folder.is_dir() or {p for p in folder.iterdir() if p.suffix != ".lock"} - {begun}):
+    if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {begun}):
         raise ValueError(f"{folder} exists and holds no run of jaxkd: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def check_weights(folder: Path, found: dict[str, str]) -> None:
+    """Make sure that a run folder's models are those it began with; note there those it does not know yet.
+
+    Args:
+      folder: of the run.
+      found: fingerprints by role.
+
+    Raises:
+      ValueError: naming the roles whose weights changed under their names: half a run would be of others.
+    """
+    path = folder / "weights.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if differing := files.differences({role: held[role] for role in found if role in held}, _known(found, held)):
+        raise ValueError(f"the weights behind {folder} are others now ({'; '.join(differing)}): choose another --out")
+    if {*found} - {*held}:
+        write_json(path, held | found)
+
+
+def _known(found: dict, held: dict) -> dict:
+    return {role: value for role, value in found.items() if role in held}
 
 
 def _flat(content: dict, before: str = "") -> dict[str, Any]:

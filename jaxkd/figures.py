@@ -268,7 +268,8 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                 best = cell[optimum].sel(kl_coef=kl_coef, stage=arm).values
                 if has_optimum.any() and np.isfinite(best).any():
                     ends = place + between[:-1][has_optimum], place + between[1:][has_optimum]
-                    axis.hlines(np.nanmedian(best), *ends, color="black", lw=1.3, zorder=3)
+                    heights = np.full(ends[0].shape, np.nanmedian(best))
+                    axis.hlines(heights, *ends, color="black", lw=1.3, zorder=3)
             if row == 0:
                 axis.set_title(f"β = {kl_coef:g}")
             else:

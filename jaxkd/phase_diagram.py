@@ -197,7 +197,9 @@ def verdict_on_bases(dataset: xr.Dataset) -> list[str]:
             )
             for kl_coef in dataset.kl_coef.values
         )
-        varied = ", ".join(f"{dim} {_told(value)}" for dim, value in at.items() if dataset.sizes[dim] > 1)
+        varied = ", ".join(
+            f"{dim} {_told(value)}" for dim, value in at.items() if dataset.sizes[dim] > 1 and dim != "capacity"
+        )
         told.append(
             f"{varied or 'Here'}: {int(bad.sum())} of {bad.size} bases; recovered at τ = {coldest:g} on those / on the "
             f"others: {rates}."

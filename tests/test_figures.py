@@ -28,6 +28,7 @@ def content(algorithms=ALGORITHMS, seeds=6):
     for name in ("gibbs_kl", "gibbs_reward"):
         per_base = xr.DataArray(6 * generator.random((3, seeds)), dims=("kl_coef", "seed"))
         dataset[name] = (per_base + 0 * dataset.reward.isel(algorithm=0, drop=True)).transpose(*DIMS[1:])
+    dataset["distance_to_gibbs"] = dataset.reward / 6
     dataset["gibbs_target_mass"] = dataset.gibbs_target_mass.isel(algorithm=0, drop=True)
     dataset["component_weight"] = (*DIMS, "component"), np.full((*shape, 2), 0.5)
     dataset["component_mean"] = (*DIMS, "coordinate", "component"), generator.uniform(-1, 1, (*shape, 2, 2))

@@ -250,10 +250,14 @@ def join(parts: list[Texts]) -> Texts:
 
 
 def fingerprint(*trees: Any) -> str:
-    """What tells these arrays from others: a hash of all their bytes, shapes and types."""
+    """What tells these arrays from others: a hash of all their bytes, shapes and types; of a network also its shape."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(trees):
-        array = np.asarray(leaf)
+    for one in trees:
+        if isinstance(one, Network):
+            digest.update(repr(one.config).encode())
+    for leaf in jax.tree.leaves([one.params if isinstance(one, Network) else one for one in trees]):
+        # Of a copy: an array keeps what it was as numpy's for as long as it lives.
+        array = np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf)
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
     return digest.hexdigest()[:24]

@@ -261,7 +261,8 @@ class Laboratory:
         )
         self._pairs = self._held_out_pairs = None
         if order.preferences is not None:
-            pairs = preferences.read(Path(order.preferences.path), tokenizer, order.preferences.max_length)
+            length = min(order.preferences.max_length, _context(order))
+            pairs = preferences.read(Path(order.preferences.path), tokenizer, length)
             self._pairs, self._held_out_pairs = preferences.split(pairs, self._shared_key(_PAIRS_KEY))
             preferences.check_enough(self._pairs, order.alignment.settings.batch_size)
         self._held: dict[Path, Network] = {}
@@ -282,6 +283,7 @@ class Laboratory:
     def _prepare(self) -> None:
         order = self.order
         self.truth = self.setting.load(order.truth)
+        durable.check_weights(self.out, {"truth": fingerprint(self.truth)})
         folder = self.out / "truth"
         total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples + self._truth_samples_to_learn())
         self.workshop.begin()
@@ -296,7 +298,7 @@ class Laboratory:
         self.truth_texts = self.setting.texts_of(self.truth_samples)
         self._to_learn = slice(order.evaluation.num_truth_samples, None)
         self.base = self._make_base()
-        self._check_weights()
+        durable.check_weights(self.out, {"base": fingerprint(self.base)})
         self.behaviour_name, self.behaviour = self._choose_behaviour()
         self.target = self._make_target()
         self.oracle = self._make_oracle()
@@ -321,18 +323,6 @@ class Laboratory:
             pairs,
             None if pairs is None else self.base.log_prob(pairs),
         )
-
-    def _check_weights(self) -> None:
-        """Refuse sources whose weights changed under their names: half a run would be of others."""
-        path = self.out / "weights.json"
-        found = {"truth": fingerprint(self.truth.params), "base": fingerprint(self.base.params)}
-        if not path.exists():
-            durable.write_json(path, found)
-        differing = files.differences(json.loads(path.read_text(encoding="utf-8")), found)
-        if differing:
-            raise ValueError(
-                f"the weights behind {self.out} are others now ({'; '.join(differing)}): choose another --out"
-            )
 
     def _truth_samples_to_learn(self) -> int:
         """Samples of the truth that some stage learns from; models are measured by others."""
@@ -682,6 +672,13 @@ def _check_sources(order: Order, tokenizer) -> None:
         if other != size:
             raise ValueError(f"{source} has a vocabulary of {other} tokens, the truth {order.truth} one of {size}")
         text.check_same_vocabulary(tokenizer, text.load_tokenizer(source))
+
+
+def _context(order: Order) -> int:
+    """The most tokens that every source of a policy takes."""
+    sources = [order.truth, order.base.removeprefix("fit:"), *order.students]
+    named = [one for one in sources if one not in ("truth", "same") and not one.startswith("layers:")]
+    return min(weights.load_config(source).max_positions for source in named)
 
 
 _MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")

@@ -234,7 +234,7 @@ def distil(
       The student with the smallest loss on held-out samples.
 
     Raises:
-      FloatingPointError: where a loss is no number: the best student would be the one before training.
+      FloatingPointError: where a loss is no number; the best student may then be the one before training.
     """
     draw_key, step_key = jax.random.split(key)
     on_policy_key = jax.random.fold_in(step_key, 2**31)
@@ -477,7 +477,8 @@ def align_policy(
         metrics["seconds"] = time.perf_counter() - begin
         if alignment.look_every and (number + 1) % alignment.look_every == 0:
             # In batches of the step's own size, whose program is there.
-            x = drawer(state.params).draw(look_key, LOOK, batch_size=settings.batch_size)
+            size = min(settings.batch_size, setting.batch_size)
+            x = drawer(state.params).draw(look_key, LOOK, batch_size=size)
             coster.sampled(x)
             rewards, hits = oracle(setting.texts_of(x), x)
             metrics |= {"look_reward": float(rewards.mean()), "look_frequency": float(hits.mean())}
@@ -554,7 +555,7 @@ def _form(key: jax.Array, start: Network, reference: Network, alignment: Alignme
     setting, model = start.setting, start.model
     policy = setting.policy(start.config)
     if alignment.lora is not None:
-        if start is not reference and fingerprint(start.params) != fingerprint(reference.params):
+        if start is not reference and fingerprint(start) != fingerprint(reference):
             raise ValueError("adapters are held to the weights they adapt: with them the reference must be the start")
         lora = alignment.lora
         adapters, adapted = init(lora, start.config, jax.random.fold_in(key, 7)), _adapted(policy, lora)
@@ -641,7 +642,7 @@ def _preference_data(
 
 def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Workshop) -> np.ndarray:
     """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
-    path = cache / f"reference-{fingerprint(reference.params, (x.tokens, x.mask, x.completion_mask))}.npz"
+    path = cache / f"reference-{fingerprint(reference, (x.tokens, x.mask, x.completion_mask))}.npz"
     with files.claim(path, wait=True):
         if not path.exists():
             Coster(workshop, reference, reference).scored(x)

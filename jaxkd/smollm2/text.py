@@ -549,7 +549,7 @@ def _render(row: dict, tokenizer: Tokenizer) -> Example:
     completions = {key: value for key, value in row.items() if key != "prompt"}
     for key, value in completions.items():
         # Rendered it is not empty: the template ends it.
-        if not value[-1]["content"].strip():
+        if key != "completion" and not value[-1]["content"].strip():
             raise ValueError(f"{key} is empty")
     whole = {key: apply_chat_template(tokenizer, row["prompt"] + value) for key, value in completions.items()}
     for key, text in whole.items():

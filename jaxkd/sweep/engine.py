@@ -450,7 +450,7 @@ class _Chunk(NamedTuple):
           ValueError: when numbers that are bit-equal so far would be so no more, and nothing speaks for it.
         """
         asked = held.chunk if self.asked is None else self.asked
-        if asked > held.chunk and held.devices == devices and held.done().any():
+        if asked > held.chunk and held.devices == devices:
             raise ValueError(
                 f"--chunk must be {held.chunk}, with which {held.path} was begun, or smaller, or be left out; got "
                 f"{asked} (on the same devices numbers are bit-equal only at one chunk; another --out begins anew)"
@@ -473,7 +473,7 @@ def _open(sweep, template, path, configuration, wanted: _Chunk, overwrite) -> tu
             stores.create(path, template, configuration, **attributes, overwrite=overwrite)
     with hosts.together("open the store"):
         opened = held or _made_by_process_0(path)
-    return opened, wanted.going_on(opened, devices)
+        return opened, wanted.going_on(opened, devices)
 
 
 _SEEN_WITHIN = 60.0

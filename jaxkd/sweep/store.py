@@ -327,8 +327,12 @@ def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
       ValueError: when they differ in anything but their seeds, or share one.
     """
     configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
+    versions = [_versions(dataset.attrs) for dataset in datasets]
     own = ("axis seed", "grid fingerprint", "block shape")
-    first, *others = ({key: value for key, value in one.items() if key not in own} for one in configurations)
+    first, *others = (
+        {key: value for key, value in one.items() if key not in own} | by
+        for one, by in zip(configurations, versions, strict=True)
+    )
     if differing := [told for other in others for told in files.differences(first, other)]:
         raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
     joined = xr.concat([dataset.drop_vars(LEDGER) for dataset in datasets], SEED, combine_attrs="override")

@@ -94,7 +94,7 @@ def test_distill_writes_a_student(run, tmp_path):
             "--updates must be a multiple of 4",
         ),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "digit", "--lora-rank", "999"], "rank must be at most"),
-        (DISTILL, ["--teacher", "random:tiny", "--student", "layers:9"], "9"),
+        (DISTILL, ["--teacher", "random:tiny", "--student", "layers:9"], "the number of layers kept"),
         (ORDER, ["--truth", "random:tiny", "--student", "layers:9"], "layers of the base in 'layers:9'"),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "often", "--algorithm", "ppo"], "a behaviour must be"),
         (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
