@@ -89,6 +89,22 @@ def paper() -> str:
     return _table([*head, "mean target precision (nats)"], body)
 
 
+def recall() -> str:
+    """Overall recall of what PPO ends with at τ = 0.25, with the share of modes covered."""
+    arms = {arm: ARMS[arm] for arm in ("kd_align", "align_kd", "align_kd_sharpened")}
+    rows = {
+        (float(row["kl_coef"]), row["arm"]): row
+        for row in _rows("mog_order.csv")
+        if row["algorithm"] == "ppo" and float(row["temperature"]) == 0.25
+    }
+    body = []
+    for kl_coef in dict.fromkeys(kl_coef for kl_coef, _ in rows):
+        cells = [rows[kl_coef, arm] for arm in arms]
+        told = [f"{float(cell['recall_median']):.1f} ({float(cell['coverage_median']):.3g})" for cell in cells]
+        body.append([f"{kl_coef:g}", *told])
+    return _table(["β", *arms.values()], body)
+
+
 def shortfalls() -> str:
     """How far below the optimum of their own reference the alignments end."""
     arms = {"aligned_base": "base, held to itself", "kd_align": "student, held to itself"}
@@ -228,6 +244,7 @@ _MADE = (
     control,
     two_by_two,
     paper,
+    recall,
     shortfalls,
     robustness,
     learning_rates,
