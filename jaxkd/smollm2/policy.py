@@ -254,7 +254,8 @@ def _on_own_sequences(model: Model, function: Callable, batched: tuple, whole: t
 
     The gradient of the head, which many chunks add to, is then summed over devices once and not for every chunk.
     """
-    if model.mesh is None or batched[0].shape[0] % model.mesh.shape[DATA]:
+    devices = 1 if model.mesh is None else model.mesh.shape[DATA]
+    if devices == 1 or batched[0].shape[0] % devices:
         return function(*batched, *whole)
     own, everywhere = PartitionSpec(DATA), PartitionSpec()
     over_mesh = jax.shard_map(
