@@ -329,7 +329,7 @@ def policy_gradient_step(
     settings: AlignmentSettings,
     reward: Reward,
     on_target,
-    reference_policy: Policy,
+    reference_policy: Policy | None = None,
 ) -> Step:
     """One rollout of the current policy and one or more updates on it, by steps: a text's tokens.
 
@@ -348,7 +348,7 @@ def policy_gradient_step(
         x = inputs.draws
         rewards = reward(x)
         mask = None if policy.step_mask is None else policy.step_mask(x)
-        reference_log_prob = reference_policy.log_prob(inputs.reference, x)
+        reference_log_prob = (reference_policy or policy).log_prob(inputs.reference, x)
 
         def evaluate(params):
             both = policy.evaluate(params, x) if kind == "ppo" else (policy.log_prob(params, x), None)
@@ -457,14 +457,14 @@ def online_preference_step(
     settings: AlignmentSettings,
     reward: Reward,
     on_target,
-    reference_policy: Policy,
+    reference_policy: Policy | None = None,
 ) -> Step:
     """Pairs drawn from the current policy, labelled by Bradley–Terry, one update of a preference loss."""
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         x = inputs.draws
         rewards = reward(x)
-        data = label_pairs(reference_policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
+        data = label_pairs(reference_policy or policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
         state, loss, kl = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
         return state, Info(loss, rewards.mean(), kl, jnp.float32(0.0), on_target(x).sum())
 
@@ -472,7 +472,13 @@ def online_preference_step(
 
 
 def offline_preference_step(
-    loss_name: str, policy: Policy, optimizer, settings, reward: Reward, on_target, reference_policy: Policy
+    loss_name: str,
+    policy: Policy,
+    optimizer,
+    settings,
+    reward: Reward,
+    on_target,
+    reference_policy: Policy | None = None,
 ) -> Step:
     """One update of a preference loss on a given batch of pairs, which carries the reference's log-probabilities."""
 
@@ -485,7 +491,12 @@ def offline_preference_step(
 
 
 def kto_step(
-    policy: Policy, optimizer, settings: AlignmentSettings, reward: Reward, on_target, reference_policy: Policy
+    policy: Policy,
+    optimizer,
+    settings: AlignmentSettings,
+    reward: Reward,
+    on_target,
+    reference_policy: Policy | None = None,
 ) -> Step:
     """KTO on a given batch, unpaired; desirable means a reward above the threshold (arXiv 2402.01306, eq. 8).
 
@@ -494,7 +505,7 @@ def kto_step(
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         data, fresh, coefficients = inputs.data, inputs.draws, inputs.coefficients
-        held_to = reference_policy.sequence_log_prob(inputs.reference, fresh)
+        held_to = (reference_policy or policy).sequence_log_prob(inputs.reference, fresh)
         log_ratio = policy.sequence_log_prob(state.params, fresh) - held_to
         reference_point = preference.kto_reference_point(log_ratio)
 
@@ -605,7 +616,6 @@ def make_step(
     algorithm = ALGORITHMS[settings.algorithm]
     if algorithm.variant == "orpo" and policy.is_density:
         raise ValueError("orpo needs probabilities below 1: it is undefined on densities such as a Gaussian mixture's")
-    reference_policy = reference_policy or policy
     if algorithm.kind == "kto":
         return kto_step(policy, optimizer, settings, reward, on_target, reference_policy)
     make = {
