@@ -338,14 +338,11 @@ def check_weights(folder: Path, found: dict[str, str]) -> None:
     """
     path = folder / "weights.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if differing := files.differences({role: held[role] for role in found if role in held}, _known(found, held)):
+    known = found.keys() & held.keys()
+    if differing := files.differences(*({role: one[role] for role in known} for one in (held, found))):
         raise ValueError(f"the weights behind {folder} are others now ({'; '.join(differing)}): choose another --out")
-    if {*found} - {*held}:
+    if known != found.keys():
         write_json(path, held | found)
-
-
-def _known(found: dict, held: dict) -> dict:
-    return {role: value for role, value in found.items() if role in held}
 
 
 def _flat(content: dict, before: str = "") -> dict[str, Any]:

@@ -118,10 +118,6 @@ def save(figure, paths: Sequence[Path]) -> None:
     plt.close(figure)
 
 
-def _middle(values: np.ndarray) -> float:
-    return float(np.sort(values)[(len(values) - 1) // 2])
-
-
 def has_gibbs_optimum(dataset: xr.Dataset, algorithm: str) -> bool:
     """Whether the Gibbs policy is the optimum of an algorithm: some arm is at a known distance from it."""
     return bool(np.isfinite(dataset.distance_to_gibbs.sel(algorithm=algorithm)).any())
