@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import runpy
+import sys
 
 # Tests compile much and compute little: LLVM's expensive passes and XLA's fusion emitters cost more than they save.
 # Set before jax starts.
@@ -15,7 +17,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-_TOGETHER = ("tests/test_laboratory.py", "tests/sweep/test_sweep.py")
+_TOGETHER = ("tests/smollm2/", "tests/parity/", "tests/test_laboratory.py", "tests/sweep/test_sweep.py")
 
 
 def pytest_addoption(parser):
@@ -44,7 +46,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return file if file.startswith(("tests/smollm2/", *_TOGETHER)) else nodeid
+            return file if file.startswith(_TOGETHER) else nodeid
 
     return Scheduling(config, log)
 
@@ -57,3 +59,21 @@ def strict_promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script in this process; returns exit code, standard output and standard error."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        # Messages are boxed: at the width of a terminal a long path would break them anywhere.
+        monkeypatch.setenv("COLUMNS", "400")
+        code = 0
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
