@@ -94,13 +94,18 @@ def short_texts(ours):
     return text.encode_prompts(ours.tokenizer, examples, context=ours.config.max_positions)
 
 
-def test_logits_and_log_probabilities(theirs, ours):
+@pytest.fixture(scope="module")
+def short_logits(ours):
+    """Logits of all texts in float32, [texts, tokens, vocabulary]."""
+    return np.asarray(jax.jit(make_model(ours.config).logits)(ours.params, *short_texts(ours)))
+
+
+def test_logits_and_log_probabilities(theirs, ours, short_logits):
     model = make_model(ours.config)
     batch = short_texts(ours)
     licence = ours.tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))[:2048]
     assert len(licence) == 2048
-    logits = list(np.asarray(jax.jit(model.logits)(ours.params, *batch)))
-    cases = [(row[mask], ids[mask]) for row, ids, mask in zip(logits, *batch, strict=True)]
+    cases = [(row[mask], ids[mask]) for row, ids, mask in zip(short_logits, *batch, strict=True)]
     long = np.asarray(jax.jit(model.logits)(ours.params, jnp.asarray([licence], jnp.int32))[0])
     compared, worst_logit, worst_log_prob = 0, 0.0, 0.0
     for mine, ids in [*cases, (long, licence)]:
@@ -115,25 +120,26 @@ def test_logits_and_log_probabilities(theirs, ours):
     assert worst_log_prob <= 3e-4
 
 
-def test_bfloat16_is_near(ours):
+def test_bfloat16_is_near(ours, short_logits):
     batch = short_texts(ours)
+    model = make_model(ours.config, compute_dtype=jnp.bfloat16)
 
-    def log_probs(dtype):
-        model = make_model(ours.config, compute_dtype=dtype)
-        return jax.jit(lambda params, *args: jax.nn.log_softmax(model.logits(params, *args)))(ours.params, *batch)
+    @jax.jit
+    def kl_to(exact, params, *x):
+        exact, rounded = (jax.nn.log_softmax(logits) for logits in (exact, model.logits(params, *x)))
+        return (jnp.exp(exact) * (exact - rounded)).sum(axis=-1)
 
-    exact, rounded = log_probs(jnp.float32), log_probs(jnp.bfloat16)
-    kl = np.asarray((jnp.exp(exact) * (exact - rounded)).sum(axis=-1))[batch.mask]
+    kl = np.asarray(kl_to(short_logits, ours.params, *batch))[batch.mask]
     print(f"bfloat16: mean KL {kl.mean():.2g}, largest {kl.max():.2g} nats a token")
     assert 0 < kl.mean() < 0.01
 
 
-def greedy_reference(theirs, prompts):
-    """Continuations by transformers' own generate, int[B, 64]."""
+def greedy_reference(theirs, prompts, new_tokens=NEW_TOKENS):
+    """Continuations by transformers' own generate, int[B, new tokens]."""
     width = max(map(len, prompts))
     ids = theirs.torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = theirs.torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = theirs.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    out = theirs.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     return out[:, width:].numpy()
 
 
@@ -189,8 +195,9 @@ def test_converted_checkpoint_is_the_same_model_in_transformers(theirs, ours, co
         assert ids == theirs.tokenizer(sample)["input_ids"]
     pair = types.SimpleNamespace(torch=theirs.torch, model=model, tokenizer=tokenizer)
     model.generation_config.eos_token_id = None
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in TEXTS["prompts"][:4]]
-    np.testing.assert_array_equal(greedy_reference(pair, prompts), greedy_reference(theirs, prompts))
+    # Its tensors are the same: one prompt tells whether they are put together the same.
+    prompts = [tokenizer(TEXTS["prompts"][0])["input_ids"]]
+    np.testing.assert_array_equal(greedy_reference(pair, prompts, 16), greedy_reference(theirs, prompts, 16))
 
 
 CHAT = [

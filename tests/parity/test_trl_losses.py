@@ -177,13 +177,6 @@ def test_paired_losses_with_a_reference(kit, tmp_path, loss_type, label_smoothin
     )
 
 
-def test_dpo_is_log_2_where_policy_equals_reference(kit, tmp_path):
-    policy = llama(kit, 0)
-    theirs = trainer(kit, "DPO", tmp_path, PAIRS, policy, ref_model=llama(kit, 0), beta=BETA)
-    batch = next(iter(theirs.get_train_dataloader()))
-    np.testing.assert_allclose(theirs.compute_loss(policy, batch).item(), np.log(2), rtol=1e-6)
-
-
 @pytest.mark.parametrize(("seeds", "floored"), [((0, 1), True), ((1, 0), False)])
 def test_kto(kit, tmp_path, seeds, floored):
     policy, reference = (llama(kit, seed) for seed in seeds)

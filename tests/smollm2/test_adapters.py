@@ -8,7 +8,6 @@ import pytest
 from random_params import random_params
 
 from jaxkd import align
-from jaxkd.policy import Policy
 from jaxkd.smollm2 import adapters, weights
 from jaxkd.smollm2.adapters import LoRA, WithFrozen
 from jaxkd.smollm2.config import Config
@@ -128,11 +127,10 @@ def test_gradients_are_finite_differences():
 
 
 @pytest.mark.loose
-@pytest.mark.parametrize("algorithm", ["online_dpo", "ppo"])
-def test_an_alignment_step_changes_adapters_alone(algorithm):
+def test_an_alignment_step_changes_adapters_alone():
     policy, params = _base()
     frozen = _copied(params)
-    settings = align.AlignmentSettings(algorithm=algorithm, num_updates=4, batch_size=4, epochs=2)
+    settings = align.AlignmentSettings(algorithm="online_dpo", num_updates=4, batch_size=4)
     optimizer = align.make_optimizer(settings.num_updates)
 
     def reward(draws):
@@ -200,7 +198,6 @@ def test_a_kernel_s_draw_does_not_depend_on_the_others():
     np.testing.assert_allclose(a.std(), CONFIG.intermediate_size**-0.5, rtol=0.1)
 
 
-@pytest.mark.skipif("step_mask" not in Policy.__dataclass_fields__, reason="policies have no step mask")
 def test_a_step_mask_is_given_the_draws():
     policy, params = _base()
     texts = _texts()

@@ -139,7 +139,8 @@ def test_saved_and_read_again_it_is_the_same(tmp_path, trained):
 
 def test_transformers_reads_what_is_saved(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for sample in TEXTS:
