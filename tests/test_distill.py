@@ -1,3 +1,6 @@
+from dataclasses import replace
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +13,22 @@ pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promo
 
 TEACHER = mixture.make([0.9, 0.1], [[-1, 0], [1, 0]], np.full((2, 2), 0.05))
 START = mixture.make([0.5, 0.5], [[-0.5, 0.3], [0.5, -0.3]], np.full((2, 2), 0.3))
-X = mixture.sample(TEACHER, jax.random.key(0), 512)
+sample = jax.jit(mixture.sample, static_argnums=2)
+em = jax.jit(mixture.em, static_argnums=2)
+# Drawn in one program, where fits are called with what was drawn.
+POLICY = replace(mixture.policy, sample=jax.jit(mixture.policy.sample, static_argnums=2))
+
+
+@cache
+def points():
+    return sample(TEACHER, jax.random.key(0), 512)
 
 
 def test_fit_by_gradient_raises_the_likelihood_nearly_to_that_of_em():
-    fitted = jax.jit(lambda: distill.fit_by_gradient(mixture.policy, START, X, 0.1, 200))()
-    by_em = jax.jit(lambda: mixture.em(START, X, 100))().log_likelihood
-    before, after = (float(mixture.log_density(m, X).mean()) for m in (START, fitted))
+    x = points()
+    fitted = jax.jit(lambda: distill.fit_by_gradient(mixture.policy, START, x, 0.1, 200))()
+    by_em = em(START, x, 100).log_likelihood
+    before, after = (float(mixture.log_density(m, x).mean()) for m in (START, fitted))
     assert after > before + 0.1
     assert float(by_em) - 0.02 < after <= float(by_em) + 1e-3
 
@@ -24,9 +36,10 @@ def test_fit_by_gradient_raises_the_likelihood_nearly_to_that_of_em():
 def test_the_maximum_likelihood_step_reports_the_loss_before_it():
     optimizer = distill.make_optimizer(10)
     step = jax.jit(distill.maximum_likelihood_step(mixture.policy, optimizer))
-    state, loss = step(distill.State(START, optimizer.init(START)), (X, 0.05))
-    assert loss == pytest.approx(-float(mixture.log_density(START, X).mean()), rel=1e-5)
-    assert step(state, (X, 0.05))[1] < loss
+    x = points()
+    state, loss = step(distill.State(START, optimizer.init(START)), (x, 0.05))
+    assert loss == pytest.approx(-float(mixture.log_density(START, x).mean()), rel=1e-5)
+    assert step(state, (x, 0.05))[1] < loss
 
 
 def test_on_policy_reverse_kl_falls_and_is_the_divergence_it_says():
@@ -38,7 +51,7 @@ def test_on_policy_reverse_kl_falls_and_is_the_divergence_it_says():
     assert kl[-20:].mean() < 0.25 * kl[0]
 
     def divergence(model):
-        x = mixture.sample(model, jax.random.key(5), 20_000)
+        x = sample(model, jax.random.key(5), 20_000)
         return float((mixture.log_density(model, x) - mixture.log_density(TEACHER, x)).mean())
 
     assert divergence(student) < 0.25 * divergence(START)
@@ -48,17 +61,16 @@ def test_on_policy_reverse_kl_falls_and_is_the_divergence_it_says():
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.1), (0.5, 0.01 / 0.82)])
 def test_sequence_level_distillation_fits_what_the_teacher_draws_at_a_temperature(temperature, share):
     shares = []
-    fit = lambda key, x: shares.append(float((x[0] > 0).mean())) or mixture.em(TEACHER, x, 5).mixture  # noqa: E731
-    student = distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, temperature, 8192, fit)
+    fit = lambda key, x: shares.append(float((x[0] > 0).mean())) or em(TEACHER, x, 5).mixture  # noqa: E731
+    student = distill.sequence_level(POLICY, jax.random.key(0), TEACHER, temperature, 8192, fit)
     assert abs(shares[0] - share) < 4 * np.sqrt(share / 8192)
     assert mixture.weights(student)[1] == pytest.approx(shares[0], abs=2e-3)
 
 
 def test_sequence_level_distillation_keeps_the_keys_of_draws_and_fit_apart():
     keys = []
-    distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: keys.append(key) or x)
-    x = distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: x)
-    assert not jnp.array_equal(mixture.sample(TEACHER, keys[0], 16), x)
+    x = distill.sequence_level(POLICY, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: keys.append(key) or x)
+    assert not jnp.array_equal(sample(TEACHER, keys[0], 16), x)
 
 
 def _compare(params, teacher, x, coefficient):

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,56 @@ def test_sinks_are_given_every_line(tmp_path):
     log = durable.Log("stage", tmp_path / durable.METRICS, (lambda *told: seen.append(told),))
     log.write(4, {"loss": 0.5})
     assert seen == [("stage", 4, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("wandb", "tensorboard", "module", "told"),
+    [
+        ("project", False, "wandb", r"--wandb needs wandb: pip install 'jaxkd\[wandb\]'"),
+        (None, True, "tensorboardX", r"--tensorboard needs tensorboardX: pip install 'jaxkd\[tensorboard\]'"),
+    ],
+)
+def test_a_sink_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, wandb, tensorboard, module, told):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=told):
+        durable.sinks(wandb, tensorboard, tmp_path, {})
+    assert durable.sinks(None, False, tmp_path, {}) == ()
+
+
+def test_metrics_go_to_wandb_and_tensorboard(tmp_path, monkeypatch):
+    """Stand-ins for both, since neither need be installed."""
+    told = []
+
+    class Writer:
+        def __init__(self, folder):
+            told.append(("folder", folder))
+
+        def add_scalar(self, *scalar):
+            told.append(("scalar", *scalar))
+
+        def flush(self):
+            told.append(("flush",))
+
+    def init(**given):
+        told.append(("init", given))
+        return SimpleNamespace(log=lambda metrics: told.append(("log", metrics)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    out = tmp_path / "run"
+    sinks = durable.sinks("project", True, out, {"seed": 3})
+    assert told == [
+        ("init", {"project": "project", "name": "run", "config": {"seed": 3}}),
+        ("folder", str(out / "tensorboard")),
+    ]
+    told.clear()
+    durable.Log("kd_align", tmp_path / durable.METRICS, sinks).write(4, {"loss": 0.5, "kl": 0.25})
+    assert told == [
+        ("log", {"kd_align/step": 4, "kd_align/loss": 0.5, "kd_align/kl": 0.25}),
+        ("scalar", "kd_align/loss", 0.5, 4),
+        ("scalar", "kd_align/kl", 0.25, 4),
+        ("flush",),
+    ]
 
 
 def test_what_differs_is_named_by_its_path(tmp_path):

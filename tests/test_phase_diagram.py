@@ -1,4 +1,5 @@
 import csv
+import functools
 import itertools
 import json
 import os
@@ -82,6 +83,23 @@ def summary(dataset):
     return phase_diagram.summarise(dataset)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were when they were to be written."""
+    figures = []
+    monkeypatch.setattr(phase_diagram, "save", lambda figure, paths: figures.append(figure))
+    yield figures
+    for figure in figures:
+        plt.close(figure)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Intervals of critical masses from few resamples, for tests that do not read them."""
+    few = functools.partial(phase_diagram.critical_mass, num_resamples=19)
+    monkeypatch.setattr(phase_diagram, "critical_mass", few)
+
+
 def test_rates_and_tests_are_those_of_each_cell(dataset, summary):
     cell = {"algorithm": "ppo", "target_weight": 0.03, "capacity": 2, "temperature": 0.5, "kl_coef": 0.3}
     recovered = dataset.target_mass.sel(cell) > 0.5
@@ -110,7 +128,7 @@ def test_a_failed_run_takes_its_pair_out_of_both_rates(dataset):
     assert cell.recovery_challenger == pytest.approx(float(kept.sel(stage="align_kd").mean()))
 
 
-def test_beside_the_rates_stand_those_with_failures_as_not_recovered(dataset, summary, tmp_path):
+def test_beside_the_rates_stand_those_with_failures_as_not_recovered(dataset, summary, tmp_path, drawn):
     np.testing.assert_array_equal(summary.recovery_failures_as_0, summary.recovery)
     np.testing.assert_array_equal(summary.p_value_failures_as_0, summary.p_value)
     broken = dataset.copy(deep=True)
@@ -200,7 +218,7 @@ def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
 
 
 @pytest.mark.parametrize(("algorithm", "told"), [("ppo", True), ("grpo", False)])
-def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path):
+def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path, drawn, few_resamples):
     dataset = finished(algorithm=[algorithm])
     dataset.attrs["configuration"] = configuration("plane")
     text = phase_diagram.report({"sweep": dataset}, tmp_path)
@@ -225,7 +243,7 @@ def test_boundaries_are_those_that_the_algorithm_has(algorithm, label_noise, exp
     assert (found.gibbs, found.draws_a_step, found.draws) == expected
 
 
-def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
+def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path, drawn, few_resamples):
     one, other = finished(), finished()
     one.attrs["configuration"] = configuration("plane", target_weights=[0.03])
     other.attrs["configuration"] = configuration("plane", target_weights=[0.1], rewards=["disc"])
@@ -400,16 +418,6 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
     cells = phase_diagram.summarise(dataset).difference.size
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they were when they were to be written."""
-    figures = []
-    monkeypatch.setattr(phase_diagram, "save", lambda figure, paths: figures.append(figure))
-    yield figures
-    for figure in figures:
-        plt.close(figure)
 
 
 def draw(preset, dataset):

@@ -15,6 +15,7 @@ DENSITY = rewards.target_density(TRUTH.target)(GRID.x)
 PEAK = 1 / (2 * np.pi * 0.025)
 gibbs = jax.jit(theory.gibbs)
 half_mass = jax.jit(theory.half_mass_coefficient)
+sample = jax.jit(mixture.sample, static_argnums=2)
 
 
 @pytest.mark.parametrize("kl_coef", [0.1, 1.0, 5.0])
@@ -102,7 +103,7 @@ def test_half_mass_coefficient_says_where_there_is_none():
 
 
 def test_target_density_ratio_is_the_mean_over_draws_of_the_target():
-    x = mixture.sample(TRUTH.target, jax.random.key(0), 200_000)
+    x = sample(TRUTH.target, jax.random.key(0), 200_000)
     tilted = np.exp(np.asarray(rewards.target_density(TRUTH.target)(x), np.float64) / 3.0)
     error = tilted.std() / np.sqrt(len(tilted))
     assert abs(tilted.mean() - float(theory.target_density_ratio(PEAK, 3.0))) < 4 * error

@@ -7,6 +7,8 @@ from scipy import stats
 from jaxkd import mixture
 from jaxkd.truth import discs, make_truth, misses_a_mode, on_target, with_target_weight
 
+sample = jax.jit(mixture.sample, static_argnums=2)
+
 
 def test_the_ring_is_the_papers():
     truth = make_truth()
@@ -40,7 +42,7 @@ def test_a_target_of_weight_zero_is_never_drawn():
     truth = make_truth(target_weight=0)
     weights = np.asarray(mixture.weights(truth.modes))
     assert weights[np.asarray(truth.is_target)] == 0
-    x = mixture.sample(truth.modes, jax.random.key(0), 10_000)
+    x = sample(truth.modes, jax.random.key(0), 10_000)
     # The neighbours' tails reach into the disc, one draw in some thousands.
     assert np.isfinite(x).all() and on_target(truth, x).mean() < 1e-3
     assert np.isfinite(mixture.log_density(truth.modes, x)).all()
@@ -83,7 +85,7 @@ def test_a_random_layout_is_reproducible_and_keeps_modes_apart():
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_draw_of_a_mode_lies_in_its_disc_as_often_as_the_chi_square_says(dim):
     truth = make_truth(5 * np.eye(3)[:, :dim] + 0.0, targets=[0], target_weight=0.3)
-    x = mixture.sample(truth.modes, jax.random.key(0), 20_000)
+    x = sample(truth.modes, jax.random.key(0), 20_000)
     share = stats.chi2.cdf(9, dim)
     assert abs(float(discs(truth, x).any(axis=0).mean()) - share) < 4 * np.sqrt(share * (1 - share) / 20_000)
     assert abs(float(on_target(truth, x).mean()) - 0.3 * share) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
@@ -139,7 +141,7 @@ def test_a_model_that_merges_two_modes_is_told_from_one_that_covers_them(pair):
     truth = make_truth(num_targets=2)
     merged = fitted(truth, pair)
     assert misses_a_mode(truth, merged)
-    x = mixture.sample(merged, jax.random.key(0), 50_000)
+    x = sample(merged, jax.random.key(0), 50_000)
     shares = np.asarray(discs(truth, x).mean(axis=1)) / np.asarray(mixture.weights(truth.modes))
     # Coverage, which asks for a tenth of a mode's mass in its disc, sees nothing.
     assert (shares > 0.1 * stats.chi2.cdf(9, 2)).all()

@@ -1,6 +1,6 @@
 """Run by test_sharding.py: forward, log_prob, generation and a training step, on one device and on eight.
 
-Usage: on_eight_devices.py tensor | both | data
+Usage: on_eight_devices.py CASE…, of tensor, both and data
 """
 
 import sys
@@ -67,8 +67,9 @@ def main(case):
     assert cut.addressable_shards[0].data.size * 8 == cut.size, "the parameters are not cut in eight"
     momentum = jax.tree.leaves(state)
     assert any(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in momentum), "nor is the optimizer"
-    print("equal")
+    print(f"{case}: equal", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for case in sys.argv[1:]:
+        main(case)

@@ -1,9 +1,12 @@
 """The order on a language model: its stages, their durability, and what is refused."""
 
 import ast
+import csv
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib import pyplot as plt
 
 from jaxkd import align, durable, pipelines
@@ -25,6 +29,7 @@ from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
+from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
 # Orbax, optax and the host loop are not ours to be strict about.
@@ -198,6 +203,29 @@ def test_report(finished, tmp_path):
     assert "aligned_base" in report.format_costs(list(costs.values()))
     report.draw(order, out, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_report_is_made_again_from_what_was_kept(finished, tmp_path, monkeypatch, capsys):
+    order, out, _ = finished
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    # As the script would have begun it; its flags do not reach so small an order.
+    kept = shutil.copytree(out, tmp_path / "run")
+    durable.write_json(kept / "config.json", json.loads((kept / "config.json").read_text()) | {"dtype": "float32"})
+    monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags: order)
+    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
+    for maker in ("prepare", "run"):
+        monkeypatch.setattr(orders.Laboratory, maker, None)
+    before = {path: path.read_bytes() for path in _files(kept)}
+    script["main"](script["Flags"](report=True, out=kept))
+    assert {path: path.read_bytes() for path in before} == before
+    expected = report.table(order, out)
+    assert report.format_table(expected) in capsys.readouterr().out
+    with (kept / "table.csv").open(newline="") as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == [row["arm"] for row in expected]
+    with xr.open_zarr(kept / "smollm2_order.zarr") as found:
+        xr.testing.assert_equal(found.load(), report.to_dataset(order, out))
+    assert plt.imread(kept / "smollm2_order.png")[..., :3].std() > 0.05
 
 
 def write_measurements(order, out):
@@ -613,6 +641,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
+@pytest.mark.slow
 def test_what_diverges_is_told_and_the_rest_is_made(tmp_path):
     wild = replace(tiny_order.OPTIMISATION, learning_rate=1e38, max_gradient_norm=1e30)
     order = tiny_order.make(alignment=replace(tiny_order.make().alignment, optimisation=wild))

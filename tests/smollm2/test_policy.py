@@ -211,6 +211,7 @@ RAGGED = policy.Texts(
 )
 REWARDS = jnp.asarray([0.3, -1.0, 2.0, 0.6])
 CASES = [("reinforce", False), ("ppo", False), ("ppo", True), ("grpo", False)]
+QUICK = [("ppo", True), ("grpo", False)]
 
 
 def _critic_policy(critic):
@@ -224,8 +225,8 @@ def _critic_policy(critic):
 
 
 @cache
-def _aligned(algorithm, critic, epochs=1):
-    """`(x, at the reference?) -> (info, the last gradient)`."""
+def _aligned(algorithm, critic, epochs=2):
+    """`(x, at the reference?) -> (info, the last gradient)`; REINFORCE makes one update, whatever the epochs."""
     ours, params, reference = _critic_policy(critic)
     settings = align.AlignmentSettings(algorithm, epochs, batch_size=4, epochs=epochs, group_size=2)
     step = jax.jit(align.make_step(ours, KEEP, settings, lambda x: REWARDS, lambda x: jnp.zeros((), bool)))
@@ -246,9 +247,12 @@ def _distance(a, b):
     return jnp.linalg.norm(a - b) / jnp.linalg.norm(a)
 
 
-@pytest.mark.parametrize(("algorithm", "critic"), CASES)
+@pytest.mark.parametrize(
+    ("algorithm", "critic"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_padding_of_either_side_has_no_influence_on_an_alignment(algorithm, critic):
-    run = _aligned(algorithm, critic, epochs=2)
+    run = _aligned(algorithm, critic)
     info, gradient = run(RAGGED)
     other_tokens = RAGGED._replace(tokens=jnp.where(RAGGED.mask, RAGGED.tokens, 263 - RAGGED.tokens))
     # Longer prompts and texts, as a batch with a longer neighbour would have.
@@ -263,13 +267,13 @@ def test_padding_of_either_side_has_no_influence_on_an_alignment(algorithm, crit
 @pytest.mark.parametrize(("algorithm", "critic"), CASES)
 def test_a_text_at_its_reference_has_no_kl(algorithm, critic):
     info, gradient = _aligned(algorithm, critic)(RAGGED, at_reference=True)
-    assert info.kl == 0 and info.clip_fraction == 0
+    assert info.kl == 0
     assert (info.value_loss > 0) == critic
     assert ravel_pytree(gradient)[0].any()
 
 
 def test_ppo_of_one_epoch_has_the_gradient_of_reinforce_on_texts():
-    assert _distance(_aligned("reinforce", False)(RAGGED)[1], _aligned("ppo", False)(RAGGED)[1]) < 1e-5
+    assert _distance(_aligned("reinforce", False)(RAGGED)[1], _aligned("ppo", False, epochs=1)(RAGGED)[1]) < 1e-5
 
 
 def test_the_prompt_s_own_log_probs_and_values_do_not_enter():

@@ -32,7 +32,7 @@ def has_digit(completion: str) -> bool:
     return any(sign.isdigit() for sign in completion)
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "ppo", "online_dpo", "offline_dpo_ref"])
+@pytest.mark.parametrize("algorithm", ["ppo", "online_dpo", "offline_dpo_ref", "kto"])
 def test_a_reference_is_scored_by_its_own_functions(tmp_path, algorithm):
     start = make_setting().load("random:tiny")
     # The same parameters, turned otherwise: nothing in their shapes tells.
@@ -48,6 +48,7 @@ def test_a_reference_is_scored_by_its_own_functions(tmp_path, algorithm):
         0.1,
         stages.Alignment(settings, optimisation=OPTIMISATION),
         workshop(),
+        truth_samples=start.draw(jax.random.key(4), 8) if algorithm == "kto" else None,
     )
     draw_key, _, data_key = jax.random.split(key, 3)
     x = start.draw(jax.random.fold_in(draw_key, 0), 8)

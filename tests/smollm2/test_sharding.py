@@ -17,12 +17,12 @@ from jaxkd.smollm2.model import make_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tensor", "both", "data"])
-def test_eight_devices_give_the_single_devices_results(case):
-    script = Path(__file__).with_name("on_eight_devices.py")
-    done = subprocess.run([sys.executable, "-W", "error", script, case], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+def test_eight_devices_give_the_single_devices_results():
+    cases = ["tensor", "both", "data"]
+    command = [sys.executable, "-W", "error", Path(__file__).with_name("on_eight_devices.py"), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines() == [f"{case}: equal" for case in cases]
 
 
 @pytest.mark.slow

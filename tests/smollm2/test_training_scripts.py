@@ -100,7 +100,10 @@ def test_distill_writes_a_student(run, tmp_path):
         (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
         (
             ALIGN,
-            ["--source", "random:tiny", "--behaviour", "words:unlikelihood", "--algorithm", "ppo"],
+            [
+                *("--source", "random:tiny", "--behaviour", "words:unlikelihood", "--algorithm", "ppo"),
+                *("--batch-size", "256", "--max-new-tokens", "8"),  # few and short passes until that is known
+            ],
             "never shown",
         ),
         (

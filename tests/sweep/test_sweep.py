@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -350,10 +351,15 @@ def test_a_folder_that_cannot_be_written_is_one_error_before_any_compute(tmp_pat
     monkeypatch.setattr(engine, "compile_runs", None)
     with pytest.raises(OSError, match=r"cannot write to .*file: File exists; choose another --out"):
         run_sweep(one_value, TINY, tmp_path / "file" / "s", progress=False)
-    if os.geteuid() != 0:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(OSError, match=r"cannot write to .*locked: Permission denied"):
-            run_sweep(one_value, TINY, tmp_path / "locked" / "s", progress=False)
+
+    def denied(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    # Made up, since the superuser may write everywhere.
+    monkeypatch.setattr(store, "tempfile", SimpleNamespace(TemporaryFile=denied))
+    with pytest.raises(OSError, match=r"cannot write to .*locked: Permission denied; choose another --out"):
+        run_sweep(one_value, TINY, tmp_path / "locked" / "s", progress=False)
+    assert not (tmp_path / "locked" / "s").exists()
 
 
 def test_a_full_disk_is_one_error_and_the_sweep_goes_on_once_there_is_room(finished, tmp_path, monkeypatch):
@@ -621,7 +627,7 @@ def test_a_chunk_that_memory_does_not_hold_is_one_message(tmp_path, capsys):
         raise RuntimeError("not of memory")
 
 
-def test_measuring_ends_at_the_last_chunk_that_memory_holds(tmp_path, monkeypatch):
+def test_measuring_ends_at_the_last_chunk_that_memory_holds_and_going_on_measures_nothing(tmp_path, monkeypatch):
     tried, start = [], engine._Sweep.start
 
     def limited(self, program, pieces, runs):
@@ -636,8 +642,15 @@ def test_measuring_ends_at_the_last_chunk_that_memory_holds(tmp_path, monkeypatc
     monkeypatch.setattr(engine, "_seconds_a_run", lambda *given: 1e3 / given[3] + 0 * seconds(*given))
     grid = Grid({"a": (1.0, 2.0)}, range(512), runs_per_block=32)
     limit = 4 * 8
-    assert run_sweep(one_value, grid, tmp_path / "s", progress=False).chunk == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.hosts, "own_share", lambda count: range(count // 2))
+        begun = run_sweep(one_value, grid, tmp_path / "s", progress=False)
+    assert (begun.chunk, begun.runs) == (8, 512)
     assert set(tried) == {8, 32, 128}
+    tried.clear()
+    ended = run_sweep(one_value, grid, tmp_path / "s", progress=False)
+    assert (ended.chunk, ended.runs, ended.runs_before) == (8, 512, 512)
+    assert set(tried) == {32}
     limit = 1
     with pytest.raises(cli.DeviceMemoryError, match="out of memory with 2 runs a device: give a smaller --chunk"):
         run_sweep(one_value, grid, tmp_path / "t", progress=False)
