@@ -1,4 +1,4 @@
-"""Strictness for every test: no silent dtype or rank promotion, several CPU devices, plain tests before slow ones."""
+"""Strictness for every test: no silent dtype or rank promotion, several CPU devices; scripts run in this process."""
 
 import importlib.util
 import os
