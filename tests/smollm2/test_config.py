@@ -46,6 +46,14 @@ def test_comes_back_from_its_own_entries(changes):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not implemented"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "'yarn' is not implemented"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not implemented"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+            "'yarn' is not implemented",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"attention_bias": True}, "attention_bias must be False"),
         ({"hidden_size": None}, "no hidden_size"),
@@ -57,6 +65,25 @@ def test_comes_back_from_its_own_entries(changes):
 def test_refuses_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         Config.from_hf(SMOLLM2_135M | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta"),
+    [
+        ({"rope_theta": None}, 10000.0),
+        ({"rope_theta": 7.0}, 7.0),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, 5.0),
+        ({"rope_scaling": {"rope_theta": 3.0}, "rope_parameters": {"rope_theta": 5.0}}, 3.0),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}, 7.0),
+    ],
+)
+def test_base_of_the_rotary_angles_is_the_one_that_transformers_takes(changes, theta):
+    transformers = pytest.importorskip("transformers")
+    entries = SMOLLM2_135M | changes
+    assert Config.from_hf(entries).rope_theta == theta
+    # transformers 5 has no top-level theta that is None.
+    theirs = transformers.LlamaConfig.from_dict({key: value for key, value in entries.items() if value is not None})
+    assert theirs.rope_parameters["rope_theta"] == theta
 
 
 def _gguf_fields():
@@ -81,12 +108,29 @@ def test_gguf_numbers_are_those_that_were_meant():
     [
         ({"general.architecture": "qwen2"}, "'qwen2'"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not implemented"),
+        ({"llama.rope.scaling.factor": 4.0}, "'linear' by 4 is not implemented"),
+        ({"llama.rope.scale_linear": 2.0}, "'linear' by 2 is not implemented"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "'linear' by 4 is not implemented"),
         ({"llama.expert_count": 8}, "8 experts"),
     ],
 )
 def test_gguf_refuses_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         Config.from_gguf(_gguf_fields() | changes, tie_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama.rope.scaling.factor": 0.0},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 1.0, "llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_gguf_scaling_that_scales_nothing_is_read(changes):
+    plain = Config.from_gguf(_gguf_fields(), tie_embeddings=True)
+    assert Config.from_gguf(_gguf_fields() | changes, tie_embeddings=True) == plain
 
 
 def test_gguf_names_what_is_missing():
