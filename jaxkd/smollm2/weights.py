@@ -39,6 +39,7 @@ _ROWS = 2048
 _LISTED = 8
 # Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 # --- which tensor goes where -----------------------------------------------------------------------------------------
@@ -82,11 +83,11 @@ def places(config: Config) -> dict[str, Place]:
     attention, mlp = ("layers", "attention"), ("layers", "mlp")
     every = slice(None)
     found = {
-        "model.embed_tokens.weight": _plain(("embedding",), (), v, d),
+        _EMBEDDING: _plain(("embedding",), (), v, d),
         "model.norm.weight": _plain(("norm", "scale"), (), d),
     }
     if not config.tie_embeddings:
-        found["lm_head.weight"] = _plain(("head",), (), v, d)
+        found[_HEAD] = _plain(("head",), (), v, d)
     for i in range(config.num_layers):
         rows = (k * g * n, k * n)
         layer = {
@@ -167,7 +168,12 @@ class SafetensorsReader:
 
 
 def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The files of a checkpoint, and the tensors that the index, where there is one, says each has."""
+    """The files of a checkpoint, and the tensors that the index says each has; one file goes before an index.
+
+    So it does in transformers: an index beside it is of an earlier checkpoint in the same folder.
+    """
+    if (directory / "model.safetensors").is_file():
+        return {directory / "model.safetensors": None}
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         where = json_file.read_object(index).get("weight_map")
@@ -179,8 +185,6 @@ def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
             directory / file: {name for name, place in where.items() if place == file}
             for file in sorted(set(where.values()))
         }
-    if (directory / "model.safetensors").is_file():
-        return {directory / "model.safetensors": None}
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     hint = f"; {', '.join(pickled)} would have to be unpickled, which is never done" if pickled else ""
     raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json{hint}")
@@ -214,8 +218,8 @@ class GGUFReader:
         # GGUF writes the fastest axis first.
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
         fields = {key: field.contents() for key, field in reader.fields.items() if _is_plain(key)}
-        fields.setdefault("llama.vocab_size", self.shapes.get("model.embed_tokens.weight", (0,))[0])
-        self.config = Config.from_gguf(fields, tie_embeddings="lm_head.weight" not in self._tensors)
+        fields.setdefault("llama.vocab_size", self.shapes.get(_EMBEDDING, (0,))[0])
+        self.config = Config.from_gguf(fields, tie_embeddings=_HEAD not in self._tensors)
         self._refuse_scaled_rope()
 
     def _refuse_scaled_rope(self) -> None:
@@ -364,6 +368,7 @@ def load(
     reader = _open(locate(source, revision))
     found = places(reader.config)
     _check_shapes(source, reader, found)
+    _check_tied_head(source, reader)
     return reader.config, _fill(reader, found, dtype, _putter(reader.config, mesh))
 
 
@@ -428,7 +433,7 @@ def _check_shapes(source: str | Path, reader: Reader, found: Mapping[str, Place]
     """Raise one ValueError with everything that does not fit."""
     have = {name: shape for name, shape in reader.shapes.items() if not _IGNORED.fullmatch(name)}
     if reader.config.tie_embeddings:
-        have.pop("lm_head.weight", None)  # some checkpoints write the tied head a second time
+        have.pop(_HEAD, None)  # some checkpoints write the tied head a second time
     wrong = [
         f"{name} is {list(have[name])}, must be {list(place.shape)}"
         for name, place in found.items()
@@ -438,6 +443,21 @@ def _check_shapes(source: str | Path, reader: Reader, found: Mapping[str, Place]
     said = [f"{len(names)} {kind}: {_list(names)}" for kind, names in kinds.items() if names]
     if said:
         raise ValueError(f"the tensors of {source} do not fit its configuration; {'; '.join(said)}")
+
+
+def _check_tied_head(source: str | Path, reader: Reader) -> None:
+    """Raise ValueError where a head that should be the embedding is there, and is another."""
+    if not reader.config.tie_embeddings or _HEAD not in reader.shapes:
+        return
+    same = reader.shapes[_HEAD] == reader.shapes[_EMBEDDING] and all(
+        np.array_equal(*(block.astype(np.float32, copy=False) for block in blocks))
+        for blocks in zip(reader.blocks(_HEAD), reader.blocks(_EMBEDDING), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{source} ties its head to the embedding, but holds {_HEAD} with other numbers: set tie_word_embeddings "
+            "to false in config.json to use that head, or take the tensor out of the file"
+        )
 
 
 def _list(names) -> str:

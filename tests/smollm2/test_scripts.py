@@ -195,6 +195,7 @@ def broken(kind, checkpoint, folder):
     """A damaged copy of a checkpoint."""
     shutil.copytree(checkpoint, folder)
     if kind == "missing shard":
+        (folder / "model.safetensors").unlink()
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "truncated":

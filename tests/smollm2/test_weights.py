@@ -76,6 +76,34 @@ def test_a_tied_head_written_twice_is_taken(tmp_path):
     _same(weights.load(tmp_path)[1], params)
 
 
+@pytest.mark.parametrize("change", ["numbers", "shape"])
+def test_a_tied_head_that_is_another_is_refused_and_taken_once_it_is_untied(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(weights, "_ROWS", 100)
+    _, params = _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head if change == "numbers" else head[:-1]}, path)
+    with pytest.raises(ValueError, match=r"holds lm_head\.weight with other numbers: set tie_word_embeddings to false"):
+        weights.load(tmp_path)
+    if change == "numbers":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        _same(weights.load(tmp_path)[1], params | {"head": head})
+
+
+def test_one_file_goes_before_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    config, params = _saved(tmp_path)
+    monkeypatch.undo()
+    later = jax.tree.map(lambda leaf: leaf + 1, params)
+    weights.save_pretrained(tmp_path / "later", config, later)
+    (tmp_path / "later/model.safetensors").rename(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    _same(weights.load(tmp_path)[1], later)
+
+
 @pytest.mark.parametrize("kept", [4, 200, -100])
 def test_a_file_cut_short_is_a_clear_error(tmp_path, kept):
     _saved(tmp_path)
