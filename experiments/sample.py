@@ -158,7 +158,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
             finished = ids[-1] in tokenizer.eos_ids
             prompt_ids = prompts.tokens[prompt[i]][prompts.mask[prompt[i]]].tolist()
             yield {
-                "completion": tokenizer.decode(ids[:-1] if finished else ids),
+                "completion": tokenizer.decode_after(ids[:-1] if finished else ids),
                 "prompt_ids": prompt_ids,
                 "completion_ids": ids,
                 "log_prob": float(log_probs[i][mask[i]].sum(dtype=np.float64)),

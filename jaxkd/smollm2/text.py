@@ -9,8 +9,11 @@ Files. JSONL (one object a line) and Parquet (the same columns), or a folder of 
     completion        {"prompt", "completion"}
     preference        {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} that begin with the same prompt
 
-standard (every value a string) or conversational (every value a list of {"role", "content"}). Other columns are
-ignored. Inside there is one schema, `Example`: plain strings, with the chat template applied already.
+standard (every value a string) or conversational (every value a list of {"role", "content"}). Three more columns, those
+of the samples that `corpus` writes, count beside strings: with {"prompt_ids", "completion_ids"} these tokens are taken
+as they are, for a text that was decoded need not give its own tokens again, and {"finished": false} says that no end is
+to be added. All others are ignored. Inside there is one schema, `Example`: plain strings, with the chat template
+applied already.
 
 Arrays. Prompts are padded on the left and completions on the right, so that every completion starts in one column.
 """
@@ -82,6 +85,12 @@ class Tokenizer:
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
     @property
+    def end_id(self) -> int | None:
+        """The id that ends a completion to learn from: the tokenizer's own, as in TRL, else the first of `eos_ids`."""
+        own = self.id_of("eos_token")
+        return own if own is not None else next(iter(self.eos_ids), None)
+
+    @property
     def pad_id(self) -> int:
         """The id that fills padding; a tokenizer without one pads with its end, which masks keep from being scored."""
         padding = self.id_of("pad_token")
@@ -91,9 +100,34 @@ class Tokenizer:
         """The ids of a text; with `add_special_tokens` also those that the tokenizer puts around one (often none)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """The ids of a text that goes on from another, whose own ids stay as they are.
+
+        Both are encoded as one, as TRL does, and what follows the first text's ids is taken. Where the two do not come
+        apart there, as at a word that both share, the second is encoded alone, without the space that some tokenizers
+        (SentencePiece's) put before a text.
+        """
+        first, both = self.encode(before), self.encode(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        return self._inside.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of ids. Bytes that are no UTF-8, as at a cut character, become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_after(self, ids: Iterable[int]) -> str:
+        """The text of ids that go on from others: a space with which it begins stays."""
+        return self._inside.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The backend for what stands inside a text: it puts no space before it, and takes none away."""
+        state = json.loads(self.backend.to_str())
+        parts = {name: _without_prefix(state[name], changes) for name, changes in _PREFIXES.items()}
+        if all(part == state[name] for name, part in parts.items()):
+            return self.backend
+        return tokenizers.Tokenizer.from_str(json.dumps(state | parts))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files that AutoTokenizer.from_pretrained reads, and generation_config.json."""
@@ -110,6 +144,24 @@ class Tokenizer:
         ids = {f"{role}_id": self.id_of(role) for role in ROLES if role != "unk_token"}
         present = {key: value for key, value in ids.items() if value is not None}
         json_file.write_object(directory / "generation_config.json", present | self.generation)
+
+
+_PREFIXES = {
+    "normalizer": {"Prepend": {"prepend": ""}},
+    "pre_tokenizer": {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}},
+    "decoder": {"Metaspace": {"prepend_scheme": "never"}, "Strip": {"start": 0}},
+}
+"""What puts a space before a text or takes it away, in the parts of tokenizer.json, and with what it does not."""
+
+
+def _without_prefix(part: Any, changes: dict[str, dict]) -> Any:
+    """A part of tokenizer.json with changes to its steps, by their type."""
+    if isinstance(part, list):
+        return [_without_prefix(step, changes) for step in part]
+    if not isinstance(part, dict):
+        return part
+    inner = {key: _without_prefix(value, changes) for key, value in part.items()}
+    return inner | changes.get(part.get("type"), {})
 
 
 # --- where a tokenizer comes from ------------------------------------------------------------------------------------
@@ -405,22 +457,28 @@ class Example:
       completion: what follows, of a prompt+completion row; else None.
       chosen: the preferred completion of a preference row; else None.
       rejected: the other completion of a preference row; else None.
+      prompt_ids: tokens of the prompt, where the row has them; they are not encoded again.
+      completion_ids: likewise of the completion, with its end where it has one.
       finished: the completion came to its end; one that was cut at a limit gets no end when it is encoded.
       from_chat: the strings were rendered by the chat template, which wrote the special tokens into them. Where it
-        did not, encoding adds the tokenizer's own before the prompt and an end after each completion, as TRL does.
+        did not, encoding adds the tokenizer's own before the prompt and, where it is not there yet, an end after each
+        completion, as TRL does.
     """
 
     prompt: str
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[int, ...] | None = None
     finished: bool = True
     from_chat: bool = False
 
 
 _FORMATS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}, {"chosen", "rejected"})
 _COLUMNS = ("prompt", "completion", "chosen", "rejected")
-_FINISHED = "finished"  # beside a completion: of the samples that `corpus` writes
+# Of the samples that `corpus` writes, beside a prompt and a completion.
+_FINISHED, _IDS = "finished", ("prompt_ids", "completion_ids")
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
@@ -478,7 +536,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in (*_COLUMNS, _FINISHED)]
+            columns = [name for name in file.schema_arrow.names if name in (*_COLUMNS, _FINISHED, *_IDS)]
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
@@ -489,9 +547,10 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
     """Bring one row of any of the formats into the schema.
 
     Raises:
-      ValueError: on other columns, on values of mixed or wrong types, or on completions that do not differ.
+      ValueError: on other columns, on values of mixed or wrong types, on completions that do not differ, or on ids of
+        another tokenizer.
     """
-    finished = row.get(_FINISHED) is not False
+    finished, ids = row.get(_FINISHED) is not False, {name: row.get(name) for name in _IDS}
     row = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
     if set(row) not in _FORMATS:
         allowed = "; ".join(", ".join(sorted(columns)) for columns in _FORMATS)
@@ -508,7 +567,41 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
             chat = dict.fromkeys(row, chat["chosen"])
     if len(set(chat.values())) != 1:
         raise ValueError("prompt and completion must both be strings or both be lists of messages")
-    return _render(row, tokenizer) if chat["prompt"] else Example(**row, finished=finished)
+    if chat["prompt"]:
+        return _render(row, tokenizer)
+    return Example(**row, **_own_ids(row, ids, tokenizer), finished=finished)
+
+
+def _own_ids(row: dict, ids: dict, tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
+    """The ids that a row of prompt and completion has of its strings.
+
+    Raises:
+      ValueError: where they are no ids, or not what this tokenizer makes of the strings.
+    """
+    found = {}
+    for name, given in ids.items():
+        text = row.get(name.removesuffix("_ids"))
+        if given is None or text is None or "chosen" in row:
+            continue
+        most = tokenizer.size + MOST_PADDING_ROWS - 1
+        if not isinstance(given, list) or not all(isinstance(i, int) and 0 <= i <= most for i in given):
+            raise ValueError(f"{name} must be a list of ids, whole numbers from 0 to {most}; got {_shown(given)}")
+        if name == "prompt_ids":
+            fits = given in (tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=True))
+        else:
+            fits = text in (tokenizer.decode_after(given), tokenizer.decode_after(given[:-1]))
+        if not fits:
+            raise ValueError(
+                f"{name} are not this tokenizer's of the text beside them ({_shown(text)}): leave the column out, and "
+                "the text will be encoded"
+            )
+        found[name] = tuple(given)
+    return found
+
+
+def _shown(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= 80 else f"{told[:79]}…"
 
 
 def _is_conversation(key: str, value: Any) -> bool:
@@ -586,17 +679,21 @@ class Sequences(NamedTuple):
 
 def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     """The ids of an example's prompt."""
+    if example.prompt_ids is not None:
+        return list(example.prompt_ids)
     return tokenizer.encode(example.prompt, add_special_tokens=not example.from_chat)
 
 
 def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "completion") -> list[int]:
-    """The ids of an example's completion, chosen or rejected, which are encoded apart from the prompt's."""
+    """The ids of an example's completion, chosen or rejected, which follow the prompt's."""
     text = getattr(example, which)
     if text is None:
         raise ValueError(f"the example has no {which}: {example}")
-    ids = tokenizer.encode(text)
-    ended = example.from_chat or not example.finished or not tokenizer.eos_ids
-    return ids if ended else [*ids, tokenizer.eos_ids[0]]
+    if which == "completion" and example.completion_ids is not None:
+        return list(example.completion_ids)
+    ids, end = tokenizer.encode_after(example.prompt, text), tokenizer.end_id
+    ended = example.from_chat or not example.finished or end is None or ids[-1:] == [end]
+    return ids if ended else [*ids, end]
 
 
 def encode_prompts(

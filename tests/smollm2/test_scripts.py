@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -76,9 +77,19 @@ def test_samples_are_written_and_read_back(run, tmp_path):
     assert len({tuple(row["completion_ids"]) for row in rows}) == 10
     read = text.read_examples(tmp_path / "out", tokenizer)
     assert [example.completion for example in read] == [row["completion"] for row in rows]
-    # As training data again, what was cut at the limit gets no end.
-    ends = [text.completion_ids(tokenizer, example)[-1] in tokenizer.eos_ids for example in read]
-    assert ends == [row["finished"] for row in rows] and not all(ends)
+    # As training data again they are the very tokens, though a fresh model's bytes are seldom UTF-8.
+    assert "\ufffd" in "".join(row["completion"] for row in rows)
+    distill = runpy.run_path(str(EXPERIMENTS / "distill.py"))
+    arguments = {"teacher": "random:tiny", "out": tmp_path / "student", "held_out": 4, "batch_size": 4}
+    texts = distill["read_texts"](distill["Distill"](data=tmp_path / "out", **arguments), tokenizer)
+    for row, ids, mask, completion in zip(rows, *texts, strict=True):
+        assert ids[mask & ~completion].tolist() == row["prompt_ids"]
+        assert ids[completion].tolist() == row["completion_ids"]
+    assert not all(row["finished"] for row in rows)
+    beyond = {"prompt": "a", "completion": "", "completion_ids": [270]}
+    (tmp_path / "a.jsonl").write_text((json.dumps(beyond) + "\n") * 8)
+    with pytest.raises(ValueError, match="token id 270 is outside the vocabulary of 264"):
+        distill["read_texts"](distill["Distill"](data=tmp_path / "a.jsonl", **arguments), tokenizer)
 
 
 def test_batches_and_formats_change_nothing(run, tmp_path):

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxkd.smollm2 import text
 from jaxkd.smollm2.text import Example
@@ -48,6 +48,25 @@ def trained():
             ),
         )
     return backend
+
+
+@pytest.fixture(scope="module", params=["Prepend", "Metaspace"])
+def with_prefix(request):
+    """A tokenizer in SentencePiece's manner, which writes a space before a text, in its older and its newer form."""
+    backend = Backend(models.BPE(byte_fallback=True))
+    if request.param == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    # Words, for pieces of a whole line would cross their ends.
+    words = Path(__file__).read_text(encoding="utf-8").split()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>", *bytes_], show_progress=False)
+    backend.train_from_iterator(words, trainer)
+    return text.Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def write_gguf(path, backend, **changes):
@@ -225,6 +244,38 @@ def test_ends_are_those_of_the_configuration_where_no_other_file_names_them(toke
     assert text.load_tokenizer(tmp_path).eos_ids == (tokenizer.id_of("eos_token"),)
 
 
+def pieces(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("The tokenizer is", " trained"), ("assert", "ion"), ("in ", "the"), ("", "the"), ("the</s>", "the"), ("the", "")],
+)
+def test_a_completion_gets_no_space_that_is_not_its_own(with_prefix, before, after):
+    ids = with_prefix.encode(before) + with_prefix.encode_after(before, after)
+    # The text is that of the two, and its own tokens wherever the first text ends with one of them.
+    assert with_prefix.decode(ids) == with_prefix.decode(with_prefix.encode(before + after))
+    whole = with_prefix.encode(before + after)
+    if whole[: len(with_prefix.encode(before))] == with_prefix.encode(before):
+        assert ids == whole
+
+
+def test_a_completion_alone_is_decoded_with_its_space(with_prefix):
+    ids = with_prefix.encode_after("The", " trained tokenizer")
+    assert with_prefix.decode_after(ids) == " trained tokenizer"
+    assert with_prefix.decode_after(with_prefix.encode_after("in ", "the")) == "the"
+    assert with_prefix.decode(ids) == "trained tokenizer"
+
+
+def test_byte_level_completions_are_encoded_as_if_alone(tmp_path, trained):
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    for before in TEXTS:
+        for after in TEXTS:
+            assert ours.encode_after(before, after) == ours.encode(after)
+            assert ours.decode_after(ours.encode(after)) == after
+
+
 # --- chat template ---------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +431,56 @@ def test_completions_start_in_one_column_and_end_with_the_end(tokenizer):
         "xyz<|im_end|>",
     ]
     assert not (batch.completion_mask & ~batch.mask).any()
+
+
+def test_the_end_is_the_tokenizers_own_and_added_once(tokenizer):
+    # The checkpoint's configuration names another first, as that of Llama 3's chat models does.
+    several = text.Tokenizer(tokenizer.backend, tokenizer.special, generation={"eos_token_id": [0, 2]})
+    wanted = [*tokenizer.encode("de"), 2]
+    for completion in ("de", "de<|im_end|>"):
+        assert text.completion_ids(several, Example("abc", completion)) == wanted
+    without = text.Tokenizer(tokenizer.backend, {}, generation={"eos_token_id": [0, 2]})
+    assert text.completion_ids(without, Example("abc", "de")) == [*wanted[:-1], 0]
+
+
+def test_tokens_of_samples_are_taken_as_they_are(tmp_path, trained):
+    """Of a model that begins texts: the prompt was rendered, a character is cut, words are in unusual pieces."""
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, add_bos=True))
+    prompt, letters = "<|im_start|>user\nHi", [ours.encode(letter)[0] for letter in "the"]
+    drawn = [*letters, *ours.encode("é")[:1]]
+    assert ours.encode("the") != letters
+    cut = {"completion": "the\ufffd", "completion_ids": drawn, "finished": False}
+    whole = {"completion": "the", "completion_ids": [*letters, 0], "finished": True}
+    rows = [
+        {"prompt": prompt, "prompt_ids": ours.encode(prompt), **cut},
+        {"prompt": prompt, "prompt_ids": ours.encode(prompt, True), **whole},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for file in ("a.jsonl", "a.parquet"):
+        examples = text.read_examples(tmp_path / file, ours)
+        batch = text.encode_sequences(ours, examples, context=64)
+        for row, ids, mask, completion in zip(rows, *batch, strict=True):
+            assert ids[mask & ~completion].tolist() == row["prompt_ids"]
+            assert ids[completion].tolist() == row["completion_ids"]
+    assert examples[1].prompt_ids[:2] == (1, 1), "the prompt is not one that would get a second beginning"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completion_ids": [1, "2"]}, "completion_ids must be a list of ids, whole numbers from 0 to 1282; got"),
+        ({"completion_ids": [-1]}, "completion_ids must be a list of ids"),
+        ({"prompt_ids": 7}, "prompt_ids must be a list of ids"),
+        ({"prompt_ids": [3]}, r"prompt_ids are not this tokenizer's of the text beside them \('ab'\)"),
+        ({"completion_ids": [3, 4, 5]}, "completion_ids are not this tokenizer's .*: leave the column out"),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(tokenizer, changes, message):
+    row = {"prompt": "ab", "completion": "cd"}
+    assert text.to_example(row | {"prompt_ids": None, "completion_ids": None}, tokenizer) == Example("ab", "cd")
+    with pytest.raises(ValueError, match=message):
+        text.to_example(row | changes, tokenizer)
 
 
 def test_no_end_is_added_to_what_the_template_ended(tokenizer):
