@@ -54,6 +54,7 @@ class Tokenizer:
       backend: encodes and decodes.
       special: token of each role of `ROLES` that there is.
       chat_template: jinja source, or None.
+      other_templates: further ones by name, such as tool_use; kept for saving.
       settings: other entries of tokenizer_config.json, kept for saving.
       generation: the entries of generation_config.json.
     """
@@ -63,6 +64,7 @@ class Tokenizer:
     chat_template: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    other_templates: dict[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -137,8 +139,13 @@ class Tokenizer:
         # This class takes tokenizer.json as it is, in transformers 4 and 5. Those named after a model rebuild it
         # from its vocabulary in version 5 and lose the splitting of digits.
         described = self.settings | self.special | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if self.chat_template is not None:
-            described["chat_template"] = self.chat_template
+        # Version 4 would give token_type_ids as well, which Llama's generate refuses.
+        described["model_input_names"] = ["input_ids", "attention_mask"]
+        templates = {} if self.chat_template is None else {_DEFAULT: self.chat_template}
+        templates |= self.other_templates
+        if templates:
+            named = [{"name": name, "template": template} for name, template in templates.items()]
+            described["chat_template"] = named if self.other_templates else self.chat_template
         json_file.write_object(directory / "tokenizer_config.json", described)
         json_file.write_object(directory / "special_tokens_map.json", self.special)
         ids = {f"{role}_id": self.id_of(role) for role in ROLES if role != "unk_token"}
@@ -197,17 +204,20 @@ def from_directory(directory: str | Path) -> Tokenizer:
     backend.no_truncation()
     config = _read_json(directory / "tokenizer_config.json")
     named = _read_json(directory / "special_tokens_map.json") | config
-    special = {role: _content(named[role]) for role in ROLES if named.get(role) is not None}
+    special = {role: _content(directory, role, named[role]) for role in ROLES if named.get(role) is not None}
     for role, token in special.items():
         if backend.token_to_id(token) is None:
             raise ValueError(f"{role} of {directory} is {token!r}, which is not in the vocabulary of {path.name}")
     dropped = {*ROLES, "chat_template", "tokenizer_class", "auto_map", "added_tokens_decoder", "name_or_path"}
+    dropped.add("model_input_names")  # written anew, whatever class of tokenizer named others
+    templates = _chat_templates(directory, config)
     return Tokenizer(
         backend,
         special,
-        _chat_template(directory, config),
+        templates.pop(_DEFAULT, None),
         {key: value for key, value in config.items() if key not in dropped},
         _generation(directory),
+        templates,
     )
 
 
@@ -215,11 +225,18 @@ def _generation(directory: Path) -> dict:
     """generation_config.json; the ends of config.json where it names none, as in transformers."""
     entries = {k: v for k, v in _read_json(directory / "generation_config.json").items() if v is not None}
     ends = _read_json(directory / "config.json").get("eos_token_id")
-    return entries if ends is None else {"eos_token_id": ends} | entries
+    entries = entries if ends is None else {"eos_token_id": ends} | entries
+    named = entries.get("eos_token_id", [])
+    if not all(isinstance(i, int) for i in (named if isinstance(named, list) else [named])):
+        raise ValueError(f"eos_token_id of {directory} must be an id or a list of ids; got {named!r}")
+    return entries
 
 
-def _content(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _content(directory: Path, role: str, token: Any) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"{role} of {directory} must be a string, or an object with its content; got {token!r}")
+    return content
 
 
 def _read_json(path: Path) -> dict:
@@ -227,15 +244,30 @@ def _read_json(path: Path) -> dict:
     return json_file.read_object(path) if path.is_file() else {}
 
 
-def _chat_template(directory: Path, config: dict) -> str | None:
-    """The file of newer checkpoints before the entry of older ones; of several named templates the default."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+_DEFAULT = "default"
+
+
+def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
+    """Templates by name, the plain one as `_DEFAULT`: the files of newer checkpoints before the entry of older ones."""
+    paths = {_DEFAULT: directory / "chat_template.jinja"}
+    paths |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    files = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    return files if _DEFAULT in files else _template_entry(directory, config.get("chat_template")) | files
+
+
+def _template_entry(directory: Path, entry: Any) -> dict[str, str]:
+    """What tokenizer_config.json says of templates: one, or several with names."""
+    if entry is None:
+        return {}
+    named = {_DEFAULT: entry} if isinstance(entry, str) else entry
+    if isinstance(named, list) and all(isinstance(one, dict) for one in named):
+        named = {one.get("name"): one.get("template") for one in named}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError(
+            f"chat_template of {directory} must be a string, or a list of objects with name and template; "
+            f"got {_shown(entry)}"
+        )
+    return named
 
 
 # How llama.cpp's name of a pre-tokenizer cuts text into words, before merges are applied.
@@ -291,10 +323,18 @@ def from_gguf(path: str | Path) -> Tokenizer:
         if f"tokenizer.ggml.{name}" not in fields:
             raise ValueError(f"{path} has no tokenizer.ggml.{name}")
     tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    if len(tokens) != len(types):
+        raise ValueError(f"{path} has {len(tokens)} tokens, but {len(types)} types of tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
+    if odd := [merge for merge in merges if len(merge) != 2]:
+        raise ValueError(f"{path} has a merge that is no pair: {odd[0][0]!r}")
     pre = value("tokenizer.ggml.pre", "")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{path} has tokenizer.ggml.merges that do not fit its tokens: {error}") from None
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _words(pre)
     backend.decoder = decoders.ByteLevel()
     for wanted in (_CONTROL, _USER_DEFINED):
@@ -318,7 +358,9 @@ def from_gguf(path: str | Path) -> Tokenizer:
         settings["model_max_length"] = int(context)
     ends = gguf_ends({name: value(name) for name in GGUF_ENDS})
     generation = {"eos_token_id": list(ends)} if len(ends) > 1 else {}
-    return Tokenizer(backend, special, value("tokenizer.chat_template"), settings, generation)
+    template = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{template}."): value(name) for name in fields if name.startswith(f"{template}.")}
+    return Tokenizer(backend, special, value(template), settings, generation, named)
 
 
 def _starts_with(token: str, index: int) -> processors.TemplateProcessing:
@@ -389,8 +431,8 @@ def _compiled(template: str):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def now(form):
         from datetime import datetime

@@ -468,7 +468,8 @@ def _list(names) -> str:
 
 _SAVING = ".saving-"
 _TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
@@ -513,7 +514,7 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
             "model.safetensors.index.json",
             *(_TOKENIZER if tokenizer is not None else ()),
         )
-        for stale in [path for pattern in patterns for path in directory.glob(pattern)]:
+        for stale in [path for pattern in patterns for path in directory.glob(pattern) if not path.is_dir()]:
             stale.unlink()
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
             shutil.move(path, directory / path.name)

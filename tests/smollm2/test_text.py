@@ -79,8 +79,8 @@ def write_gguf(path, backend, **changes):
         writer.add_tokenizer_pre(pre)
     tokens += changes.get("more_tokens", [])
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens][: changes.get("types")])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]] + changes.get("more_merges", []))
     if (begin := changes.get("bos", 1)) is not None:
         writer.add_bos_token_id(begin)
     writer.add_eos_token_id(2)
@@ -89,7 +89,7 @@ def write_gguf(path, backend, **changes):
     writer.add_context_length(64)
     if (add_bos := changes.get("add_bos", False)) is not None:
         writer.add_add_bos_token(add_bos)
-    writer.add_chat_template(text.CHATML)
+    writer.add_chat_template(changes.get("template", text.CHATML))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -168,6 +168,9 @@ def test_transformers_reads_what_is_saved(tmp_path, tokenizer, monkeypatch):
         tokenizer, messages, add_generation_prompt=True
     )
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_ids[0], tokenizer.pad_id)
+    # What the model's generate takes, no more.
+    assert [*theirs("a")] == theirs.model_input_names == ["input_ids", "attention_mask"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == theirs.model_input_names
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
 
 
@@ -184,9 +187,60 @@ def test_older_and_newer_places_of_settings(tmp_path, tokenizer):
     assert text.from_directory(tmp_path).chat_template == "c"
 
 
+NAMED = [{"name": "default", "template": "b"}, {"name": "tool_use", "template": "a"}]
+
+
+@pytest.mark.parametrize("place", ["files", "list", "gguf"])
+def test_named_templates_are_kept(tmp_path, trained, monkeypatch, place):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, template=NAMED))
+    if place != "gguf":
+        text.from_gguf(write_gguf(tmp_path / "b.gguf", trained)).save_pretrained(tmp_path)
+        path = tmp_path / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        if place == "list":
+            path.write_text(json.dumps(config | {"chat_template": NAMED}))
+        else:
+            # As transformers reads them, beside these files the entry does not count.
+            path.write_text(json.dumps(config | {"chat_template": [{"name": "old", "template": "c"}]}))
+            (tmp_path / "chat_template.jinja").write_text("b")
+            (tmp_path / "additional_chat_templates").mkdir()
+            (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("a")
+        ours = text.from_directory(tmp_path)
+    assert (ours.chat_template, ours.other_templates) == ("b", {"tool_use": "a"})
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.chat_template == {"default": "b", "tool_use": "a"}
+    again = text.from_directory(tmp_path / "saved")
+    assert (again.chat_template, again.other_templates) == (ours.chat_template, ours.other_templates)
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token of .* must be a string, or .*; got 5"),
+        ("tokenizer_config.json", {"eos_token": {"id": 2}}, "eos_token of .* must be a string, .* got {'id': 2}"),
+        ("tokenizer_config.json", {"unk_token": ["a"]}, "unk_token of .* must be a string"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template of .* must be a string, or a list"),
+        ("tokenizer_config.json", {"chat_template": ["a"]}, "chat_template of .* must be a string, or a list"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template of .* must be a string"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id of .* must be an id or a list of ids; got '2'"),
+    ],
+)
+def test_entries_of_another_type_are_refused_by_name(tmp_path, tokenizer, file, entries, message):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=message):
+        text.from_directory(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"more_merges": ["zqzq zq"]}, r"a\.gguf has tokenizer\.ggml\.merges that do not fit its tokens"),
+        ({"more_merges": ["zqzq"]}, r"a\.gguf has a merge that is no pair: 'zqzq'"),
+        ({"types": -1}, "500 tokens, but 499 types of tokens"),
         ({"model": "llama"}, "tokenizer in .* is 'llama'"),
         ({"pre": "klingon"}, "pre-tokenizer 'klingon' is not known"),
         ({"pre": None}, "names no pre-tokenizer"),
@@ -286,10 +340,12 @@ def with_template(tokenizer, template):
 def test_template_has_what_checkpoints_rely_on(tokenizer):
     template = (
         "{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}"
-        "{{ bos_token }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ {'é': '<'} | tojson }}{% endfor %}"
+        "{{ bos_token }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ {'é': '<'} | tojson }}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}{% endfor %}"
     )
     messages = [{"role": "skip", "content": "no"}, {"role": "user", "content": "yes", "name": None}]
-    assert text.apply_chat_template(with_template(tokenizer, template), messages) == '<|im_start|>yes{"é": "<"}'
+    rendered = text.apply_chat_template(with_template(tokenizer, template), messages)
+    assert rendered == '<|im_start|>yes{"é": "<"}{"a":1,"b":"\\u00e9"}'
 
 
 @pytest.mark.parametrize(

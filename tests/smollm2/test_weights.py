@@ -239,8 +239,13 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
     config, params = _saved(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("of the checkpoint before")
     (tmp_path / f"{weights._SAVING}x").mkdir()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("of the checkpoint before")
+    (tmp_path / "tokenizer_notes").mkdir()
     weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
-    assert text.load_tokenizer(tmp_path).chat_template == text.byte_tokenizer().chat_template
+    tokenizer = text.load_tokenizer(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.other_templates) == (text.byte_tokenizer().chat_template, {})
+    assert (tmp_path / "tokenizer_notes").is_dir()
     assert not list(tmp_path.glob(".saving-*"))
 
     def stop(source, destination):
