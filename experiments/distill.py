@@ -117,22 +117,19 @@ def distillation_of(config: Distill):
 
 def read_texts(config: Distill, tokenizer):
     """The completions of a file as draws."""
-    from jaxkd.smollm2 import generate, text, weights
+    from jaxkd.smollm2 import text, weights
     from jaxkd.smollm2.policy import Texts
 
     own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
     configs = [weights.load_config(source) for source in (config.teacher, *own)]
     context = min(one.max_positions for one in configs)
-    examples = text.read_examples(config.data, tokenizer)
+    examples = text.read_examples(config.data, tokenizer, min(one.vocab_size for one in configs))
     if len(examples) < config.held_out + config.batch_size:
         raise ValueError(
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    texts = text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True)
-    # Ids that the file gives may lie in rows that the tokenizer has no token for.
-    generate.check_vocabulary(min(one.vocab_size for one in configs), texts.tokens, texts.mask)
-    return Texts(*texts)
+    return Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
 
 
 def main(config: Distill) -> None:

@@ -523,8 +523,13 @@ _COLUMNS = ("prompt", "completion", "chosen", "rejected")
 _FINISHED, _IDS = "finished", ("prompt_ids", "completion_ids")
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
+def read_examples(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None = None) -> list[Example]:
     """Read every row of a JSONL or Parquet file, or of all such files in a folder in the order of their names.
+
+    Args:
+      path: the file or folder.
+      tokenizer: the model's.
+      vocab_size: the model's, beyond which no given id may lie; by default all rows that may be padding are allowed.
 
     Raises:
       ValueError: naming the file and row that can't be read.
@@ -532,7 +537,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
     examples = []
     for file, number, row in _rows(Path(path)):
         try:
-            examples.append(to_example(row, tokenizer))
+            examples.append(to_example(row, tokenizer, vocab_size))
         except ValueError as error:
             raise ValueError(f"{file}, row {number}: {error}") from None
     if not examples:
@@ -585,8 +590,8 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
         raise ValueError(f"{path} can't be read as Parquet: {error}") from None
 
 
-def to_example(row: dict, tokenizer: Tokenizer) -> Example:
-    """Bring one row of any of the formats into the schema.
+def to_example(row: dict, tokenizer: Tokenizer, vocab_size: int | None = None) -> Example:
+    """Bring one row of any of the formats into the schema; arguments as for `read_examples`.
 
     Raises:
       ValueError: on other columns, on values of mixed or wrong types, on completions that do not differ, or on ids of
@@ -611,10 +616,11 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
         raise ValueError("prompt and completion must both be strings or both be lists of messages")
     if chat["prompt"]:
         return _render(row, tokenizer)
-    return Example(**row, **_own_ids(row, ids, tokenizer), finished=finished)
+    most = (tokenizer.size + MOST_PADDING_ROWS if vocab_size is None else vocab_size) - 1
+    return Example(**row, **_own_ids(row, ids, tokenizer, most), finished=finished)
 
 
-def _own_ids(row: dict, ids: dict, tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
+def _own_ids(row: dict, ids: dict, tokenizer: Tokenizer, most: int) -> dict[str, tuple[int, ...]]:
     """The ids that a row of prompt and completion has of its strings.
 
     Raises:
@@ -625,7 +631,6 @@ def _own_ids(row: dict, ids: dict, tokenizer: Tokenizer) -> dict[str, tuple[int,
         text = row.get(name.removesuffix("_ids"))
         if given is None or text is None or "chosen" in row:
             continue
-        most = tokenizer.size + MOST_PADDING_ROWS - 1
         if not isinstance(given, list) or not all(isinstance(i, int) and 0 <= i <= most for i in given):
             raise ValueError(f"{name} must be a list of ids, whole numbers from 0 to {most}; got {_shown(given)}")
         if name == "prompt_ids":
