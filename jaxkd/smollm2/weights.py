@@ -456,12 +456,17 @@ def _read_into(buffer: np.ndarray, reader: Reader, name: str, place: Place) -> N
         for block in blocks:
             buffer[start : start + len(block)] = _numbers(name, block, buffer.dtype)
             start += len(block)
-        if start != len(buffer):
-            raise ValueError(f"{name} gives {start} rows of {len(buffer)}")
+        _check_rows(name, start, place)
     else:
         whole = list(blocks)
+        _check_rows(name, sum(map(len, whole)), place)
         tensor = whole[0] if len(whole) == 1 else np.concatenate(whole)
         buffer[place.index] = place.to_leaf(_numbers(name, tensor, buffer.dtype))
+
+
+def _check_rows(name: str, rows: int, place: Place) -> None:
+    if rows != place.shape[0]:
+        raise ValueError(f"{name} gives {rows} rows of {place.shape[0]}")
 
 
 def _numbers(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -471,7 +476,7 @@ def _numbers(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if np.isfinite(cast).all():
         return cast
     if np.isfinite(tensor).all():
-        largest = np.abs(tensor).max()
+        largest = float(np.abs(tensor).max())
         raise ValueError(f"{name} holds numbers up to {largest:g}, too large for {dtype.name}: choose another dtype")
     raise ValueError(f"{name} holds NaN or infinity: the file is corrupt")
 

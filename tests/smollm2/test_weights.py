@@ -124,13 +124,14 @@ def test_numbers_that_are_none_are_a_clear_error(tmp_path):
         weights.load(tmp_path)
 
 
-def test_numbers_too_large_for_the_type_are_a_clear_error(tmp_path):
-    _saved(tmp_path)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_numbers_too_large_for_the_type_are_a_clear_error(tmp_path, stored):
+    _saved(tmp_path, stored)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
-        save_file(tensors | {name: tensors[name] + 7e4}, path)
-        with pytest.raises(ValueError, match=rf"{name} holds numbers up to 7000.*, too large for float16"):
+        save_file(tensors | {name: np.full_like(tensors[name], 70144)}, path)
+        with pytest.raises(ValueError, match=rf"{name} holds numbers up to 70144, too large for float16"):
             weights.load(tmp_path, dtype="float16")
         weights.load(tmp_path, dtype="bfloat16")
 
@@ -367,13 +368,16 @@ def test_vectors_of_gguf_are_read_whole_whatever_their_type(tmp_path, monkeypatc
     np.testing.assert_allclose(norm, np.arange(1, 33), atol=0.13)
 
 
-def test_rows_that_are_not_all_there_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tensor", "rows"), [("model.embed_tokens.weight", 264), ("o_proj.weight", 24)])
+def test_rows_that_are_not_all_there_are_refused(tmp_path, monkeypatch, tensor, rows):
     _saved(tmp_path)
     blocks = weights.SafetensorsReader.blocks
-    monkeypatch.setattr(
-        weights.SafetensorsReader, "blocks", lambda *given: (block[: len(block) - 1] for block in blocks(*given))
-    )
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight gives 263 rows of 264"):
+
+    def without_the_last(reader, name):
+        return (block[: len(block) - name.endswith(tensor)] for block in blocks(reader, name))
+
+    monkeypatch.setattr(weights.SafetensorsReader, "blocks", without_the_last)
+    with pytest.raises(ValueError, match=rf"{tensor} gives {rows - 1} rows of {rows}"):
         weights.load(tmp_path)
 
 
