@@ -54,9 +54,9 @@ class Tokenizer:
       backend: encodes and decodes.
       special: token of each role of `ROLES` that there is.
       chat_template: jinja source, or None.
-      other_templates: further ones by name, such as tool_use; kept for saving.
       settings: other entries of tokenizer_config.json, kept for saving.
       generation: the entries of generation_config.json.
+      other_templates: further chat templates by name, such as tool_use; kept for saving.
     """
 
     backend: tokenizers.Tokenizer

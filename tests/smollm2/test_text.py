@@ -325,6 +325,7 @@ def test_a_completion_alone_is_decoded_with_its_space(with_prefix):
 
 def test_byte_level_completions_are_encoded_as_if_alone(tmp_path, trained):
     ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    assert ours._inside is ours.backend
     for before in TEXTS:
         for after in TEXTS:
             assert ours.encode_after(before, after) == ours.encode(after)
