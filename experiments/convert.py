@@ -33,6 +33,7 @@ class Convert:
         from jaxkd import checks
 
         checks.name("--dtype", self.dtype, ["float32", "bfloat16", "float16"])
+        checks.folder("DIRECTORY", self.directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory} is a file; give a folder")
         if not self.overwrite and self.directory.exists() and any(self.directory.iterdir()):

@@ -121,8 +121,9 @@ def read_texts(config: Distill, tokenizer):
     from jaxkd.smollm2.policy import Texts
 
     own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
-    context = min(weights.load_config(source).max_positions for source in (config.teacher, *own))
-    examples = text.read_examples(config.data, tokenizer)
+    configs = [weights.load_config(source) for source in (config.teacher, *own)]
+    context = min(one.max_positions for one in configs)
+    examples = text.read_examples(config.data, tokenizer, min(one.vocab_size for one in configs))
     if len(examples) < config.held_out + config.batch_size:
         raise ValueError(
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "

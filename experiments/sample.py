@@ -91,12 +91,12 @@ class Config:
         }
 
 
-def read_prompts(config: Config, tokenizer) -> list:
+def read_prompts(config: Config, tokenizer, vocab_size: int) -> list:
     """The examples to go on from."""
     from jaxkd.smollm2 import text
 
     if config.prompts is not None:
-        return text.read_examples(config.prompts, tokenizer)
+        return text.read_examples(config.prompts, tokenizer, vocab_size)
     rows = [{"prompt": [{"role": "user", "content": prompt}] if config.chat else prompt} for prompt in config.prompt]
     return [text.to_example(row, tokenizer) for row in rows]
 
@@ -158,7 +158,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
             finished = ids[-1] in tokenizer.eos_ids
             prompt_ids = prompts.tokens[prompt[i]][prompts.mask[prompt[i]]].tolist()
             yield {
-                "completion": tokenizer.decode(ids[:-1] if finished else ids),
+                "completion": tokenizer.decode_after(ids[:-1] if finished else ids),
                 "prompt_ids": prompt_ids,
                 "completion_ids": ids,
                 "log_prob": float(log_probs[i][mask[i]].sum(dtype=np.float64)),
@@ -197,7 +197,7 @@ def main(config: Config) -> None:
     model_config = weights.load_config(config.source, config.revision)
     tokenizer = text.load_tokenizer(config.source, config.revision)
     text.check_vocabulary(tokenizer, model_config.vocab_size)
-    examples = read_prompts(config, tokenizer)
+    examples = read_prompts(config, tokenizer, model_config.vocab_size)
     prompts = text.encode_prompts(
         tokenizer, examples, context=model_config.max_positions, new_tokens=config.max_new_tokens
     )

@@ -16,6 +16,9 @@ def exit_on_error() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError, DeviceMemoryError) as error:
         _exit(error)
+    except MemoryError as error:
+        told = f" ({error})" if str(error) else ""
+        _exit(f"out of the host's memory: give a smaller model, batch or chunk, or fewer samples{told}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -124,8 +124,11 @@ class Config:
         if strange := [name for name in needed if not isinstance(entries[name], int)]:
             raise ValueError(f"{strange[0]} must be a whole number; got {entries[strange[0]]!r}")
         heads = entries["num_attention_heads"]
-        rope = _rope_entries(entries)
-        eos = entries.get("eos_token_id")
+        rope_theta = _rope_theta(entries)
+        eos, pad = entries.get("eos_token_id"), entries.get("pad_token_id")
+        tied = _or(entries.get("tie_word_embeddings"), False)
+        if not isinstance(tied, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false; got {tied!r}")
         return cls(
             vocab_size=entries["vocab_size"],
             hidden_size=entries["hidden_size"],
@@ -135,13 +138,13 @@ class Config:
             num_kv_heads=_or(entries.get("num_key_value_heads"), heads),
             head_dim=_or(entries.get("head_dim"), entries["hidden_size"] // max(heads, 1)),
             max_positions=_or(entries.get("max_position_embeddings"), 2048),
-            rope_theta=float(_or(rope.get("rope_theta"), _or(entries.get("rope_theta"), 10000.0))),
-            norm_epsilon=float(_or(entries.get("rms_norm_eps"), 1e-6)),
-            tie_embeddings=bool(_or(entries.get("tie_word_embeddings"), False)),
+            rope_theta=rope_theta,
+            norm_epsilon=_real("rms_norm_eps", _or(entries.get("rms_norm_eps"), 1e-6)),
+            tie_embeddings=tied,
             bos_id=entries.get("bos_token_id"),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
             # transformers writes -1 for none in some checkpoints.
-            pad_id=None if _or(entries.get("pad_token_id"), -1) < 0 else entries["pad_token_id"],
+            pad_id=None if isinstance(pad, int) and pad < 0 else pad,
         )
 
     def to_hf(self, dtype: str | None = None) -> dict[str, Any]:
@@ -187,11 +190,15 @@ class Config:
         architecture = fields.get("general.architecture")
         if architecture != "llama":
             raise ValueError(f"general.architecture must be 'llama', that of SmolLM2; got {architecture!r}")
-        scaling = fields.get("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ValueError(f"rope scaling {scaling!r} is not implemented; only models without scaling are read")
-        if fields.get("llama.rope.scale_linear", 1) != 1:
-            raise ValueError("linear rope scaling (llama.rope.scale_linear) is not implemented")
+        for name in _GGUF_NUMBERS:
+            if not isinstance(fields.get(name, 0), int | float | np.number):
+                raise ValueError(f"{name} must be a number; got {fields[name]!r}")
+        # As in llama.cpp: a factor without a type is linear, and 0 and 1 scale nothing.
+        scaling = fields.get("llama.rope.scaling.type", "linear")
+        factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 1))
+        if scaling not in ("none", "linear") or (scaling == "linear" and factor not in (0, 1)):
+            told = f"rope scaling {scaling!r}" + (f" by {factor}" if scaling == "linear" else "")
+            raise ValueError(f"{told} is not implemented; only models without scaling are read")
         if fields.get("llama.expert_count"):
             raise ValueError(f"mixtures of experts are not implemented; got {fields['llama.expert_count']} experts")
         names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
@@ -229,6 +236,19 @@ GGUF_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eo
 """Where a GGUF file names what ends a text, a turn and a message."""
 
 
+_GGUF_NUMBERS = (
+    *(
+        f"llama.{name}"
+        for name in (
+            "embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size",
+            "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+            "rope.dimension_count", "rope.freq_base", "rope.scaling.factor", "rope.scale_linear",
+        )
+    ),
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id", *GGUF_ENDS,
+)  # fmt: skip
+
+
 def gguf_ends(fields: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a completion, each once, the end of a text first."""
     named = (fields.get(name) for name in GGUF_ENDS)
@@ -239,17 +259,30 @@ def _or(value, default):
     return default if value is None else value
 
 
-def _rope_entries(entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of rotary embeddings beyond their base, refused by name unless it is nothing."""
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters must be an object; got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope scaling {kind!r} is not implemented; only models without scaling are read")
-    if _or(rope.get("partial_rotary_factor"), _or(entries.get("partial_rotary_factor"), 1)) != 1:
-        raise ValueError("rotary embeddings of a part of each head (partial_rotary_factor) are not implemented")
-    return rope
+def _rope_theta(entries: Mapping[str, Any]) -> float:
+    """The base of rotary embeddings; whatever else config.json says of them is refused by name, unless it is nothing.
+
+    Of the two objects that may hold it, transformers takes rope_scaling where it is not empty.
+    """
+    names = ("rope_scaling", "rope_parameters")
+    scaling, parameters = (_or(entries.get(name), {}) for name in names)
+    for name, rope in zip(names, (scaling, parameters), strict=True):
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{name} must be an object; got {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope scaling {kind!r} is not implemented; only models without scaling are read")
+    for rope in (scaling, parameters, entries):
+        if _or(rope.get("partial_rotary_factor"), 1) != 1:
+            raise ValueError("rotary embeddings of a part of each head (partial_rotary_factor) are not implemented")
+    said = (rope.get("rope_theta") for rope in (scaling or parameters, entries, parameters))
+    return _real("rope_theta", next((theta for theta in said if theta is not None), 10000.0))
+
+
+def _real(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    return float(value)
 
 
 def _from_float32(value: float) -> float:

@@ -372,13 +372,14 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) ->
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], is_causal=True), (k, v)
 
     hidden, (k, v) = model.apply(params, tokens, positions_of(mask), attend)
-    # What stands behind the prompts is masked until it is written over.
+    # What stands behind the prompts is masked until it is written over: its weight is 0, and so must its values be
+    # finite, whatever an earlier call with other parameters left there.
     caches = [
         tuple(
             lax.dynamic_update_slice(old, jnp.transpose(new[i], order), (0, 0, 0, 0))
             for old, new, order in zip(layer, (k, v), (_KEYS, _VALUES), strict=True)
         )
-        for i, layer in enumerate(_empty(model, b, tokens.shape[1] + room) if cache is None else cache)
+        for i, layer in enumerate(_empty(model, b, tokens.shape[1] + room) if cache is None else _finite(cache))
     ]
     nothing = Completions(
         jnp.full((b, room), _pad_id(model), jnp.int32), jnp.zeros((b, room), bool), jnp.zeros((b, room), jnp.float32)
@@ -392,6 +393,11 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) ->
         caches=caches,
     )
     return _extend(model, params, hidden[:, -1], keys, sampling, state)
+
+
+def _finite(cache: Cache) -> Cache:
+    """A cache whose values are numbers; of keys the scores are masked."""
+    return [(keys, jnp.where(jnp.isfinite(values), values, 0.0)) for keys, values in cache]
 
 
 _KEYS, _VALUES = (0, 2, 3, 1), (0, 2, 1, 3)

@@ -130,7 +130,7 @@ class Setting:
         ends = set(self.tokenizer.eos_ids)
         tokens, counted = np.asarray(x.tokens), np.asarray(x.completion_mask)
         rows = [row[keep].tolist() for row, keep in zip(tokens, counted, strict=True)]
-        return [self.tokenizer.decode(row[:-1] if row and row[-1] in ends else row) for row in rows]
+        return [self.tokenizer.decode_after(row[:-1] if row and row[-1] in ends else row) for row in rows]
 
 
 @lru_cache

@@ -286,7 +286,7 @@ def _chunked(array: jax.Array, chunk: int) -> jax.Array:
 def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     """Apply a function of [chunk, …] arrays to [n, …] arrays chunk by chunk, and put the results together."""
     n = arrays[0].shape[0]
-    chunk = min(chunk, n)
+    chunk = max(1, min(chunk, n))
     out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
@@ -326,7 +326,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
       *others: [n, …], what `toward_logits` needs of each position.
     """
     n = hidden.shape[0]
-    chunk = min(TOKEN_CHUNK, n)
+    chunk = max(1, min(TOKEN_CHUNK, n))
     chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []

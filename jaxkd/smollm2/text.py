@@ -9,8 +9,11 @@ Files. JSONL (one object a line) and Parquet (the same columns), or a folder of 
     completion        {"prompt", "completion"}
     preference        {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} that begin with the same prompt
 
-standard (every value a string) or conversational (every value a list of {"role", "content"}). Other columns are
-ignored. Inside there is one schema, `Example`: plain strings, with the chat template applied already.
+standard (every value a string) or conversational (every value a list of {"role", "content"}). Three more columns, those
+of the samples that `corpus` writes, count beside strings: with {"prompt_ids", "completion_ids"} these tokens are taken
+as they are, for a text that was decoded need not give its own tokens again, and {"finished": false} says that no end is
+to be added. All others are ignored. Inside there is one schema, `Example`: plain strings, with the chat template
+applied already.
 
 Arrays. Prompts are padded on the left and completions on the right, so that every completion starts in one column.
 """
@@ -53,6 +56,7 @@ class Tokenizer:
       chat_template: jinja source, or None.
       settings: other entries of tokenizer_config.json, kept for saving.
       generation: the entries of generation_config.json.
+      other_templates: further chat templates by name, such as tool_use; kept for saving.
     """
 
     backend: tokenizers.Tokenizer
@@ -60,6 +64,7 @@ class Tokenizer:
     chat_template: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    other_templates: dict[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -82,6 +87,12 @@ class Tokenizer:
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
     @property
+    def end_id(self) -> int | None:
+        """The id that ends a completion to learn from: the tokenizer's own, as in TRL, else the first of `eos_ids`."""
+        own = self.id_of("eos_token")
+        return own if own is not None else next(iter(self.eos_ids), None)
+
+    @property
     def pad_id(self) -> int:
         """The id that fills padding; a tokenizer without one pads with its end, which masks keep from being scored."""
         padding = self.id_of("pad_token")
@@ -91,9 +102,34 @@ class Tokenizer:
         """The ids of a text; with `add_special_tokens` also those that the tokenizer puts around one (often none)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """The ids of a text that goes on from another, whose own ids stay as they are.
+
+        Both are encoded as one, as TRL does, and what follows the first text's ids is taken. Where the two do not come
+        apart there, as at a word that both share, the second is encoded alone, without the space that some tokenizers
+        (SentencePiece's) put before a text.
+        """
+        first, both = self.encode(before), self.encode(before + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        return self._inside.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of ids. Bytes that are no UTF-8, as at a cut character, become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_after(self, ids: Iterable[int]) -> str:
+        """The text of ids that go on from others: a space with which it begins stays."""
+        return self._inside.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The backend for what stands inside a text: it puts no space before it, and takes none away."""
+        state = json.loads(self.backend.to_str())
+        parts = {name: _without_prefix(state[name], changes) for name, changes in _PREFIXES.items()}
+        if all(part == state[name] for name, part in parts.items()):
+            return self.backend
+        return tokenizers.Tokenizer.from_str(json.dumps(state | parts))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files that AutoTokenizer.from_pretrained reads, and generation_config.json."""
@@ -103,13 +139,36 @@ class Tokenizer:
         # This class takes tokenizer.json as it is, in transformers 4 and 5. Those named after a model rebuild it
         # from its vocabulary in version 5 and lose the splitting of digits.
         described = self.settings | self.special | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if self.chat_template is not None:
-            described["chat_template"] = self.chat_template
+        # Version 4 would give token_type_ids as well, which Llama's generate refuses.
+        described["model_input_names"] = ["input_ids", "attention_mask"]
+        templates = {} if self.chat_template is None else {_DEFAULT: self.chat_template}
+        templates |= self.other_templates
+        if templates:
+            named = [{"name": name, "template": template} for name, template in templates.items()]
+            described["chat_template"] = named if self.other_templates else self.chat_template
         json_file.write_object(directory / "tokenizer_config.json", described)
         json_file.write_object(directory / "special_tokens_map.json", self.special)
         ids = {f"{role}_id": self.id_of(role) for role in ROLES if role != "unk_token"}
         present = {key: value for key, value in ids.items() if value is not None}
         json_file.write_object(directory / "generation_config.json", present | self.generation)
+
+
+_PREFIXES = {
+    "normalizer": {"Prepend": {"prepend": ""}},
+    "pre_tokenizer": {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}},
+    "decoder": {"Metaspace": {"prepend_scheme": "never"}, "Strip": {"start": 0}},
+}
+"""What puts a space before a text or takes it away, in the parts of tokenizer.json, and with what it does not."""
+
+
+def _without_prefix(part: Any, changes: dict[str, dict]) -> Any:
+    """A part of tokenizer.json with changes to its steps, by their type."""
+    if isinstance(part, list):
+        return [_without_prefix(step, changes) for step in part]
+    if not isinstance(part, dict):
+        return part
+    inner = {key: _without_prefix(value, changes) for key, value in part.items()}
+    return inner | changes.get(part.get("type"), {})
 
 
 # --- where a tokenizer comes from ------------------------------------------------------------------------------------
@@ -145,17 +204,20 @@ def from_directory(directory: str | Path) -> Tokenizer:
     backend.no_truncation()
     config = _read_json(directory / "tokenizer_config.json")
     named = _read_json(directory / "special_tokens_map.json") | config
-    special = {role: _content(named[role]) for role in ROLES if named.get(role) is not None}
+    special = {role: _content(directory, role, named[role]) for role in ROLES if named.get(role) is not None}
     for role, token in special.items():
         if backend.token_to_id(token) is None:
             raise ValueError(f"{role} of {directory} is {token!r}, which is not in the vocabulary of {path.name}")
     dropped = {*ROLES, "chat_template", "tokenizer_class", "auto_map", "added_tokens_decoder", "name_or_path"}
+    dropped.add("model_input_names")  # written anew, whatever class of tokenizer named others
+    templates = _chat_templates(directory, config)
     return Tokenizer(
         backend,
         special,
-        _chat_template(directory, config),
+        templates.pop(_DEFAULT, None),
         {key: value for key, value in config.items() if key not in dropped},
         _generation(directory),
+        templates,
     )
 
 
@@ -163,11 +225,18 @@ def _generation(directory: Path) -> dict:
     """generation_config.json; the ends of config.json where it names none, as in transformers."""
     entries = {k: v for k, v in _read_json(directory / "generation_config.json").items() if v is not None}
     ends = _read_json(directory / "config.json").get("eos_token_id")
-    return entries if ends is None else {"eos_token_id": ends} | entries
+    entries = entries if ends is None else {"eos_token_id": ends} | entries
+    named = entries.get("eos_token_id", [])
+    if not all(isinstance(i, int) for i in (named if isinstance(named, list) else [named])):
+        raise ValueError(f"eos_token_id of {directory} must be an id or a list of ids; got {named!r}")
+    return entries
 
 
-def _content(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _content(directory: Path, role: str, token: Any) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"{role} of {directory} must be a string, or an object with its content; got {token!r}")
+    return content
 
 
 def _read_json(path: Path) -> dict:
@@ -175,15 +244,30 @@ def _read_json(path: Path) -> dict:
     return json_file.read_object(path) if path.is_file() else {}
 
 
-def _chat_template(directory: Path, config: dict) -> str | None:
-    """The file of newer checkpoints before the entry of older ones; of several named templates the default."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+_DEFAULT = "default"
+
+
+def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
+    """Templates by name, the plain one as `_DEFAULT`: the files of newer checkpoints before the entry of older ones."""
+    paths = {_DEFAULT: directory / "chat_template.jinja"}
+    paths |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    files = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    return files if _DEFAULT in files else _template_entry(directory, config.get("chat_template")) | files
+
+
+def _template_entry(directory: Path, entry: Any) -> dict[str, str]:
+    """What tokenizer_config.json says of templates: one, or several with names."""
+    if entry is None:
+        return {}
+    named = {_DEFAULT: entry} if isinstance(entry, str) else entry
+    if isinstance(named, list) and all(isinstance(one, dict) for one in named):
+        named = {one.get("name"): one.get("template") for one in named}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError(
+            f"chat_template of {directory} must be a string, or a list of objects with name and template; "
+            f"got {_shown(entry)}"
+        )
+    return named
 
 
 # How llama.cpp's name of a pre-tokenizer cuts text into words, before merges are applied.
@@ -239,10 +323,18 @@ def from_gguf(path: str | Path) -> Tokenizer:
         if f"tokenizer.ggml.{name}" not in fields:
             raise ValueError(f"{path} has no tokenizer.ggml.{name}")
     tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    if len(tokens) != len(types):
+        raise ValueError(f"{path} has {len(tokens)} tokens, but {len(types)} types of tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
+    if odd := [merge for merge in merges if len(merge) != 2]:
+        raise ValueError(f"{path} has a merge that is no pair: {odd[0][0]!r}")
     pre = value("tokenizer.ggml.pre", "")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{path} has tokenizer.ggml.merges that do not fit its tokens: {error}") from None
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _words(pre)
     backend.decoder = decoders.ByteLevel()
     for wanted in (_CONTROL, _USER_DEFINED):
@@ -266,7 +358,9 @@ def from_gguf(path: str | Path) -> Tokenizer:
         settings["model_max_length"] = int(context)
     ends = gguf_ends({name: value(name) for name in GGUF_ENDS})
     generation = {"eos_token_id": list(ends)} if len(ends) > 1 else {}
-    return Tokenizer(backend, special, value("tokenizer.chat_template"), settings, generation)
+    template = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{template}."): value(name) for name in fields if name.startswith(f"{template}.")}
+    return Tokenizer(backend, special, value(template), settings, generation, named)
 
 
 def _starts_with(token: str, index: int) -> processors.TemplateProcessing:
@@ -337,8 +431,8 @@ def _compiled(template: str):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def now(form):
         from datetime import datetime
@@ -405,26 +499,37 @@ class Example:
       completion: what follows, of a prompt+completion row; else None.
       chosen: the preferred completion of a preference row; else None.
       rejected: the other completion of a preference row; else None.
+      prompt_ids: tokens of the prompt, where the row has them; they are not encoded again.
+      completion_ids: likewise of the completion, with its end where it has one.
       finished: the completion came to its end; one that was cut at a limit gets no end when it is encoded.
       from_chat: the strings were rendered by the chat template, which wrote the special tokens into them. Where it
-        did not, encoding adds the tokenizer's own before the prompt and an end after each completion, as TRL does.
+        did not, encoding adds the tokenizer's own before the prompt and, where it is not there yet, an end after each
+        completion, as TRL does.
     """
 
     prompt: str
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[int, ...] | None = None
     finished: bool = True
     from_chat: bool = False
 
 
 _FORMATS = ({"prompt"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}, {"chosen", "rejected"})
 _COLUMNS = ("prompt", "completion", "chosen", "rejected")
-_FINISHED = "finished"  # beside a completion: of the samples that `corpus` writes
+# Of the samples that `corpus` writes, beside a prompt and a completion.
+_FINISHED, _IDS = "finished", ("prompt_ids", "completion_ids")
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
+def read_examples(path: str | Path, tokenizer: Tokenizer, vocab_size: int | None = None) -> list[Example]:
     """Read every row of a JSONL or Parquet file, or of all such files in a folder in the order of their names.
+
+    Args:
+      path: the file or folder.
+      tokenizer: the model's.
+      vocab_size: the model's, beyond which no given id may lie; by default all rows that may be padding are allowed.
 
     Raises:
       ValueError: naming the file and row that can't be read.
@@ -432,7 +537,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
     examples = []
     for file, number, row in _rows(Path(path)):
         try:
-            examples.append(to_example(row, tokenizer))
+            examples.append(to_example(row, tokenizer, vocab_size))
         except ValueError as error:
             raise ValueError(f"{file}, row {number}: {error}") from None
     if not examples:
@@ -478,20 +583,21 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in (*_COLUMNS, _FINISHED)]
+            columns = [name for name in file.schema_arrow.names if name in (*_COLUMNS, _FINISHED, *_IDS)]
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} can't be read as Parquet: {error}") from None
 
 
-def to_example(row: dict, tokenizer: Tokenizer) -> Example:
-    """Bring one row of any of the formats into the schema.
+def to_example(row: dict, tokenizer: Tokenizer, vocab_size: int | None = None) -> Example:
+    """Bring one row of any of the formats into the schema; arguments as for `read_examples`.
 
     Raises:
-      ValueError: on other columns, on values of mixed or wrong types, or on completions that do not differ.
+      ValueError: on other columns, on values of mixed or wrong types, on completions that do not differ, or on ids of
+        another tokenizer.
     """
-    finished = row.get(_FINISHED) is not False
+    finished, ids = row.get(_FINISHED) is not False, {name: row.get(name) for name in _IDS}
     row = {key: row[key] for key in _COLUMNS if row.get(key) is not None}
     if set(row) not in _FORMATS:
         allowed = "; ".join(", ".join(sorted(columns)) for columns in _FORMATS)
@@ -508,7 +614,41 @@ def to_example(row: dict, tokenizer: Tokenizer) -> Example:
             chat = dict.fromkeys(row, chat["chosen"])
     if len(set(chat.values())) != 1:
         raise ValueError("prompt and completion must both be strings or both be lists of messages")
-    return _render(row, tokenizer) if chat["prompt"] else Example(**row, finished=finished)
+    if chat["prompt"]:
+        return _render(row, tokenizer)
+    most = (tokenizer.size + MOST_PADDING_ROWS if vocab_size is None else vocab_size) - 1
+    return Example(**row, **_own_ids(row, ids, tokenizer, most), finished=finished)
+
+
+def _own_ids(row: dict, ids: dict, tokenizer: Tokenizer, most: int) -> dict[str, tuple[int, ...]]:
+    """The ids that a row of prompt and completion has of its strings.
+
+    Raises:
+      ValueError: where they are no ids, or not what this tokenizer makes of the strings.
+    """
+    found = {}
+    for name, given in ids.items():
+        text = row.get(name.removesuffix("_ids"))
+        if given is None or text is None or "chosen" in row:
+            continue
+        if not isinstance(given, list) or not all(isinstance(i, int) and 0 <= i <= most for i in given):
+            raise ValueError(f"{name} must be a list of ids, whole numbers from 0 to {most}; got {_shown(given)}")
+        if name == "prompt_ids":
+            fits = given in (tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=True))
+        else:
+            fits = text in (tokenizer.decode_after(given), tokenizer.decode_after(given[:-1]))
+        if not fits:
+            raise ValueError(
+                f"{name} are not this tokenizer's of the text beside them ({_shown(text)}): leave the column out, and "
+                "the text will be encoded"
+            )
+        found[name] = tuple(given)
+    return found
+
+
+def _shown(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= 80 else f"{told[:79]}…"
 
 
 def _is_conversation(key: str, value: Any) -> bool:
@@ -586,17 +726,21 @@ class Sequences(NamedTuple):
 
 def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     """The ids of an example's prompt."""
+    if example.prompt_ids is not None:
+        return list(example.prompt_ids)
     return tokenizer.encode(example.prompt, add_special_tokens=not example.from_chat)
 
 
 def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "completion") -> list[int]:
-    """The ids of an example's completion, chosen or rejected, which are encoded apart from the prompt's."""
+    """The ids of an example's completion, chosen or rejected, which follow the prompt's."""
     text = getattr(example, which)
     if text is None:
         raise ValueError(f"the example has no {which}: {example}")
-    ids = tokenizer.encode(text)
-    ended = example.from_chat or not example.finished or not tokenizer.eos_ids
-    return ids if ended else [*ids, tokenizer.eos_ids[0]]
+    if which == "completion" and example.completion_ids is not None:
+        return list(example.completion_ids)
+    ids, end = tokenizer.encode_after(example.prompt, text), tokenizer.end_id
+    ended = example.from_chat or not example.finished or end is None or ids[-1:] == [end]
+    return ids if ended else [*ids, end]
 
 
 def encode_prompts(

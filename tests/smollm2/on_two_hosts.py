@@ -1,5 +1,7 @@
 """Run by test_sharding.py: a checkpoint loaded over the devices of every process, a training step, the loss after it.
 
+The checkpoint is saved again to FOLDER-again.
+
 Usage: on_two_hosts.py FOLDER [COORDINATOR NUM_PROCESSES PROCESS_ID]
 """
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkd.smollm2 import policy, sharding, weights
+from jaxkd.smollm2 import policy, sharding, text, weights
 from jaxkd.smollm2.model import make_model
 from jaxkd.sweep import hosts
 
@@ -25,6 +27,11 @@ def main(folder, *cluster):
     config, params = weights.load(folder, mesh=mesh)
     cut = params["layers"]["mlp"]["gate_up"]
     assert cut.addressable_shards[0].data.size * jax.device_count() == cut.size, "the parameters are not cut"
+    weights.save_pretrained(f"{folder}-again", config, params, text.byte_tokenizer())
+    try:
+        weights.save_pretrained(f"{folder}/config.json/below", config, params)
+    except OSError as error:
+        print(f"refused: {error}")
     model, optimizer = make_model(config, mesh=mesh), optax.sgd(0.5, momentum=0.9)
     tokens = jax.random.randint(jax.random.key(1), (8, 10), 0, config.vocab_size)
     mask = jnp.arange(10)[None, :] >= (jnp.arange(8) % 4)[:, None]

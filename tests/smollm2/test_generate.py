@@ -120,9 +120,13 @@ def test_a_cache_is_filled_again_without_a_trace_of_what_was_in_it():
         model, params, PROMPTS + 1, np.ones_like(MASK), KEYS[::-1], max_new_tokens=10, cache=cache
     )
     assert all(array.is_deleted() for array in first)
-    again, _ = generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
-    for expected, got in zip(fresh, again, strict=True):
-        np.testing.assert_array_equal(got, expected)
+    again, cache = generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
+    # As a call whose parameters had diverged leaves it.
+    cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
+    after_none, _ = generate.generate(model, params, PROMPTS, MASK, KEYS, max_new_tokens=10, cache=cache)
+    for expected, *got in zip(fresh, again, after_none, strict=True):
+        np.testing.assert_array_equal(got[0], expected)
+        np.testing.assert_array_equal(got[1], expected)
 
 
 def test_a_cache_of_another_shape_is_refused():

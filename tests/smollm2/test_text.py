@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxkd.smollm2 import text
 from jaxkd.smollm2.text import Example
@@ -50,6 +50,25 @@ def trained():
     return backend
 
 
+@pytest.fixture(scope="module", params=["Prepend", "Metaspace"])
+def with_prefix(request):
+    """A tokenizer in SentencePiece's manner, which writes a space before a text, in its older and its newer form."""
+    backend = Backend(models.BPE(byte_fallback=True))
+    if request.param == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    # Words, for pieces of a whole line would cross their ends.
+    words = Path(__file__).read_text(encoding="utf-8").split()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>", *bytes_], show_progress=False)
+    backend.train_from_iterator(words, trainer)
+    return text.Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
 def write_gguf(path, backend, **changes):
     """A GGUF that holds only a tokenizer."""
     model = json.loads(backend.to_str())["model"]
@@ -60,8 +79,8 @@ def write_gguf(path, backend, **changes):
         writer.add_tokenizer_pre(pre)
     tokens += changes.get("more_tokens", [])
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_token_types([3 if token in CONTROL else 1 for token in tokens][: changes.get("types")])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]] + changes.get("more_merges", []))
     if (begin := changes.get("bos", 1)) is not None:
         writer.add_bos_token_id(begin)
     writer.add_eos_token_id(2)
@@ -70,7 +89,7 @@ def write_gguf(path, backend, **changes):
     writer.add_context_length(64)
     if (add_bos := changes.get("add_bos", False)) is not None:
         writer.add_add_bos_token(add_bos)
-    writer.add_chat_template(text.CHATML)
+    writer.add_chat_template(changes.get("template", text.CHATML))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -150,6 +169,9 @@ def test_transformers_reads_what_is_saved(tmp_path, tokenizer, monkeypatch):
         tokenizer, messages, add_generation_prompt=True
     )
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_ids[0], tokenizer.pad_id)
+    # What the model's generate takes, no more.
+    assert [*theirs("a")] == theirs.model_input_names == ["input_ids", "attention_mask"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == theirs.model_input_names
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
 
 
@@ -166,9 +188,61 @@ def test_older_and_newer_places_of_settings(tmp_path, tokenizer):
     assert text.from_directory(tmp_path).chat_template == "c"
 
 
+NAMED = [{"name": "default", "template": "b"}, {"name": "tool_use", "template": "a"}]
+
+
+@pytest.mark.parametrize("place", ["files", "list", "gguf"])
+def test_named_templates_are_kept(tmp_path, trained, monkeypatch, place):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, template=NAMED))
+    if place != "gguf":
+        text.from_gguf(write_gguf(tmp_path / "b.gguf", trained)).save_pretrained(tmp_path)
+        path = tmp_path / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        if place == "list":
+            path.write_text(json.dumps(config | {"chat_template": NAMED}))
+        else:
+            # As transformers reads them, beside these files the entry does not count.
+            path.write_text(json.dumps(config | {"chat_template": [{"name": "old", "template": "c"}]}))
+            (tmp_path / "chat_template.jinja").write_text("b")
+            (tmp_path / "additional_chat_templates").mkdir()
+            (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("a")
+        ours = text.from_directory(tmp_path)
+    assert (ours.chat_template, ours.other_templates) == ("b", {"tool_use": "a"})
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.chat_template == {"default": "b", "tool_use": "a"}
+    again = text.from_directory(tmp_path / "saved")
+    assert (again.chat_template, again.other_templates) == (ours.chat_template, ours.other_templates)
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token of .* must be a string, or .*; got 5"),
+        ("tokenizer_config.json", {"eos_token": {"id": 2}}, "eos_token of .* must be a string, .* got {'id': 2}"),
+        ("tokenizer_config.json", {"unk_token": ["a"]}, "unk_token of .* must be a string"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template of .* must be a string, or a list"),
+        ("tokenizer_config.json", {"chat_template": ["a"]}, "chat_template of .* must be a string, or a list"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "chat_template of .* must be a string"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id of .* must be an id or a list of ids; got '2'"),
+    ],
+)
+def test_entries_of_another_type_are_refused_by_name(tmp_path, tokenizer, file, entries, message):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=message):
+        text.from_directory(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"more_merges": ["zqzq zq"]}, r"a\.gguf has tokenizer\.ggml\.merges that do not fit its tokens"),
+        ({"more_merges": ["zqzq"]}, r"a\.gguf has a merge that is no pair: 'zqzq'"),
+        ({"types": -1}, "500 tokens, but 499 types of tokens"),
         ({"model": "llama"}, "tokenizer in .* is 'llama'"),
         ({"pre": "klingon"}, "pre-tokenizer 'klingon' is not known"),
         ({"pre": None}, "names no pre-tokenizer"),
@@ -226,6 +300,39 @@ def test_ends_are_those_of_the_configuration_where_no_other_file_names_them(toke
     assert text.load_tokenizer(tmp_path).eos_ids == (tokenizer.id_of("eos_token"),)
 
 
+def pieces(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("The tokenizer is", " trained"), ("assert", "ion"), ("in ", "the"), ("", "the"), ("the</s>", "the"), ("the", "")],
+)
+def test_a_completion_gets_no_space_that_is_not_its_own(with_prefix, before, after):
+    ids = with_prefix.encode(before) + with_prefix.encode_after(before, after)
+    # The text is that of the two, and its own tokens wherever the first text ends with one of them.
+    assert with_prefix.decode(ids) == with_prefix.decode(with_prefix.encode(before + after))
+    whole = with_prefix.encode(before + after)
+    if whole[: len(with_prefix.encode(before))] == with_prefix.encode(before):
+        assert ids == whole
+
+
+def test_a_completion_alone_is_decoded_with_its_space(with_prefix):
+    ids = with_prefix.encode_after("The", " trained tokenizer")
+    assert with_prefix.decode_after(ids) == " trained tokenizer"
+    assert with_prefix.decode_after(with_prefix.encode_after("in ", "the")) == "the"
+    assert with_prefix.decode(ids) == "trained tokenizer"
+
+
+def test_byte_level_completions_are_encoded_as_if_alone(tmp_path, trained):
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained))
+    assert ours._inside is ours.backend
+    for before in TEXTS:
+        for after in TEXTS:
+            assert ours.encode_after(before, after) == ours.encode(after)
+            assert ours.decode_after(ours.encode(after)) == after
+
+
 # --- chat template ---------------------------------------------------------------------------------------------------
 
 
@@ -236,10 +343,12 @@ def with_template(tokenizer, template):
 def test_template_has_what_checkpoints_rely_on(tokenizer):
     template = (
         "{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}"
-        "{{ bos_token }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ {'é': '<'} | tojson }}{% endfor %}"
+        "{{ bos_token }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ {'é': '<'} | tojson }}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}{% endfor %}"
     )
     messages = [{"role": "skip", "content": "no"}, {"role": "user", "content": "yes", "name": None}]
-    assert text.apply_chat_template(with_template(tokenizer, template), messages) == '<|im_start|>yes{"é": "<"}'
+    rendered = text.apply_chat_template(with_template(tokenizer, template), messages)
+    assert rendered == '<|im_start|>yes{"é": "<"}{"a":1,"b":"\\u00e9"}'
 
 
 @pytest.mark.parametrize(
@@ -381,6 +490,56 @@ def test_completions_start_in_one_column_and_end_with_the_end(tokenizer):
         "xyz<|im_end|>",
     ]
     assert not (batch.completion_mask & ~batch.mask).any()
+
+
+def test_the_end_is_the_tokenizers_own_and_added_once(tokenizer):
+    # The checkpoint's configuration names another first, as that of Llama 3's chat models does.
+    several = text.Tokenizer(tokenizer.backend, tokenizer.special, generation={"eos_token_id": [0, 2]})
+    wanted = [*tokenizer.encode("de"), 2]
+    for completion in ("de", "de<|im_end|>"):
+        assert text.completion_ids(several, Example("abc", completion)) == wanted
+    without = text.Tokenizer(tokenizer.backend, {}, generation={"eos_token_id": [0, 2]})
+    assert text.completion_ids(without, Example("abc", "de")) == [*wanted[:-1], 0]
+
+
+def test_tokens_of_samples_are_taken_as_they_are(tmp_path, trained):
+    """Of a model that begins texts: the prompt was rendered, a character is cut, words are in unusual pieces."""
+    ours = text.from_gguf(write_gguf(tmp_path / "a.gguf", trained, add_bos=True))
+    prompt, letters = "<|im_start|>user\nHi", [ours.encode(letter)[0] for letter in "the"]
+    drawn = [*letters, *ours.encode("é")[:1]]
+    assert ours.encode("the") != letters
+    cut = {"completion": "the\ufffd", "completion_ids": drawn, "finished": False}
+    whole = {"completion": "the", "completion_ids": [*letters, 0], "finished": True}
+    rows = [
+        {"prompt": prompt, "prompt_ids": ours.encode(prompt), **cut},
+        {"prompt": prompt, "prompt_ids": ours.encode(prompt, True), **whole},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for file in ("a.jsonl", "a.parquet"):
+        examples = text.read_examples(tmp_path / file, ours)
+        batch = text.encode_sequences(ours, examples, context=64)
+        for row, ids, mask, completion in zip(rows, *batch, strict=True):
+            assert ids[mask & ~completion].tolist() == row["prompt_ids"]
+            assert ids[completion].tolist() == row["completion_ids"]
+    assert examples[1].prompt_ids[:2] == (1, 1), "the prompt is not one that would get a second beginning"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completion_ids": [1, "2"]}, "completion_ids must be a list of ids, whole numbers from 0 to 1282; got"),
+        ({"completion_ids": [-1]}, "completion_ids must be a list of ids"),
+        ({"prompt_ids": 7}, "prompt_ids must be a list of ids"),
+        ({"prompt_ids": [3]}, r"prompt_ids are not this tokenizer's of the text beside them \('ab'\)"),
+        ({"completion_ids": [3, 4, 5]}, "completion_ids are not this tokenizer's .*: leave the column out"),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(tokenizer, changes, message):
+    row = {"prompt": "ab", "completion": "cd"}
+    assert text.to_example(row | {"prompt_ids": None, "completion_ids": None}, tokenizer) == Example("ab", "cd")
+    with pytest.raises(ValueError, match=message):
+        text.to_example(row | changes, tokenizer)
 
 
 def test_no_end_is_added_to_what_the_template_ended(tokenizer):

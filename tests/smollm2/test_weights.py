@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 from safetensors.numpy import load_file, save_file
 
-from jaxkd.smollm2 import text, weights
+from jaxkd.smollm2 import sharding, text, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
 
 def _saved(tmp_path, dtype=jnp.float32, **changes):
     config = Config.tiny(**changes)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(make_model(config)))
     weights.save_pretrained(tmp_path, config, params)
     return config, params
 
@@ -76,6 +77,34 @@ def test_a_tied_head_written_twice_is_taken(tmp_path):
     _same(weights.load(tmp_path)[1], params)
 
 
+@pytest.mark.parametrize("change", ["numbers", "shape"])
+def test_a_tied_head_that_is_another_is_refused_and_taken_once_it_is_untied(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(weights, "_ROWS", 100)
+    _, params = _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head if change == "numbers" else head[:-1]}, path)
+    with pytest.raises(ValueError, match=r"holds lm_head\.weight with other numbers: set tie_word_embeddings to false"):
+        weights.load(tmp_path)
+    if change == "numbers":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        _same(weights.load(tmp_path)[1], params | {"head": head})
+
+
+def test_one_file_goes_before_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    config, params = _saved(tmp_path)
+    monkeypatch.undo()
+    later = jax.tree.map(lambda leaf: leaf + 1, params)
+    weights.save_pretrained(tmp_path / "later", config, later)
+    (tmp_path / "later/model.safetensors").rename(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    _same(weights.load(tmp_path)[1], later)
+
+
 @pytest.mark.parametrize("kept", [4, 200, -100])
 def test_a_file_cut_short_is_a_clear_error(tmp_path, kept):
     _saved(tmp_path)
@@ -92,6 +121,28 @@ def test_numbers_that_are_none_are_a_clear_error(tmp_path):
     tensors["model.norm.weight"][3] = np.nan
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_numbers_too_large_for_the_type_are_a_clear_error(tmp_path, stored):
+    _saved(tmp_path, stored)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        save_file(tensors | {name: np.full_like(tensors[name], 70144)}, path)
+        with pytest.raises(ValueError, match=rf"{name} holds numbers up to 70144, too large for float16"):
+            weights.load(tmp_path, dtype="float16")
+        weights.load(tmp_path, dtype="bfloat16")
+
+
+def test_quantised_numbers_are_refused_by_name_and_type(tmp_path):
+    _saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: np.ones((40, 24), np.int8), "rotary_emb.inv_freq": np.ones(4, np.int64)}, path)
+    with pytest.raises(ValueError, match=rf"other types than F64, F32, F16, BF16; .*: {name} is I8$"):
         weights.load(tmp_path)
 
 
@@ -126,6 +177,55 @@ def test_a_hub_id_without_network_is_one_message(monkeypatch, tmp_path):
         weights.load("nobody/nothing", revision="v1")
 
 
+@pytest.mark.parametrize("source", ["random:tiny", "folder", "file.gguf"])
+def test_a_revision_of_what_is_no_hub_id_is_refused(tmp_path, source):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.gguf").touch()
+    source = source if source.startswith("random") else tmp_path / source
+    for read in (weights.load, weights.load_config):
+        with pytest.raises(ValueError, match=f"a revision \\('v1'\\) is of a hub id; {source} is none"):
+            read(source, revision="v1")
+
+
+@pytest.mark.parametrize("form", ["one file", "several", "both"])
+def test_the_files_that_a_hubs_index_names_are_fetched_and_no_others(tmp_path, monkeypatch, form):
+    """Fetched from a folder, as huggingface_hub does from its server: what is asked for, by its own patterns."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    hub = tmp_path / "hub"
+    if form != "one file":
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "SHARD_BYTES", 30_000)
+            _, params = _saved(hub)
+        index = json.loads((hub / "model.safetensors.index.json").read_text())
+        names = {file: f"part{i}.safetensors" for i, file in enumerate(sorted(set(index["weight_map"].values())))}
+        for file, name in names.items():
+            (hub / file).rename(hub / name)
+        index["weight_map"] = {tensor: names[file] for tensor, file in index["weight_map"].items()}
+        (hub / "model.safetensors.index.json").write_text(json.dumps(index))
+    if form != "several":
+        _, params = _saved(tmp_path / "one")
+        hub.mkdir(exist_ok=True)
+        for file in (tmp_path / "one").iterdir():
+            file.rename(hub / file.name)
+    for other in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.safetensors"):
+        (hub / other).write_bytes(b"")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        assert (name, revision) == ("nobody/tiny", "v1")
+        for file in filter_repo_objects([path.name for path in hub.iterdir()], allow_patterns=allow_patterns):
+            (cache / file).write_bytes((hub / file).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    _same(weights.load("nobody/tiny", revision="v1")[1], params)
+    wanted = sorted(names.values()) if form == "several" else ["model.safetensors"]
+    assert sorted(path.name for path in cache.glob("*") if path.suffix != ".json") == wanted
+
+
 def test_random_has_no_files_and_is_always_the_same():
     with pytest.raises(ValueError, match="has no files"):
         weights.locate("random:tiny")
@@ -133,7 +233,7 @@ def test_random_has_no_files_and_is_always_the_same():
     assert weights.load_config("random:tiny") == Config.tiny()
 
 
-def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None, rope_freqs=None):
+def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None, rope_freqs=None, vectors=False):
     """What llama.cpp's converter writes: rows of queries and keys with the pairs of a rotation side by side."""
     names = {value: key for key, value in weights._GGUF_NAMES.items()}
     writer = gguf.GGUFWriter(path, architecture)
@@ -159,7 +259,7 @@ def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None, r
         if heads is not None:
             pairs = tensor.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
             tensor = pairs.reshape(tensor.shape)
-        if tensor_type is not None and tensor.ndim == 2:
+        if tensor_type is not None and (vectors or tensor.ndim == 2):
             tensor = gguf.quantize(tensor, tensor_type)
             writer.add_tensor(short, np.ascontiguousarray(tensor), raw_dtype=tensor_type)
         else:
@@ -211,8 +311,13 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
     config, params = _saved(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("of the checkpoint before")
     (tmp_path / f"{weights._SAVING}x").mkdir()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("of the checkpoint before")
+    (tmp_path / "tokenizer_notes").mkdir()
     weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
-    assert text.load_tokenizer(tmp_path).chat_template == text.byte_tokenizer().chat_template
+    tokenizer = text.load_tokenizer(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.other_templates) == (text.byte_tokenizer().chat_template, {})
+    assert (tmp_path / "tokenizer_notes").is_dir()
     assert not list(tmp_path.glob(".saving-*"))
 
     def stop(source, destination):
@@ -222,6 +327,57 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
     with pytest.raises(KeyboardInterrupt):
         weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
     with pytest.raises(ValueError, match=r"has no config\.json"):
+        weights.load(tmp_path)
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
+    config, params = _saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file that may not grow is to who writes it what a full disk is.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors can't be written: .*large"):
+            weights.save_pretrained(tmp_path, config, jax.tree.map(lambda leaf: leaf + 1, params))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_leaves_no_copy_with_arrays_on_several_devices(tmp_path):
+    _saved(tmp_path)
+    config, params = weights.load(tmp_path, mesh=sharding.make_mesh(2, 2, devices=jax.devices()[:4]))
+    found = weights.places(config)
+    leaves = list(weights._on_host(found, params, [list(found)]))
+    assert len(leaves) == len(jax.tree.leaves(params)) and not leaves[0].flags.writeable
+    for path, leaf in zip(weights._paths(found, list(found)), leaves, strict=True):
+        held = np.asarray(weights._leaf(params, path))
+        np.testing.assert_array_equal(held, leaf)
+        assert not np.shares_memory(held, leaf), "the array keeps what was made of it"
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_vectors_of_gguf_are_read_whole_whatever_their_type(tmp_path, monkeypatch, kind):
+    config, _ = _saved(tmp_path, hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = np.arange(1, 33, dtype=np.float32)
+    _write_gguf(tmp_path / "model.gguf", config, tensors, tensor_type=gguf.GGMLQuantizationType[kind], vectors=True)
+    monkeypatch.setattr(weights, "_ROWS", 20)
+    norm = weights.load(tmp_path / "model.gguf")[1]["norm"]["scale"]
+    np.testing.assert_allclose(norm, np.arange(1, 33), atol=0.13)
+
+
+@pytest.mark.parametrize(("tensor", "rows"), [("model.embed_tokens.weight", 264), ("o_proj.weight", 24)])
+def test_rows_that_are_not_all_there_are_refused(tmp_path, monkeypatch, tensor, rows):
+    _saved(tmp_path)
+    blocks = weights.SafetensorsReader.blocks
+
+    def without_the_last(reader, name):
+        return (block[: len(block) - name.endswith(tensor)] for block in blocks(reader, name))
+
+    monkeypatch.setattr(weights.SafetensorsReader, "blocks", without_the_last)
+    with pytest.raises(ValueError, match=rf"{tensor} gives {rows - 1} rows of {rows}"):
         weights.load(tmp_path)
 
 

@@ -623,6 +623,12 @@ def test_a_chunk_that_memory_does_not_hold_is_one_message(tmp_path, capsys):
     with pytest.raises(SystemExit), cli.exit_on_error():
         jax.block_until_ready(heavy(jax.random.key(0), {"a": jnp.float32(1)}))
     assert capsys.readouterr().err.startswith("error: out of device memory: give a smaller batch or chunk (")
+    for error in (MemoryError(), MemoryError("Unable to allocate 3.00 TiB")):
+        with pytest.raises(SystemExit) as ended, cli.exit_on_error():
+            raise error
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and told.startswith("error: out of the host's memory: give a smaller")
+        assert str(error) in told and "()" not in told
     with pytest.raises(RuntimeError, match="not of memory"), cli.exit_on_error():
         raise RuntimeError("not of memory")
 
