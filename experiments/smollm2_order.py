@@ -6,8 +6,9 @@
 
 Samples from the truth, takes or makes a base, and runs every order of alignment and distillation on it.
 Killed at any moment, the same command goes on; finished stages are never computed again. The same command in several
-processes (one a device, or one a core) shares the models out among them. Prints tables of results and costs, and writes
-smollm2_order.zarr, table.csv, costs.csv and smollm2_order.png/.pdf beside the run's folders.
+processes (one a device, or one a core) shares the models out among them. Prints tables of results and costs and by what
+the orders differ, seed by seed, and writes smollm2_order.zarr, table.csv, costs.csv, comparisons.csv and
+smollm2_order.png/.pdf beside the run's folders.
 
 Presets. laptop: SmolLM2-135M-Instruct is truth and base, the reward is a behaviour that 1 to 3 % of its completions
 show. paper: truth 1.7B, base 360M, student 135M, 512 tokens, the reflected likelihood under a sharpened target, for
@@ -274,7 +275,8 @@ def main(flags: Flags) -> None:
     for _ in laboratory.run(rows):
         write_results(order, flags.out, resolved)
     print(write_results(order, flags.out, resolved))
-    print(f"\nWrote smollm2_order.zarr, table.csv, costs.csv, smollm2_order.png and .pdf to {flags.out}")
+    written = "smollm2_order.zarr, table.csv, costs.csv, comparisons.csv, smollm2_order.png and .pdf"
+    print(f"\nWrote {written} to {flags.out}")
     print(f"in {time.perf_counter() - begin:.0f} s")
 
 
@@ -290,6 +292,8 @@ def write_results(order, out: Path, configuration: dict) -> str:
         results.write_csv(rows, out / "table.csv")
         costs = report.stage_costs(order, out)
         results.write_csv(costs, out / "costs.csv")
+        if compared := report.comparisons(order, out):
+            results.write_csv(compared, out / "comparisons.csv")
         report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
     told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(order, out)))
     return "\n\n".join(told)

@@ -66,7 +66,10 @@ def measured(order: Order, out: Path) -> dict[Path, dict]:
 def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, float]:
     """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
     path = row.folder / METRICS
-    if not isinstance(row.stage, pipelines.Align) or ALGORITHMS[row.algorithm].data or not path.exists():
+    # What nothing is rewarded for is no target.
+    if outcome(order) != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
+        return {}
+    if ALGORITHMS[row.algorithm].data or not path.exists():
         return {}
     hits = np.asarray([entry["target_hits"] for entry in _entries(path)])
     settings = order.alignment.settings
@@ -180,25 +183,32 @@ TABLE_QUANTITIES = (
 
 
 def table(order: Order, out: Path) -> list[dict]:
-    """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval."""
+    """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
+
+    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base.
+    """
     found = measured(order, out)
-    rows = {row.folder: row for row in rows_of(order, out)}
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple, dict] = {}
     if out / "base" in found:
-        groups[("base", "", "", math.nan, math.nan)] = [found[out / "base"]]
-    for folder, row in rows.items():
-        if folder in found:
-            key = (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
-            groups.setdefault(key, []).append(found[folder])
+        groups[("base", "", "", math.nan, math.nan)] = {"": found[out / "base"]}
+    for row in rows_of(order, out):
+        if row.folder in found:
+            groups.setdefault(_key(row), {})[row.seed] = found[row.folder]
     base = found.get(out / "base", {}).get("reward", math.nan)
     return [_table_row(key, runs, base) for key, runs in groups.items()]
 
 
-def _table_row(key, runs: list[dict], base_reward: float) -> dict:
+def _key(row: Row) -> tuple:
+    """What the seeds of a model have in common."""
+    return row.name, row.student, row.algorithm, row.temperature, row.kl_coef
+
+
+def _table_row(key, runs: dict[int | str, dict], base_reward: float) -> dict:
     row = dict(zip(_KEYS, key, strict=True))
     row["seeds"] = len(runs)
+    row["seed_points"] = " ".join(map(str, runs))
     for name in TABLE_QUANTITIES:
-        values = [run.get(name, math.nan) for run in runs]
+        values = [run.get(name, math.nan) for run in runs.values()]
         interval = statistics.t_interval(values) if np.isfinite(values).any() else None
         row[name] = math.nan if interval is None else interval.mean
         row[f"{name}_low"] = math.nan if interval is None else interval.low
@@ -214,25 +224,31 @@ def _table_row(key, runs: list[dict], base_reward: float) -> dict:
 
 def format_table(rows: list[dict]) -> str:
     """The table for a terminal: the frequency of every seed, means over seeds, and a t interval where there are two."""
-    of_pairs = any(math.isfinite(row["preference_accuracy"]) for row in rows)
+    last = ""
+    if any(math.isfinite(row["preference_accuracy"]) for row in rows):
+        last = "held-out pairs ranked right"
+    elif any(math.isfinite(row["target_hits"]) for row in rows):
+        last = "n·T·m → seen"
     head = (
-        f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<42}{'reward':>8}"
+        f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<52}{'reward':>8}"
         f"{'KL to':>8}{'recall':>9}{'target':>9}{'perple-':>9}{'model':>8}{'reward gain':>12}\n"
-        f"{'':<61}  {'(every seed) mean [95 % t interval]':<42}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
-        f"{'xity':>9}{'PFLOP':>8}{'per PFLOP':>12}   {'held-out pairs ranked right' if of_pairs else 'n·T·m → seen'}"
+        f"{'':<61}  {'(every seed: its own) mean [95 % t interval]':<52}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
+        f"{'xity':>9}{'PFLOP':>8}{'per PFLOP':>12}   {last}"
     )
     return "\n".join([head, *(_format_row(row) for row in rows)])
 
 
 def _format_row(row: dict) -> str:
-    points = " ".join(f"{float(p):.4f}" for p in row["behaviour_frequency_points"].split())
+    seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""]
+    values = [f"{float(value):.4f}" for value in row["behaviour_frequency_points"].split()]
+    points = " ".join(map("".join, zip(seeds, values, strict=True)))
     interval = f"{row['behaviour_frequency']:.4f}"
     if math.isfinite(row["behaviour_frequency_low"]):
         interval += f" [{row['behaviour_frequency_low']:.3f}, {row['behaviour_frequency_high']:.3f}]"
     frequency = f"({points}) {interval}"
     return (
         f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
-        f"{_blank(row['kl_coef']):>6}  {frequency:<42}{row['reward']:>8.3f}{row['kl_to_base']:>8.2f}"
+        f"{_blank(row['kl_coef']):>6}  {frequency:<52}{row['reward']:>8.3f}{row['kl_to_base']:>8.2f}"
         f"{row['recall_gap']:>9.2f}{row['target_recall_gap']:>9.2f}{row['held_out_perplexity']:>9.2f}"
         f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}   {_seen(row)}"
     )
@@ -261,8 +277,7 @@ def stage_costs(order: Order, out: Path) -> list[dict]:
     for row in rows_of(order, out):
         record = read_record(row.folder) or {}
         if "cost" in record:
-            key = (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
-            groups.setdefault(key, []).append(_both_costs(record, measured.get(row.folder, {})))
+            groups.setdefault(_key(row), []).append(_both_costs(record, measured.get(row.folder, {})))
     return [
         dict(zip(_KEYS, key, strict=True))
         | {"seeds": len(runs)}
@@ -296,32 +311,148 @@ def _format_cost(row: dict) -> str:
     )
 
 
+# --- the orders, held against each other ------------------------------------------------------------------------------
+
+_COMPARED = (
+    ("align_kd", "kd_align"),
+    ("align_kd_sharpened", "kd_align"),
+    ("align_kd_sharpened", "kd_align_sharpened"),
+)
+"""The headline at every τ of KD→Align; then what was sharpened, at the same τ."""
+
+
+def outcome(order: Order) -> str:
+    """The name of the quantity that the alignments were to raise."""
+    if order.preferences is not None:
+        return "preference_accuracy"
+    return "behaviour_frequency" if order.reward == "behaviour" else "reward"
+
+
+def comparisons(order: Order, out: Path) -> list[dict]:
+    """Align→KD against KD→Align, seed by seed: one row a pair of arms, student, algorithm and point of their axes.
+
+    A pair of runs counts where both were measured; a seed that only one arm has leaves both. Beside the mean difference
+    stands the one with diverged runs as 0, where shares are compared: a mean log-likelihood has no least value.
+
+    Returns:
+      Rows with what is compared; `seed_points` and of these seeds both outcomes and their differences; mean difference
+      and t interval; `left_out`, the seeds that one arm alone has; `failed`, those of which a run diverged.
+    """
+    rows = rows_of(order, out)
+    quantity, found, failed = outcome(order), evaluations(order, out), _failed(rows)
+    runs: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        value = found.get(row.folder, {}).get(quantity, math.nan)
+        # None where the run may still be made.
+        known = value if math.isfinite(value) else math.nan if row.folder in {*failed, *found} else None
+        runs.setdefault(_key(row), {})[row.seed] = known
+    compared = []
+    for arm, other in _COMPARED:
+        for key in (key for key in runs if key[0] == arm):
+            _, student, algorithm, temperature, kl_coef = key
+            for other_temperature in order.temperatures if math.isnan(temperature) else (temperature,):
+                other_key = (other, student, algorithm, other_temperature, kl_coef)
+                if other_key in runs:
+                    told = dict(zip(_KEYS, key, strict=True)) | {"other": other, "other_temperature": other_temperature}
+                    compared.append(told | {"outcome": quantity} | _paired(runs[key], runs[other_key], quantity))
+    return [row for row in compared if row["seed_points"] or row["failed"]]
+
+
+def _failed(rows: list[Row]) -> set[Path]:
+    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
+    failed: set[Path] = set()
+    for row in rows:
+        if "failed" in (read_record(row.folder) or {}) or failed & {*row.models}:
+            failed.add(row.folder)
+    return failed
+
+
+def _paired(mine: dict[int, float | None], theirs: dict[int, float | None], quantity: str) -> dict:
+    """Two arms' outcomes by seed, held against each other; NaN is a run that failed, None one that is not there."""
+    seeds = sorted({*mine, *theirs})
+    pairs = {seed: (mine.get(seed), theirs.get(seed)) for seed in seeds}
+    whole = {seed: pair for seed, pair in pairs.items() if None not in pair}
+    kept = {seed: pair for seed, pair in whole.items() if np.isfinite(pair).all()}
+    alone = [seed for seed, pair in pairs.items() if None in pair and any(map(_is_number, pair))]
+    differences = [one - another for one, another in kept.values()]
+    interval = statistics.t_interval(differences) if differences else statistics.MeanInterval(*[math.nan] * 3, 0)
+    as_0 = [one - another for one, another in statistics.failure_bound([*whole.values()])] if whole else []
+    columns = {"points": [pair[0] for pair in kept.values()], "other_points": [pair[1] for pair in kept.values()]}
+    columns |= {"difference_points": differences}
+    # Of few seeds that differ, a t interval reaches beyond what a difference of shares can be.
+    most = math.inf if quantity == "reward" else 1.0
+    return {
+        "seed_points": " ".join(map(str, kept)),
+        **{name: " ".join(f"{value:.6g}" for value in values) for name, values in columns.items()},
+        "difference": interval.mean,
+        "difference_low": float(np.clip(interval.low, -most, most)),
+        "difference_high": float(np.clip(interval.high, -most, most)),
+        "difference_failures_as_0": math.nan if quantity == "reward" or not as_0 else float(np.mean(as_0)),
+        "left_out": " ".join(map(str, alone)),
+        "failed": " ".join(str(seed) for seed in whole if seed not in kept),
+    }
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def sentences(order: Order, out: Path) -> list[str]:
     """What the run says of the orders, made from its own numbers, and which of its models diverged."""
     told = [f"{folder.relative_to(out)}: {words}." for folder, words in failures(order, out).items()]
-    by_key = {
-        (row["arm"], row["student"], row["algorithm"], row["temperature"], row["kl_coef"]): row
-        for row in table(order, out)
-    }
-    for (arm, student, algorithm, temperature, kl_coef), row in by_key.items():
-        if arm not in ("align_kd", "align_kd_sharpened"):
-            continue
-        for other_temperature in order.temperatures if arm == "align_kd" else (temperature,):
-            other = by_key.get(("kd_align", student, algorithm, other_temperature, kl_coef))
-            if other is not None:
-                told.append(
-                    f"{algorithm}, student {student}, β = {kl_coef:g}: {_LABELS[arm].replace(chr(10), ' ')}"
-                    f"{'' if math.isnan(temperature) else f' (τ = {temperature:g})'} {_does(row)}, "
-                    f"KD→Align (τ = {other_temperature:g}) {_does(other)} ({row['seeds']} and {other['seeds']} seeds)."
-                )
-    return told
+    return [*told, *(_sentence(row) for row in comparisons(order, out))]
 
 
-def _does(row: dict) -> str:
-    """What a model does of what its alignment asked for."""
-    if math.isfinite(row["preference_accuracy"]):
-        return f"ranks {100 * row['preference_accuracy']:.1f} % of the held-out pairs right"
-    return f"shows the behaviour in {100 * row['behaviour_frequency']:.2f} % of completions"
+def _sentence(row: dict) -> str:
+    arms = [_named(row["arm"], row["temperature"]), _named(row["other"], row["other_temperature"])]
+    about = f"{row['algorithm']}, student {row['student']}, β = {row['kl_coef']:g}"
+    notes = []
+    if row["left_out"]:
+        notes.append(f"of one arm alone and left out: {_seeds(row['left_out'])}")
+    if row["failed"]:
+        notes.append(f"diverged and left out: {_seeds(row['failed'])}")
+    if row["failed"] and math.isfinite(row["difference_failures_as_0"]):
+        notes.append(f"with diverged runs as 0: {_difference(row, 'difference_failures_as_0')}")
+    if not row["seed_points"]:
+        return f"{about}: {arms[0]} and {arms[1]} have no seed in common; {'; '.join(notes)}."
+    points = [_list_of(row[name].split(), row["outcome"]) for name in ("points", "other_points")]
+    does, unit = _DOES[row["outcome"]]
+    difference = _difference(row, "difference")
+    if math.isfinite(row["difference_low"]):
+        difference += f" (95 % t interval {' to '.join(_signed(row, f'difference_{end}') for end in ('low', 'high'))})"
+    return (
+        f"{about}, {_seeds(row['seed_points'])}: {arms[0]} {does} {points[0]}{unit}, {arms[1]} {points[1]}{unit}; "
+        f"{'; '.join([difference, *notes])}."
+    )
+
+
+_DOES = {
+    "behaviour_frequency": ("shows the behaviour in", " % of completions"),
+    "preference_accuracy": ("ranks right", " % of the held-out pairs"),
+    "reward": ("has a mean reward of", ""),
+}
+"""What an arm does, before and after the numbers."""
+
+
+def _named(arm: str, temperature: float) -> str:
+    return _LABELS[arm].replace("\n", " ") + ("" if math.isnan(temperature) else f" (τ = {temperature:g})")
+
+
+def _seeds(listed: str) -> str:
+    seeds = listed.split()
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}"
+
+
+def _list_of(points: list[str], quantity: str) -> str:
+    return ", ".join(f"{float(p):.3f}" if quantity == "reward" else f"{100 * float(p):.2f}" for p in points)
+
+
+def _difference(row: dict, column: str) -> str:
+    return f"a difference of {_signed(row, column)}{'' if row['outcome'] == 'reward' else ' percentage points'}"
+
+
+def _signed(row: dict, column: str) -> str:
+    return f"{row[column]:+.3f}" if row["outcome"] == "reward" else f"{100 * row[column]:+.2f}"
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------

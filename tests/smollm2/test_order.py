@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from jaxkd import align, durable, pipelines
 from jaxkd.smollm2 import generate, network, report, stages, text, weights
@@ -283,8 +284,80 @@ def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
     for row in table:
         assert row["seeds"] == 3
         assert (row["behaviour_frequency"], row["behaviour_frequency_points"]) == (pytest.approx(0.1), "0 0.1 0.2")
+        assert row["seed_points"] == "0 1 2"
+    assert "(0:0.0000 1:0.1000 2:0.2000) 0.1000" in report.format_table(table)
     assert {row["seeds"] for row in report.stage_costs(order, tmp_path)} == {3}
-    assert all("(3 and 3 seeds)" in told for told in report.sentences(order, tmp_path))
+
+
+SHARES = {
+    ("kd_align", 0.6): {0: 0.1, 1: 0.7, 2: 0.4, 3: 0.3},
+    ("kd_align", 1.0): {0: 0.05},
+    ("align_kd", None): {0: 0.2, 1: 0.75, 2: 0.5},
+    ("align_kd_sharpened", 0.6): {0: 0.3},
+    ("align_kd_sharpened", 1.0): {1: 0.2},
+}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Of some arms and seeds the outcome; of the last seed one run diverged, and with it what is made of it."""
+    order = tiny_order.make(
+        seeds=(0, 1, 2, 3), temperatures=(0.6, 1.0), arms=("kd_align", "align_kd", "align_kd_sharpened")
+    )
+    for row in orders.rows_of(order, tmp_path):
+        share = SHARES.get((row.name, None if np.isnan(row.temperature) else row.temperature), {}).get(row.seed)
+        if share is not None:
+            durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": share, "reward": -share})
+        if (row.name, row.seed) == ("aligned_base", 3):
+            durable.finish(row.folder, {"failed": "the alignment diverged"})
+    return order, tmp_path
+
+
+def test_orders_are_compared_over_the_seeds_that_both_have(compared):
+    found = {(row["arm"], row["other_temperature"]): row for row in report.comparisons(*compared)}
+    assert {row["other"] for row in found.values()} == {"kd_align"}
+    headline = found["align_kd", 0.6]
+    assert (headline["seed_points"], headline["failed"], headline["left_out"]) == ("0 1 2", "3", "")
+    expected = stats.ttest_rel([0.2, 0.75, 0.5], [0.1, 0.7, 0.4]).confidence_interval()
+    assert headline["difference"] == pytest.approx(0.25 / 3)
+    assert (headline["difference_low"], headline["difference_high"]) == pytest.approx(tuple(expected))
+    assert headline["difference_failures_as_0"] == pytest.approx((0.25 - 0.3) / 4)
+    # Unpaired means would say 0.483 against 0.05, and 0.3 against 0.375.
+    for key, difference in ((("align_kd", 1.0), 0.15), (("align_kd_sharpened", 0.6), 0.2)):
+        assert found[key]["seed_points"] == "0" and found[key]["difference"] == pytest.approx(difference)
+        assert np.isnan(found[key]["difference_low"])
+    assert found["align_kd", 1.0]["left_out"] == "1 2"
+    # No seed has both of these; the sharpened arm is held against its own temperature alone.
+    assert set(found) == {("align_kd", 0.6), ("align_kd", 1.0), ("align_kd_sharpened", 0.6)}
+
+
+def test_the_comparison_is_told_with_what_was_left_out(compared):
+    told = "\n".join(report.sentences(*compared))
+    for words in (
+        "seed-3/reinforce/aligned_base-b0.1: the alignment diverged.",
+        "seeds 0, 1, 2: Align→KD shows the behaviour in 20.00, 75.00, 50.00 % of completions, KD→Align (τ = 0.6) "
+        "10.00, 70.00, 40.00 % of completions; a difference of +8.33 percentage points (95 % t interval",
+        "diverged and left out: seed 3; with diverged runs as 0: a difference of -1.25 percentage points.",
+        "seed 0: Align→KD, sharpened (τ = 0.6) shows the behaviour in 30.00 % of completions",
+    ):
+        assert words in told
+
+
+def test_of_a_likelihood_the_mean_reward_is_compared(compared):
+    """Its frequency is nobody's aim, and a reward without a least value has no bound."""
+    order, out = compared
+    order = replace(order, reward="plain", target="random:tiny")
+    headline = report.comparisons(order, out)[0]
+    assert headline["outcome"] == "reward" and headline["difference"] == pytest.approx(-0.25 / 3)
+    assert np.isnan(headline["difference_failures_as_0"])
+    told = "\n".join(report.sentences(order, out))
+    assert "has a mean reward of -0.200, -0.750, -0.500" in told and "the behaviour" not in told
+    for row in orders.rows_of(order, out):
+        if row.folder.exists():
+            (row.folder / durable.METRICS).write_text('{"step": 0, "target_hits": 1}\n')
+    table = report.table(order, out)
+    assert all(np.isnan(row[name]) for row in table for name in report.ENCOUNTERS)
+    assert "n·T·m" not in report.format_table(table)
 
 
 def test_a_model_is_held_to_the_reference_of_its_last_alignment(tmp_path):
