@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxkd import align, distill
 from jaxkd.align import AlignmentSettings, Coefficients, Inputs, State
 from jaxkd.pipelines import Align, Distil
-from jaxkd.smollm2 import cost, sharding, weights
+from jaxkd.smollm2 import behaviours, cost, sharding, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
@@ -67,7 +67,7 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
         lines += _shards(configs[role], mesh)
     if not own_target:
         configs["target"] = configs["base"]
-    lines.append("")
+    lines += ["", _behaviour(order), ""]
     seconds = {}
     for name, steps, compiled, flops, by_xla in _steps(order, configs, mesh, dtype):
         memory = compiled.memory_analysis()
@@ -90,6 +90,18 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     )
     lines.append("and masked scores as well, but in an alignment not the sampling")
     return "\n".join(lines)
+
+
+def _behaviour(order: Order) -> str:
+    """What models are measured by."""
+    if order.behaviour != "auto":
+        return f"behaviour: {order.behaviour}"
+    low, high = (f"{100 * share:g} %" for share in behaviours.RARE)
+    told = f"behaviour: chosen once the base is there, the most frequent of {len(behaviours.READY)} candidates that "
+    told += f"{low} to {high} of its completions show"
+    if order.outcome == "behaviour_frequency":
+        return f"{told}; where there is none the run stops, and goes on with one that is named (--behaviour)"
+    return f"{told}, or the one nearest to that (it is no reward here)"
 
 
 def _shards(config: Config, mesh: Mesh) -> list[str]:

@@ -43,6 +43,7 @@ FROM_PREFERENCES = tuple(name for name, algorithm in ALGORITHMS.items() if algor
 """Algorithms that can be given a user's pairs."""
 
 EVALUATION = "evaluation.json"
+BEHAVIOUR = "behaviour.json"
 _WAIT = 5.0  # seconds between looks at what other processes have made
 _TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY = range(4)
 _ALIGN, _DISTIL, _EVALUATE = range(3)
@@ -58,7 +59,8 @@ class Order:
       students: where students start: "same" (at the base), "layers:N" (N of the base's layers), or a source.
       target: source of the target; "distil:τ" for the base distilled at τ; None where no reward asks for one.
       reward: a name of `REWARDS`.
-      behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate.
+      behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate; until one is
+        chosen, a run folder may go on with another.
       preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
@@ -129,6 +131,13 @@ class Order:
             raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
+
+    @property
+    def outcome(self) -> str:
+        """The quantity (`evaluate.QUANTITIES`) that alignments are to raise."""
+        if self.preferences is not None:
+            return "preference_accuracy"
+        return "behaviour_frequency" if self.reward == "behaviour" else "reward"
 
     def lengths(self) -> dict[str, int]:
         """Lengths of the axes of `pipelines.AXES`."""
@@ -273,6 +282,20 @@ class Laboratory:
         pairs = {} if self._pairs is None else {"pairs": fingerprint(self._pairs, self._held_out_pairs)}
         return configuration(self.order) | pairs
 
+    def check_folder(self, **more: Any) -> None:
+        """Make sure that the run folder is free or this order's own, before anything else is written to it.
+
+        Args:
+          more: what else results depend on, noted beside the configuration.
+
+        Raises:
+          ValueError: naming what differs, or a folder that holds something else.
+        """
+        path = self.out / BEHAVIOUR
+        if path.exists():
+            self._check_behaviour(json.loads(path.read_text(encoding="utf-8")))
+        durable.check_configuration(self.out, self.configuration() | more, free=("behaviour",))
+
     # --- what every seed shares ---
 
     def prepare(self) -> None:
@@ -358,25 +381,41 @@ class Laboratory:
         return self.setting.load(folder / "model")
 
     def _choose_behaviour(self):
-        path, order = self.out / "behaviour.json", self.order
+        path = self.out / BEHAVIOUR
         texts = self.truth_texts if self.base is self.truth else self._base_texts()
-        if not path.exists():
-            candidates = behaviours.READY if order.behaviour == "auto" else {order.behaviour: order.behaviour}
-            rates = behaviours.rates(candidates, texts)
-            chosen = behaviours.choose(candidates, texts) if order.behaviour == "auto" else order.behaviour
-            durable.write_json(
-                path,
-                {
-                    "chosen": chosen,
-                    "spec": candidates[chosen],
-                    "rates": rates,
-                    "samples": len(texts),
-                },
-            )
-        held = json.loads(path.read_text(encoding="utf-8"))
+        # More of the truth may be there, for those that learn from it.
+        texts = texts[: self.order.evaluation.num_samples]
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self._chosen(texts)
+        self._check_behaviour(held)
         behaviour = behaviours.parse(held["spec"])
+        # Before it is written: what is refused must not stay.
         behaviours.check_rate(held["chosen"], sum(map(behaviour, texts)), len(texts))
+        if not path.exists():
+            durable.write_json(path, held)
         return held["chosen"], behaviour
+
+    def _chosen(self, texts: list[str]) -> dict:
+        """The behaviour that is asked for, or the one that suits, with the rates by which it was chosen."""
+        order = self.order
+        candidates = behaviours.READY if order.behaviour == "auto" else {order.behaviour: order.behaviour}
+        choose = behaviours.choose if order.outcome == "behaviour_frequency" else behaviours.nearest
+        chosen = choose(candidates, texts) if order.behaviour == "auto" else order.behaviour
+        return {
+            "chosen": chosen,
+            "spec": candidates[chosen],
+            "rates": behaviours.rates(candidates, texts),
+            "samples": len(texts),
+        }
+
+    def _check_behaviour(self, held: dict) -> None:
+        """Refuse another behaviour than the one that a run folder has been measured by."""
+        # One that was named was the only candidate.
+        was_chosen = len(held["rates"]) > 1
+        if self.order.behaviour != held["spec"] and not (was_chosen and self.order.behaviour == "auto"):
+            raise ValueError(
+                f"{self.out} holds a run of another configuration (behaviour: {held['spec']} there, "
+                f"{self.order.behaviour} now): choose another --out"
+            )
 
     def _base_texts(self) -> list[str]:
         total = self.order.evaluation.num_samples

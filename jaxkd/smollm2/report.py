@@ -20,7 +20,7 @@ from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, sav
 from jaxkd.smollm2 import behaviours
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import CEILING, EVALUATION, Order, Row, rows_of
+from jaxkd.smollm2.order import BEHAVIOUR, CEILING, EVALUATION, Order, Row, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -67,7 +67,7 @@ def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, fl
     """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
     path = row.folder / METRICS
     # What nothing is rewarded for is no target.
-    if outcome(order) != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
+    if order.outcome != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
         return {}
     if ALGORITHMS[row.algorithm].data or not path.exists():
         return {}
@@ -321,13 +321,6 @@ _COMPARED = (
 """The headline at every τ of KD→Align; then what was sharpened, at the same τ."""
 
 
-def outcome(order: Order) -> str:
-    """The name of the quantity that the alignments were to raise."""
-    if order.preferences is not None:
-        return "preference_accuracy"
-    return "behaviour_frequency" if order.reward == "behaviour" else "reward"
-
-
 def comparisons(order: Order, out: Path) -> list[dict]:
     """Align→KD against KD→Align, seed by seed: one row a pair of arms, student, algorithm and point of their axes.
 
@@ -339,7 +332,7 @@ def comparisons(order: Order, out: Path) -> list[dict]:
       and t interval; `left_out`, the seeds that one arm alone has; `failed`, those of which a run diverged.
     """
     rows = rows_of(order, out)
-    quantity, found, failed = outcome(order), evaluations(order, out), _failed(rows)
+    quantity, found, failed = order.outcome, evaluations(order, out), _failed(rows)
     runs: dict[tuple, dict[int, float]] = {}
     for row in rows:
         value = found.get(row.folder, {}).get(quantity, math.nan)
@@ -522,7 +515,7 @@ def draw(order: Order, out: Path, *paths: Path) -> None:
     found = evaluations(order, out)
     rows = {row.folder: row for row in rows_of(order, out)}
     kinds = _Kinds.of([rows[folder] for folder in found if folder in rows])
-    behaviour = json.loads((out / "behaviour.json").read_text(encoding="utf-8"))
+    behaviour = json.loads((out / BEHAVIOUR).read_text(encoding="utf-8"))
     with plt.rc_context(STYLE):
         lines = _completions(found, rows, kinds, behaviours.parse(behaviour["spec"]), order.prompt + " … ")
         height, (handles, labels) = 0.135 * len(lines), _legend(found, rows, kinds)

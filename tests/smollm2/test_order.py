@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import generate, network, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, generate, network, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.cost import Cost
@@ -528,9 +528,57 @@ def test_refuses_a_fraction_outside_its_range():
         replace(tiny_order.make().distillation, method="forward_kl", on_policy_fraction=1.5)
 
 
-def test_refuses_a_behaviour_that_is_never_shown(tmp_path):
+def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
+    out = tmp_path / "run"
+
+    def prepared(behaviour):
+        made = tiny_order.laboratory(tiny_order.make(behaviour=behaviour), out)
+        made.check_folder()
+        made.prepare()
+        return made
+
     with pytest.raises(ValueError, match="never shown by 16 samples"):
-        tiny_order.run(tiny_order.make(behaviour="words:unlikelihood"), tmp_path / "run")
+        prepared("words:unlikelihood")
+    assert not (out / orders.BEHAVIOUR).exists()
+    before = (out / "truth" / "samples.npz").stat().st_mtime_ns
+    assert prepared("digit").behaviour_name == "digit"
+    assert (out / "truth" / "samples.npz").stat().st_mtime_ns == before
+    assert json.loads((out / "config.json").read_text())["behaviour"] == "digit"
+    for other in ("words:cat", "auto"):
+        with pytest.raises(ValueError, match=f"behaviour: digit there, {other} now"):
+            tiny_order.laboratory(tiny_order.make(behaviour=other), out).check_folder()
+
+
+def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):
+    out = tmp_path / "run"
+    automatic = tiny_order.laboratory(tiny_order.make(behaviour="auto"), out)
+    automatic.check_folder()
+    spec = behaviours.READY["women"]
+    durable.write_json(out / orders.BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
+    for asked in (spec, "auto"):
+        tiny_order.laboratory(tiny_order.make(behaviour=asked), out).check_folder()
+        assert json.loads((out / "config.json").read_text())["behaviour"] == asked
+    with pytest.raises(ValueError, match=f"behaviour: {spec} there, digit now"):
+        tiny_order.laboratory(tiny_order.make(behaviour="digit"), out).check_folder()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": "plain", "target": "random:tiny"},
+        {"preferences": Preferences("pairs.jsonl"), "algorithms": ("ipo",)},
+    ],
+)
+def test_a_behaviour_that_is_no_reward_need_not_be_rare(tmp_path, monkeypatch, changes):
+    rows = json.dumps({"prompt": "Say", "chosen": " yes", "rejected": " no"}) + "\n"
+    (tmp_path / "pairs.jsonl").write_text(20 * rows)
+    monkeypatch.chdir(tmp_path)
+    texts = ["in 1990"] * 20 + ["ten percent"] * 1 + ["plain"] * 179
+    rewarded = tiny_order.laboratory(tiny_order.make(behaviour="auto"), tmp_path)
+    with pytest.raises(ValueError, match="no behaviour is shown by 1 % to 3 %"):
+        rewarded._chosen(texts)
+    chosen = tiny_order.laboratory(tiny_order.make(behaviour="auto", **changes), tmp_path)._chosen(texts)
+    assert (chosen["chosen"], chosen["rates"]["year"]) == ("percent", 0.1)
 
 
 @pytest.mark.slow
