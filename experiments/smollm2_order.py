@@ -67,7 +67,7 @@ class Flags:
     """The most tokens of a completion."""
     arms: tuple[str, ...] | None = None
     """Arms: kd_align, kd_align_sharpened, align_kd, align_kd_sharpened, kd_align_anchored,
-    base_start_student_reference, ceiling."""
+    base_start_student_reference, and ceiling where the reward is the behaviour."""
     algorithms: tuple[str, ...] | None = None
     """Alignment algorithms; the first is run on every seed and student, the others on the first student."""
     temperatures: tuple[float, ...] | None = None
@@ -201,6 +201,7 @@ def paper():
 
 def order_of(flags: Flags):
     """The order that the flags ask for."""
+    from jaxkd.smollm2.order import CEILING
     from jaxkd.smollm2.preferences import Preferences
 
     order = quick() if flags.quick else {"laptop": laptop, "paper": paper}[flags.preset]()
@@ -211,6 +212,9 @@ def order_of(flags: Flags):
         changes["students"] = flags.student
     if flags.preferences is not None:
         changes["preferences"] = Preferences(flags.preferences, flags.max_length)
+    if flags.preferences is not None or changes.get("reward", order.reward) != "behaviour":
+        # A preset's ceiling is one of the behaviour's frequency.
+        changes.setdefault("arms", tuple(arm for arm in order.arms if arm != CEILING))
     distillation, alignment = order.distillation, order.alignment
     if flags.learning_rate is not None:
         optimisation = replace(distillation.optimisation, learning_rate=flags.learning_rate)

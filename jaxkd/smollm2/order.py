@@ -64,7 +64,7 @@ class Order:
       preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
-      arms: names of `ARMS`.
+      arms: names of `ARMS`; the ceiling only where the reward is the behaviour.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
       kl_coefs: β, reward units a nat.
@@ -90,7 +90,7 @@ class Order:
     preferences: Preferences | None = None
     prompt: str = "The"
     max_new_tokens: int = 32
-    arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened", CEILING)
+    arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened")
     algorithms: tuple[str, ...] = ("online_dpo",)
     temperatures: tuple[float, ...] = (1.0, 0.6)
     kl_coefs: tuple[float, ...] = (0.1,)
@@ -131,6 +131,12 @@ class Order:
             raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
+        if CEILING in self.arms and self.outcome != "behaviour_frequency":
+            asked = "preferences" if self.preferences is not None else f"the reward {self.reward!r}"
+            raise ValueError(
+                f"the {CEILING} learns from texts that show the behaviour, which {asked} does not ask for: "
+                "leave it away from --arms"
+            )
 
     @property
     def outcome(self) -> str:
@@ -319,7 +325,6 @@ class Laboratory:
             self.workshop,
         )
         self.truth_texts = self.setting.texts_of(self.truth_samples)
-        self._to_learn = slice(order.evaluation.num_truth_samples, None)
         self.base = self._make_base()
         durable.check_weights(self.out, {"base": fingerprint(self.base)})
         self.behaviour_name, self.behaviour = self._choose_behaviour()
@@ -349,10 +354,22 @@ class Laboratory:
 
     def _truth_samples_to_learn(self) -> int:
         """Samples of the truth that some stage learns from; models are measured by others."""
-        settings, order = self.order.alignment.settings, self.order
-        by_ceiling = order.evaluation.num_samples // 2 if CEILING in order.arms else 0
+        order = self.order
+        by_ceiling = self._num_for_ceiling() if CEILING in order.arms else 0
         learns = order.preferences is None and any(ALGORITHMS[name].data == "truth" for name in order.algorithms)
-        return max(by_ceiling, settings.dataset_batches * settings.batch_size if learns else 0)
+        return max(by_ceiling, self._num_for_pairs() if learns else 0)
+
+    def _num_for_ceiling(self) -> int:
+        return self.order.evaluation.num_samples // 2
+
+    def _num_for_pairs(self) -> int:
+        settings = self.order.alignment.settings
+        return settings.dataset_batches * settings.batch_size
+
+    def _to_learn(self, total: int) -> slice:
+        """As many samples of the truth that no model is measured by, whatever else was drawn in this run folder."""
+        first = self.order.evaluation.num_truth_samples
+        return slice(first, first + total)
 
     def _make_base(self) -> Network:
         base = self.order.base
@@ -390,6 +407,8 @@ class Laboratory:
         behaviour = behaviours.parse(held["spec"])
         # Before it is written: what is refused must not stay.
         behaviours.check_rate(held["chosen"], sum(map(behaviour, texts)), len(texts))
+        if CEILING in self.order.arms:
+            self._rows_for_ceiling(behaviour)
         if not path.exists():
             durable.write_json(path, held)
         return held["chosen"], behaviour
@@ -563,13 +582,14 @@ class Laboratory:
                 row.kl_coef,
                 alignment,
                 self.workshop,
-                truth_samples=take(self.truth_samples, self._to_learn),
+                truth_samples=take(self.truth_samples, self._to_learn(self._num_for_pairs())),
                 preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
-            Coster(self.workshop, self.truth, self.truth).sampled(take(self.truth_samples, self._to_learn))
+            searched = take(self.truth_samples, self._to_learn(self._num_for_ceiling()))
+            Coster(self.workshop, self.truth, self.truth).sampled(searched)
         temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
@@ -596,15 +616,27 @@ class Laboratory:
 
         None of them is a sample that models are measured by.
         """
-        first = self._to_learn.start
-        rows = first + np.flatnonzero(oracles.hits(self.behaviour, self.truth_texts[first:]))
+        rows = self._rows_for_ceiling(self.behaviour)
         held_out = max(1, len(rows) // 8)
         batch_size = min(settings.batch_size, len(rows) - held_out)
-        if batch_size < 1:
-            raise ValueError(f"only {len(rows)} samples of the truth show the behaviour: too few for the ceiling")
         changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), replace(settings, **changes)
+
+    def _rows_for_ceiling(self, behaviour: behaviours.Behaviour) -> np.ndarray:
+        """Where among the truth's samples those lie that the ceiling learns from.
+
+        Raises:
+          ValueError: where one can't be held out and another learned from.
+        """
+        searched = self._to_learn(self._num_for_ceiling())
+        rows = searched.start + np.flatnonzero(oracles.hits(behaviour, self.truth_texts[searched]))
+        if len(rows) < 2:
+            raise ValueError(
+                f"{len(rows)} of {self._num_for_ceiling()} samples of the truth show the behaviour, too few for the "
+                f"{CEILING}: leave it away from --arms, or choose another --behaviour"
+            )
+        return rows
 
     def _admitted(self, row: Row) -> bool:
         """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""

@@ -386,7 +386,8 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
     )
     shown, _ = laboratory._shown(order.distillation)
     texts = laboratory.setting.texts_of(shown)
-    assert texts == [text for text in laboratory.truth_texts[measured_by:] if laboratory.behaviour(text)]
+    searched = laboratory.truth_texts[measured_by : measured_by + order.evaluation.num_samples // 2]
+    assert texts == [text for text in searched if laboratory.behaviour(text)]
     ceiling = next(row.folder for row in orders.rows_of(order, out) if row.name == CEILING)
     assert durable.read_record(ceiling)["cost"]["tokens_sampled"] > 0
 
@@ -428,6 +429,11 @@ def test_one_implementation_of_each_step():
         ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
         ({"reward": "plain", "target": "random:tiny", "algorithms": ("kto",)}, "kto needs a reward that tells"),
         ({"algorithms": ("reinforce", "ppo")}, "num_updates must be a multiple of epochs"),
+        ({"reward": "plain", "target": "random:tiny", "arms": (CEILING,)}, "which the reward 'plain' does not ask for"),
+        (
+            {"preferences": Preferences("pairs.jsonl"), "algorithms": ("ipo",), "arms": (CEILING,)},
+            "which preferences does not ask for",
+        ),
     ],
 )
 def test_refuses_orders(changes, message):
@@ -547,6 +553,28 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
     for other in ("words:cat", "auto"):
         with pytest.raises(ValueError, match=f"behaviour: digit there, {other} now"):
             tiny_order.laboratory(tiny_order.make(behaviour=other), out).check_folder()
+
+
+def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path):
+    laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
+    digit = behaviours.parse("digit")
+    # Eight that models are measured by, eight for the ceiling, and what an offline algorithm added.
+    laboratory.truth_texts = ["1"] * 8 + ["2", "none", "3"] + ["none"] * 4 + ["4"] + ["5"] * 20
+    np.testing.assert_array_equal(laboratory._rows_for_ceiling(digit), [8, 10, 15])
+    laboratory.truth_texts = ["1"] * 8 + ["none"] * 7 + ["4"] + ["5"] * 20
+    with pytest.raises(ValueError, match="1 of 8 samples of the truth show the behaviour, too few for the ceiling"):
+        laboratory._rows_for_ceiling(digit)
+
+
+def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp_path):
+    laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
+    laboratory.truth = laboratory.base = None
+    laboratory.truth_texts = ["1"] * 8 + ["none"] * 8
+    with pytest.raises(ValueError, match="too few for the ceiling: leave it away"):
+        laboratory._choose_behaviour()
+    assert not (tmp_path / orders.BEHAVIOUR).exists()
+    laboratory.order = replace(laboratory.order, arms=("kd_align",))
+    assert laboratory._choose_behaviour()[0] == "digit"
 
 
 def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):

@@ -132,6 +132,17 @@ def test_distill_writes_a_student(run, tmp_path):
         (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
         (
             ORDER,
+            ["--truth", "random:tiny", "--reward", "plain", "--target", "random:tiny", "--arms", "ceiling"],
+            "the ceiling learns from texts that show the behaviour",
+        ),
+        # The preset's own ceiling is left away.
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--student", "same", "--reward", "plain", "--target", "no/such"],
+            "no/such",
+        ),
+        (
+            ORDER,
             ["--truth", "random:tiny", "--student", "same", "--preferences", "absent.jsonl", "--algorithms", "ipo"],
             "there is no file absent.jsonl",
         ),
