@@ -122,13 +122,13 @@ def alignment_of(config: Align):
     return Alignment(settings, Coefficients(label_temperature=0.1), optimisation, lora)
 
 
-def oracle_of(config: Align, setting):
+def oracle_of(config: Align, target):
     """`(completions, draws) -> (reward, hit)`."""
     from jaxkd.smollm2 import behaviours, oracles
 
-    if config.target is not None:
+    if target is not None:
         # No behaviour is asked for: none counts.
-        return oracles.of_likelihood(setting.load(config.target), lambda text: False)
+        return oracles.of_likelihood(target, lambda text: False)
     return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
@@ -177,13 +177,15 @@ def main(config: Align) -> None:
     start = setting.load(config.source)
     reference = start if config.reference is None else setting.load(config.reference)
     stages.check_alignment(start, reference, alignment)
-    oracle, key = oracle_of(config, setting), jax.random.key(config.seed)
+    target = None if config.target is None else setting.load(config.target)
+    oracle, key = oracle_of(config, target), jax.random.key(config.seed)
     if config.behaviour is not None and not (config.out / "config.json").exists():
         check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
     held = {} if pairs is None else {"pairs": fingerprint(pairs)}
     with durable.one_at_a_time(config.out):
         durable.check_configuration(config.out, config.results_depend_on() | held)
-        durable.check_weights(config.out, {"source": fingerprint(start), "reference": fingerprint(reference)})
+        networks = {"source": start, "reference": reference} | ({} if target is None else {"target": target})
+        durable.check_weights(config.out, {role: fingerprint(network) for role, network in networks.items()})
         if durable.read_record(config.out) is not None:
             print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
             return

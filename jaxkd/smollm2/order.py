@@ -312,7 +312,11 @@ class Laboratory:
     def _prepare(self) -> None:
         order = self.order
         self.truth = self.setting.load(order.truth)
-        durable.check_weights(self.out, {"truth": fingerprint(self.truth)})
+        given = {f"student {one}": one for one in order.students if one != "same" and not one.startswith("layers:")}
+        if order.target is not None and not order.target.startswith("distil:"):
+            given["target"] = order.target
+        found = {role: fingerprint(self.setting.load(source)) for role, source in given.items()}
+        durable.check_weights(self.out, {"truth": fingerprint(self.truth)} | found)
         folder = self.out / "truth"
         total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples + self._truth_samples_to_learn())
         self.workshop.begin()

@@ -577,6 +577,25 @@ def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp
     assert laboratory._choose_behaviour()[0] == "digit"
 
 
+@pytest.mark.parametrize("role", ["target", "student"])
+def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, role):
+    """Before anything is drawn."""
+
+    def stop(*arguments):
+        raise ValueError("this far")
+
+    monkeypatch.setattr(stages, "kept_draws", stop)
+    config, params = weights.load("random:tiny")
+    source, out = str(tmp_path / "source"), tmp_path / "run"
+    changes = {"students": ("same", source)} if role == "student" else {"reward": "plain", "target": source}
+    for saved, told in ((params, "this far"), (tiny_order.uneven(params), rf"are others now \({role}")):
+        weights.save_pretrained(source, config, saved, text.byte_tokenizer())
+        laboratory = tiny_order.laboratory(tiny_order.make(**changes), out, meshed=False)
+        laboratory.check_folder()
+        with pytest.raises(ValueError, match=told):
+            laboratory.prepare()
+
+
 def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):
     out = tmp_path / "run"
     automatic = tiny_order.laboratory(tiny_order.make(behaviour="auto"), out)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import students, text, weights
+from jaxkd.smollm2 import stages, students, text, weights
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -59,6 +59,19 @@ def test_align_on_a_behaviour(run, tmp_path, algorithm):
     )  # fmt: skip
     assert code == 0, errors
     assert _moved(tmp_path / "out" / "model")
+
+
+def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
+    def stop(*arguments, **more):
+        raise ValueError("this far")
+
+    monkeypatch.setattr(stages, "align_policy", stop)
+    config, params = weights.load("random:tiny")
+    arguments = ["--source", "random:tiny", "--target", tmp_path / "target", *SMALL, "--out", tmp_path / "out"]
+    for saved, told in ((params, "this far"), (tiny_order.uneven(params), "are others now (target")):
+        weights.save_pretrained(tmp_path / "target", config, saved, text.byte_tokenizer())
+        code, _, errors = run(ALIGN, *arguments)
+        assert code == 2 and told in errors
 
 
 @pytest.mark.slow
