@@ -586,14 +586,13 @@ class Laboratory:
                 row.kl_coef,
                 alignment,
                 self.workshop,
-                truth_samples=take(self.truth_samples, self._to_learn(self._num_for_pairs())),
+                truth_samples=self._truth_samples_for(row.algorithm),
                 preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
-            searched = take(self.truth_samples, self._to_learn(self._num_for_ceiling()))
-            Coster(self.workshop, self.truth, self.truth).sampled(searched)
+            self._take_truth_samples(self._num_for_ceiling())
         temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
@@ -606,6 +605,18 @@ class Laboratory:
             self.workshop,
             samples,
         )
+
+    def _truth_samples_for(self, algorithm: str) -> Texts | None:
+        """What an algorithm pairs and labels; None where it learns from other texts."""
+        if self._pairs is not None or ALGORITHMS[algorithm].data != "truth":
+            return None
+        return self._take_truth_samples(self._num_for_pairs())
+
+    def _take_truth_samples(self, total: int) -> Texts:
+        """Samples of the truth to learn from, charged to whatever is being made: it alone would have to draw them."""
+        x = take(self.truth_samples, self._to_learn(total))
+        Coster(self.workshop, self.truth, self.truth).sampled(x)
+        return x
 
     def _preference_data(self, row: Row, reference: Network) -> PreferenceData | None:
         """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""

@@ -624,7 +624,7 @@ def _preference_data(
             1.0,
             coster.workshop,
         )
-        coster.sampled(x)
+        coster.sampled(x, by=reference)
     x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
     log_prob = reference_log_prob(coster.workshop.root or folder, reference, x, coster.workshop)
     pairs = x.reward.reshape(settings.dataset_batches, 2, -1)
@@ -641,11 +641,14 @@ def _preference_data(
 
 
 def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Workshop) -> np.ndarray:
-    """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
+    """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data.
+
+    Whoever asks is charged: what a stage costs does not depend on which of them came first.
+    """
+    Coster(workshop, reference, reference).scored(x)
     path = cache / f"reference-{fingerprint(reference, (x.tokens, x.mask, x.completion_mask))}.npz"
     with files.claim(path, wait=True):
         if not path.exists():
-            Coster(workshop, reference, reference).scored(x)
             write_arrays(path, {"log_prob": reference.token_log_prob(x)})
     with np.load(path) as file:
         return file["log_prob"]
@@ -661,9 +664,10 @@ class Coster:
         lengths = np.asarray(x.mask).sum(axis=1)
         return of(network.config, int(lengths.sum()), cost.mean_context(lengths))
 
-    def sampled(self, x) -> None:
+    def sampled(self, x, by: Network | None = None) -> None:
         """Texts were drawn."""
-        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(self.model, x))
+        network = by or self.model
+        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
 
     def scored(self, x, by: Network | None = None) -> None:
         """Log-probabilities were computed."""

@@ -23,7 +23,7 @@ from jaxkd import align, durable, pipelines
 from jaxkd.smollm2 import behaviours, generate, network, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
-from jaxkd.smollm2.cost import Cost
+from jaxkd.smollm2.cost import Cost, forward_flops
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
 from tests.smollm2 import by_hand, tiny_order
@@ -575,6 +575,32 @@ def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp
     assert not (tmp_path / orders.BEHAVIOUR).exists()
     laboratory.order = replace(laboratory.order, arms=("kd_align",))
     assert laboratory._choose_behaviour()[0] == "digit"
+
+
+def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, monkeypatch):
+    """To the ceiling as to offline algorithms, by the truth's size; pairs of a user's cost nothing."""
+    order = tiny_order.make(arms=("kd_align", CEILING), algorithms=("offline_dpo_data", "reinforce"))
+    laboratory = tiny_order.laboratory(order, tmp_path, meshed=False)
+    laboratory.truth = laboratory.base = laboratory.setting.load("random:tiny")
+    laboratory.behaviour, laboratory.oracle = behaviours.parse("digit"), None
+    mask = np.ones((24, 9), bool)
+    laboratory.truth_samples = orders.Texts(np.zeros((24, 9), np.int32), mask, mask & (np.arange(9) > 0))
+    laboratory.truth_texts = ["1"] * 24
+    laboratory.model = lambda folder: laboratory.base
+    given = {}
+    monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
+    monkeypatch.setattr(stages, "distil", lambda *_: None)
+    for row in orders.rows_of(order, tmp_path):
+        laboratory.workshop.begin()
+        laboratory._make(row)
+        learns = row.name == CEILING or row.algorithm == "offline_dpo_data"
+        spent = laboratory.workshop.cost
+        # Eight for the ceiling, and two batches of eight.
+        number = 0 if not learns else 8 if row.name == CEILING else 16
+        if row.algorithm:
+            assert (None if given["x"] is None else len(given["x"].tokens)) == (number or None)
+        assert spent.tokens_sampled == 8 * number
+        assert spent.model_flops == pytest.approx(forward_flops(laboratory.truth.config, 9 * number, 5))
 
 
 @pytest.mark.parametrize("role", ["target", "student"])
