@@ -52,6 +52,9 @@ class Align:
     """The most tokens of a completion, with a reward."""
     max_length: int = 512
     """The most tokens of prompt and answer, with preferences; longer answers are cut, and to the models' context."""
+    label_noise: float = 0.0
+    """With preferences: share of the pairs that robust_dpo assumes to be labelled the wrong way round. With a reward:
+    share of the labels of online_dpo and offline_dpo_ref that are flipped."""
     kl_coef: float = 0.1
     """KL coefficient β."""
     updates: int = 100
@@ -79,6 +82,8 @@ class Align:
 
     def __post_init__(self):
         from jaxkd import checks
+        from jaxkd.align import check_label_noise
+        from jaxkd.smollm2 import preferences
 
         checks.folder("--out", self.out)
         given = [name for name in ("preferences", "behaviour", "target") if getattr(self, name) is not None]
@@ -89,19 +94,23 @@ class Align:
         checks.name("--algorithm", self.algorithm, OFFLINE if self.preferences else ONLINE)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--kl-coef", self.kl_coef, above=0)
+        checks.number("--label-noise", self.label_noise, least=0, most=0.5)
+        check_label_noise("--label-noise", [OFFLINE.get(self.algorithm, self.algorithm)], [self.label_noise])
+        if self.preferences is not None:
+            preferences.check_label_noise([self.algorithm], self.label_noise)
         checks.whole("--max-length", self.max_length, least=2)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
         alignment_of(self)
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go."""
-        elsewhere = ("out", "wandb", "tensorboard")
+        elsewhere = ("out", "wandb", "tensorboard", *(() if self.label_noise else ("label_noise",)))
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
 
 
 def alignment_of(config: Align):
     """Settings of the stage."""
-    from jaxkd.align import AlignmentSettings, Coefficients
+    from jaxkd.align import AlignmentSettings, Coefficients, label_coefficients
     from jaxkd.smollm2.adapters import LoRA
     from jaxkd.smollm2.stages import Alignment, Optimisation
 
@@ -119,7 +128,8 @@ def alignment_of(config: Align):
         checkpoint_every=config.checkpoint_every,
     )
     lora = None if config.lora_rank is None else LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank)
-    return Alignment(settings, Coefficients(label_temperature=0.1), optimisation, lora)
+    coefficients = Coefficients(label_temperature=0.1, **label_coefficients(name, config.label_noise))
+    return Alignment(settings, coefficients, optimisation, lora)
 
 
 def oracle_of(config: Align, target):

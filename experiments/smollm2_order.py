@@ -61,6 +61,9 @@ class Flags:
     the pairs is held out to measure by."""
     max_length: int = 512
     """The most tokens of prompt and answer of a pair; longer answers are cut."""
+    label_noise: float | None = None
+    """Share of the preference labels that are flipped, 0 by default; robust_dpo assumes the same. With --preferences,
+    the share of the pairs that robust_dpo assumes to be labelled the wrong way round: it then has no default."""
     prompt: str | None = None
     """What every completion follows."""
     max_new_tokens: int | None = None
@@ -228,6 +231,8 @@ def order_of(flags: Flags):
         distillation = replace(distillation, num_updates=flags.distillation_updates)
     if flags.alignment_updates is not None:
         alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
+    if flags.label_noise is not None:
+        alignment = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=flags.label_noise))
     if flags.samples is not None:
         evaluation = order.evaluation
         most = {name: min(getattr(evaluation, name), flags.samples) for name in ("num_scored", "num_diverse")}

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxkd import checks, durable, files, pipelines
-from jaxkd.align import ALGORITHMS, PreferenceData
+from jaxkd.align import ALGORITHMS, PreferenceData, check_label_noise, label_coefficients
 from jaxkd.pipelines import Align, Distil, Sharpen
 from jaxkd.smollm2 import behaviours, oracles, preferences, stages, students, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
@@ -71,7 +71,8 @@ class Order:
       seeds: one run of all stages each, of the first student and algorithm.
       seeds_of_rest: the same of every other student with the first algorithm, and the other way round.
       distillation: how students learn.
-      alignment: how policies are aligned; its algorithm is that of `algorithms`.
+      alignment: how policies are aligned; its algorithm is that of `algorithms`, and its flip rate that of the oracle's
+        labels, which robust DPO also assumes; with preferences the share that robust DPO assumes, and nothing else.
       evaluation: sizes.
       look_every: steps of an alignment between looks at 64 samples; 0 for none.
       most_held_out_kl: cut students with a larger recall gap a token (nats) are not admitted.
@@ -131,6 +132,11 @@ class Order:
             raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
+        flip_rate = self.alignment.coefficients.flip_rate
+        checks.number("--label-noise", flip_rate, least=0, most=0.5)
+        check_label_noise("--label-noise", self.algorithms, [flip_rate])
+        if self.preferences is not None:
+            preferences.check_label_noise(self.algorithms, flip_rate)
         if CEILING in self.arms and self.outcome != "behaviour_frequency":
             asked = "preferences" if self.preferences is not None else f"the reward {self.reward!r}"
             raise ValueError(
@@ -574,8 +580,7 @@ class Laboratory:
             return self.model(row.models[0]).sharpened(row.temperature)
         if isinstance(row.stage, Align):
             order = self.order
-            settings = replace(order.alignment.settings, algorithm=row.algorithm)
-            alignment = replace(order.alignment, settings=settings, look_every=order.look_every)
+            alignment = _alignment_of(order, row.algorithm)
             reference = self.model(row.models[-1])
             return stages.align_policy(
                 row.folder,
@@ -698,6 +703,18 @@ class Laboratory:
             kl_coef=0.0 if np.isnan(row.kl_coef) else row.kl_coef,
         )
         _write_evaluation(row.folder, found, self.workshop, _plain(row))
+
+
+def _alignment_of(order: Order, algorithm: str) -> Alignment:
+    """How one algorithm aligns."""
+    alignment = order.alignment
+    labels = label_coefficients(algorithm, alignment.coefficients.flip_rate)
+    return replace(
+        alignment,
+        settings=replace(alignment.settings, algorithm=algorithm),
+        coefficients=alignment.coefficients._replace(**labels),
+        look_every=order.look_every,
+    )
 
 
 def _student_label(order: Order, row: Row) -> str:

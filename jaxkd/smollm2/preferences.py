@@ -1,5 +1,6 @@
 """A user's own pairs as what an offline alignment learns from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,24 @@ def accuracy(log_prob: np.ndarray, reference_log_prob: np.ndarray) -> float:
     """
     chosen, rejected = np.split(np.asarray(log_prob) - reference_log_prob, 2)
     return float(np.mean((np.sign(chosen - rejected) + 1) / 2))
+
+
+def check_label_noise(algorithms: Sequence[str], share: float) -> None:
+    """Raise where nobody assumes that a share of given pairs is labelled the wrong way round, or robust DPO lacks it.
+
+    Raises:
+      ValueError: a share that no algorithm uses; robust DPO without one.
+    """
+    if "robust_dpo" in algorithms and share == 0:
+        raise ValueError(
+            "robust_dpo needs --label-noise, the share of the pairs that are labelled the wrong way round, above 0 and "
+            "below 0.5; at 0 it is plain DPO"
+        )
+    if share and "robust_dpo" not in algorithms:
+        raise ValueError(
+            f"--label-noise: of given pairs only robust_dpo assumes a share of wrong labels; got {share:g} for "
+            f"{', '.join(algorithms)}"
+        )
 
 
 def check_enough(pairs: Texts, batch_size: int) -> None:

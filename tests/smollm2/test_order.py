@@ -555,6 +555,18 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
             tiny_order.laboratory(tiny_order.make(behaviour=other), out).check_folder()
 
 
+def test_robust_dpo_assumes_the_noise_there_is():
+    """And no other algorithm assumes any; a tenth of the oracle's labels are not presumed wrong where none is."""
+    tiny = tiny_order.make(algorithms=("robust_dpo", "cdpo"))
+    clean, smoothing = orders._alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
+    assert (clean.coefficients.flip_rate, clean.coefficients.label_smoothing) == (0, 0)
+    alignment = replace(tiny.alignment, coefficients=tiny.alignment.coefficients._replace(flip_rate=0.2))
+    noisy = orders._alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
+    assert (noisy.coefficients.flip_rate, noisy.coefficients.label_smoothing) == (0.2, 0.2)
+    other = orders._alignment_of(replace(tiny, alignment=alignment), "cdpo")
+    assert (other.coefficients.flip_rate, other.coefficients.label_smoothing) == (0.2, smoothing)
+
+
 def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path):
     laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
     digit = behaviours.parse("digit")

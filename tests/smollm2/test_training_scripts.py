@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkd.smollm2 import stages, students, text, weights
+from jaxkd.smollm2.network import Network
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -59,6 +60,19 @@ def test_align_on_a_behaviour(run, tmp_path, algorithm):
     )  # fmt: skip
     assert code == 0, errors
     assert _moved(tmp_path / "out" / "model")
+
+
+def test_robust_dpo_assumes_the_share_that_is_given(run, pairs, monkeypatch, tmp_path):
+    def stop(*arguments, **more):
+        raise ValueError(f"assumed: {arguments[6].coefficients.label_smoothing}")
+
+    monkeypatch.setattr(stages, "align_policy", stop)
+    monkeypatch.setattr(Network, "token_log_prob", lambda self, x: np.zeros((16, x.tokens.shape[1] - 1), np.float32))
+    code, _, errors = run(
+        ALIGN, "--source", "random:tiny", "--preferences", pairs, "--algorithm", "robust_dpo", "--label-noise", "0.2",
+        *SMALL, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "assumed: 0.2" in errors
 
 
 def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
@@ -139,6 +153,32 @@ def test_distill_writes_a_student(run, tmp_path):
             ["--teacher", "random:tiny", "--method", "forward_kl", "--on-policy-fraction", "1.5"],
             "on_policy_fraction must be",
         ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "robust_dpo"],
+            "robust_dpo needs --label-noise",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "robust_dpo", "--label-noise", "0.5"],
+            "--label-noise must be below 0.5 for robust_dpo",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "ipo", "--label-noise", "0.1"],
+            "only robust_dpo assumes a share of wrong labels; got 0.1 for ipo",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--label-noise", "0.1"],
+            "--label-noise must be 0 for reinforce",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--preferences", "x", "--algorithms", "ipo", "robust_dpo"],
+            "robust_dpo needs --label-noise",
+        ),
+        (ORDER, ["--truth", "random:tiny", "--label-noise", "0.1"], "--label-noise must be 0 for reinforce"),
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
