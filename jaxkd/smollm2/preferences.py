@@ -1,5 +1,6 @@
 """A user's own pairs as what an offline alignment learns from."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,15 @@ class Preferences:
 def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
     """Pairs of a preference file in TRL's formats: the chosen answers, then the rejected ones, in one array.
 
+    Pairs whose answers are the same once cut are left out, and their number is told.
+
     Args:
       path: JSONL or Parquet file, or a folder of them, with chosen and rejected (and prompt).
       tokenizer: the model's.
       max_length: the most tokens of prompt and answer; longer answers are cut.
 
     Raises:
-      ValueError: naming the row without both answers, or with an empty one.
+      ValueError: naming the row without both answers, or with an empty one; where no answers differ.
     """
     examples = text.read_examples(path, tokenizer)
     for number, example in enumerate(examples, start=1):
@@ -62,7 +65,14 @@ def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
     ]
     longest = max(side.tokens.shape[1] for side in sides)
     padded = [_padded(side, longest, tokenizer.pad_id) for side in sides]
-    return Texts(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+    differ = np.any([(a != b).any(axis=1) for a, b in zip(*padded, strict=True)], axis=0)
+    if not differ.all():
+        same = f"{(~differ).sum()} of {len(differ)} pairs"
+        told = f"{path}: cut to {max_length} tokens, {same} have the same answer twice"
+        if not differ.any():
+            raise ValueError(f"{told}: none is left to learn from (--max-length)")
+        print(f"{told}: left out", file=sys.stderr)
+    return Texts(*(np.concatenate([side[differ] for side in sides]) for sides in zip(*padded, strict=True)))
 
 
 def _padded(side: text.Sequences, length: int, pad_id: int) -> Texts:
