@@ -23,6 +23,7 @@ OFFLINE = {
     "kto": "kto",
 }
 ONLINE = ("online_dpo", "offline_dpo_ref", "reinforce", "ppo", "grpo")
+WITHOUT_REFERENCE = ("simpo", "orpo")
 EPOCHS = 4
 """Updates that PPO and GRPO make on a rollout."""
 
@@ -45,7 +46,7 @@ class Align:
     """With preferences: dpo (default), cdpo, robust_dpo, ipo, simpo, orpo, kto (its reference point is that of draws
     after --prompt). With a reward: reinforce (default), online_dpo, offline_dpo_ref, ppo, grpo."""
     reference: str | None = None
-    """Source of the reference; by default where the policy starts."""
+    """Source of the reference, by default where the policy starts; simpo and orpo have none."""
     prompt: str = "The"
     """What completions follow, with a reward."""
     max_new_tokens: int = 32
@@ -55,8 +56,8 @@ class Align:
     label_noise: float = 0.0
     """With preferences: share of the pairs that robust_dpo assumes to be labelled the wrong way round. With a reward:
     share of the labels of online_dpo and offline_dpo_ref that are flipped."""
-    kl_coef: float = 0.1
-    """KL coefficient β."""
+    kl_coef: float | None = None
+    """KL coefficient β, 0.1 by default; orpo has none."""
     updates: int = 100
     """Updates of the parameters."""
     batch_size: int = 16
@@ -93,6 +94,12 @@ class Align:
             object.__setattr__(self, "algorithm", "dpo" if self.preferences else "reinforce")
         checks.name("--algorithm", self.algorithm, OFFLINE if self.preferences else ONLINE)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        if self.algorithm == "orpo" and self.kl_coef is not None:
+            raise ValueError("--kl-coef must be left away: orpo has no KL coefficient")
+        if self.algorithm in WITHOUT_REFERENCE and self.reference is not None:
+            raise ValueError(f"--reference must be left away: {self.algorithm} has no reference")
+        if self.kl_coef is None:
+            object.__setattr__(self, "kl_coef", 0.1)
         checks.number("--kl-coef", self.kl_coef, above=0)
         checks.number("--label-noise", self.label_noise, least=0, most=0.5)
         check_label_noise("--label-noise", [OFFLINE.get(self.algorithm, self.algorithm)], [self.label_noise])

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import tyro
 
+DEFAULTS = {"samples": 1024, "temperature": 1.0, "prompt": "The", "max_new_tokens": 64}
+"""Of what the teacher's samples depend on."""
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -31,22 +34,22 @@ class Distill:
     method: str = "sequence"
     """sequence, or a token-level divergence: forward_kl, reverse_kl, generalized_jensen_shannon, skew_kl,
     skew_reverse_kl."""
-    temperature: float = 1.0
-    """τ of the teacher's samples."""
+    temperature: float | None = None
+    """τ of the teacher's samples, and of its next-token distributions in token-level methods; 1 by default."""
     on_policy_fraction: float = 0.0
     """λ of token-level methods: share of batches that the student draws itself."""
     coefficient: float = 0.5
     """Teacher's share of generalized_jensen_shannon, skew of the skewed divergences."""
-    prompt: str = "The"
-    """What samples follow."""
-    max_new_tokens: int = 64
-    """The most tokens of a sample."""
+    prompt: str | None = None
+    """What samples follow; by default "The"."""
+    max_new_tokens: int | None = None
+    """The most tokens of a sample; 64 by default."""
     max_length: int = 512
     """The most tokens of a text of the file; longer completions are cut, and to the models' context."""
-    samples: int = 1024
-    """Samples of the teacher to learn from."""
+    samples: int | None = None
+    """Samples of the teacher to learn from; 1024 by default."""
     held_out: int = 64
-    """Samples by which the best student is chosen."""
+    """Samples, or texts of the file, by which the best student is chosen."""
     updates: int = 200
     """The most updates."""
     batch_size: int = 16
@@ -75,6 +78,10 @@ class Distill:
     def __post_init__(self):
         from jaxkd import checks
 
+        self._refuse_what_data_leaves_unused()
+        for name, value in DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         checks.folder("--out", self.out)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--temperature", self.temperature, above=0)
@@ -85,6 +92,16 @@ class Distill:
             raise ValueError(
                 "--on-policy-fraction draws after --prompt, not after the prompts of --data: leave one away"
             )
+
+    def _refuse_what_data_leaves_unused(self) -> None:
+        if self.data is None:
+            return
+        # Token-level methods compare with the teacher at its temperature, whoever wrote the texts.
+        given = [name for name in DEFAULTS if getattr(self, name) is not None]
+        unused = [name for name in given if name != "temperature" or self.method == "sequence"]
+        if unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ValueError(f"{flags} must be left away with --data, whose texts are learned from as they are")
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go."""
@@ -116,8 +133,13 @@ def distillation_of(config: Distill):
 
 
 def read_texts(config: Distill, tokenizer):
-    """The completions of a file as draws."""
+    """The completions of a file as draws, in an order of the seed's own: the first are held out, and neighbours in a
+    file often have their prompt in common."""
+    import jax
+    import numpy as np
+
     from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2.network import take
     from jaxkd.smollm2.policy import Texts
 
     own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
@@ -128,7 +150,9 @@ def read_texts(config: Distill, tokenizer):
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    return Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
+    texts = Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return take(texts, np.asarray(jax.random.permutation(key, len(examples))))
 
 
 def main(config: Distill) -> None:

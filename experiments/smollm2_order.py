@@ -76,7 +76,7 @@ class Flags:
     temperatures: tuple[float, ...] | None = None
     """Temperatures τ of the distillations."""
     kl_coefs: tuple[float, ...] | None = None
-    """KL coefficients β, reward units a nat."""
+    """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone."""
     seeds: tuple[int, ...] | None = None
     """Seeds of the first student and algorithm."""
     seeds_of_rest: tuple[int, ...] | None = None

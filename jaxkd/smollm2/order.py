@@ -67,7 +67,7 @@ class Order:
       arms: names of `ARMS`; the ceiling only where the reward is the behaviour.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
-      kl_coefs: β, reward units a nat.
+      kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
       seeds: one run of all stages each, of the first student and algorithm.
       seeds_of_rest: the same of every other student with the first algorithm, and the other way round.
       distillation: how students learn.
@@ -132,6 +132,11 @@ class Order:
             raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
+        if "orpo" in self.algorithms and len(self.kl_coefs) > 1:
+            raise ValueError(
+                f"orpo has no KL coefficient, its models would be the same at each of --kl-coefs {self.kl_coefs}: "
+                "give one, or run it by itself"
+            )
         flip_rate = self.alignment.coefficients.flip_rate
         checks.number("--label-noise", flip_rate, least=0, most=0.5)
         check_label_noise("--label-noise", self.algorithms, [flip_rate])

@@ -1,6 +1,7 @@
 """align.py, distill.py and smollm2_order.py as they are called."""
 
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -86,6 +87,24 @@ def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
         weights.save_pretrained(tmp_path / "target", config, saved, text.byte_tokenizer())
         code, _, errors = run(ALIGN, *arguments)
         assert code == 2 and told in errors
+
+
+def test_texts_of_a_file_are_held_out_at_random(tmp_path):
+    """Whatever their order there: sample.py writes all completions of a prompt one after another."""
+    script, path = runpy.run_path(str(DISTILL)), tmp_path / "texts.jsonl"
+    rows = [{"prompt": prompt, "completion": f" {i}"} for prompt in ("One", "Two") for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, found = text.byte_tokenizer(), []
+    for seed in (0, 1, 1):
+        config = script["Distill"]("random:tiny", tmp_path, data=path, held_out=16, batch_size=8, seed=seed)
+        read = script["read_texts"](config, tokenizer)
+        rows_of = zip(read.tokens, read.mask, strict=True)
+        found.append([tokenizer.decode(row[kept].tolist(), skip_special_tokens=True) for row, kept in rows_of])
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    assert all(sorted(texts) == sorted(whole) for texts in found)
+    assert found[0] != found[1] == found[2]
+    for texts in found:
+        assert {one[:3] for one in texts[:16]} == {"One", "Two"}
 
 
 @pytest.mark.slow
@@ -179,6 +198,31 @@ def test_distill_writes_a_student(run, tmp_path):
             "robust_dpo needs --label-noise",
         ),
         (ORDER, ["--truth", "random:tiny", "--label-noise", "0.1"], "--label-noise must be 0 for reinforce"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "orpo", "--kl-coef", "0.2"],
+            "--kl-coef must be left away: orpo has no KL coefficient",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "simpo", "--reference", "random:tiny"],
+            "--reference must be left away: simpo has no reference",
+        ),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--data", "x", "--samples", "8", "--temperature", "0.5", "--prompt", "A"],
+            "--samples, --temperature, --prompt must be left away with --data",
+        ),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--data", "x", "--method", "skew_kl", "--temperature", "0.5"],
+            "there is no file x",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--preferences", "x", "--algorithms", "orpo", "--kl-coefs", "0.1", "0.2"],
+            "orpo has no KL coefficient",
+        ),
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
