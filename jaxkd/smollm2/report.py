@@ -453,6 +453,8 @@ def _signed(row: dict, column: str) -> str:
 
 _SIGNS = (None, "+", ".", "|", "1", "_")
 """Inside a point: of which algorithm it is."""
+_NEVER = "v"
+"""A point that stands for a frequency of 0, open."""
 _MOST_LINES = 28  # of completions: more leave no room for the panels
 
 
@@ -565,6 +567,8 @@ def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
     entries = {_LABELS.get(name, name).replace("\n", " "): _handle(name) for name in names}
     grey = {"ls": "none", "color": "0.4"}
     entries["hollow: distilled at τ ≠ 1"] = Line2D([], [], marker="o", mfc="none", ms=6, **grey)
+    if any(values["behaviour_frequency"] == 0 for values in found.values()):
+        entries["never shown: at its upper limit"] = Line2D([], [], marker=_NEVER, mfc="none", ms=6, **grey)
     for name in kinds.algorithms if len(kinds.algorithms) > 1 else ():
         inside = Line2D([], [], marker=kinds.sign(name) or "none", ms=3.5, mew=0.8, **grey)
         entries[f"sign: {_algorithm(name)}"] = (Line2D([], [], marker="o", mfc="none", ms=6.5, **grey), inside)
@@ -634,6 +638,10 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
     for folder, values in found.items():
         row = rows.get(folder)
         y = values[quantity]
+        if quantity == "behaviour_frequency" and y == 0:
+            # A logarithmic axis has no place for it.
+            noted.append(_never_shown(axis, values, row, kinds))
+            continue
         if quantity == "behaviour_frequency":
             error = np.maximum([y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y], 0)
         else:
@@ -649,6 +657,15 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
         low, high = axis.get_ylim()
         axis.set_yticks([tick for tick in _FREQUENCIES if low <= tick <= high])
     _note_all(axis, noted)
+
+
+def _never_shown(axis, values: dict, row: Row | None, kinds: _Kinds) -> tuple[float, float, str, str]:
+    """A model without a completion that shows the behaviour, at the largest share that is compatible; its note."""
+    name = "base" if row is None else row.name
+    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _COLOURS.get(name, "0.2")
+    size = 6.5 if row is None else kinds.size(row.student)
+    axis.plot(x, y, _NEVER, color=colour, markerfacecolor="none", markersize=size)
+    return x, y, ", ".join(filter(None, ["never", "" if row is None else kinds.note(row)])), colour
 
 
 def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:

@@ -252,6 +252,24 @@ def test_the_figure_says_what_all_models_share(tmp_path, drawn):
     assert not any(text.get_text().startswith("sign") for text in drawn[0].legends[0].get_texts())
 
 
+def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
+    order = tiny_order.make()
+    rows = write_measurements(order, tmp_path)
+    path = next(row.folder for row in rows if row.name == "kd_align") / orders.EVALUATION
+    none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
+    durable.write_json(path, json.loads(path.read_text()) | none)
+    report.draw(order, tmp_path)
+    panel = drawn[0].axes[0]
+    point = next(line for line in panel.get_lines() if list(line.get_ydata()) == [0.004])
+    assert (point.get_marker(), point.get_markerfacecolor()) == ("v", "none")
+    assert list(point.get_xdata()) == [json.loads(path.read_text())["kl_to_base"]]
+    low, high = panel.get_ylim()
+    assert 0 < low < 0.004 < high
+    assert "never, τ 0.6" in {text.get_text() for text in panel.texts}
+    assert "never shown: at its upper limit" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert all(y > 0 for line in panel.get_lines() for y in line.get_ydata())
+
+
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
     order = tiny_order.make(seeds=(0, 2, 1))
     rows = {row.folder: row for row in write_measurements(order, tmp_path)}
