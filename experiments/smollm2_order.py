@@ -293,19 +293,19 @@ def main(flags: Flags) -> None:
 def write_results(order, out: Path, configuration: dict) -> str:
     """Store, table and figure of all that is finished; returns the table as text."""
     from jaxkd import files, results
-    from jaxkd.smollm2 import report
+    from jaxkd.smollm2 import order_figure, report
     from jaxkd.sweep import store
 
     with files.claim(out / "results", wait=True):
-        store.write(report.to_dataset(order, out), out / "smollm2_order.zarr", configuration, overwrite=True)
-        rows = report.table(order, out)
+        run = report.read(order, out)
+        store.write(report.to_dataset(run), out / "smollm2_order.zarr", configuration, overwrite=True)
+        rows, costs = report.table(run), report.stage_costs(run)
         results.write_csv(rows, out / "table.csv")
-        costs = report.stage_costs(order, out)
         results.write_csv(costs, out / "costs.csv")
-        if compared := report.comparisons(order, out):
+        if compared := report.comparisons(run):
             results.write_csv(compared, out / "comparisons.csv")
-        report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
-    told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(order, out)))
+        order_figure.draw(run, out / "smollm2_order.png", out / "smollm2_order.pdf")
+    told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(run)))
     return "\n\n".join(told)
 
 

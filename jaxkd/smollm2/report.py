@@ -1,26 +1,20 @@
-"""The results of an order on a language model: one labelled data set, a table and a figure, from a run folder alone."""
+"""The results of an order on a language model: one labelled data set and tables, from a run folder alone."""
 
 import json
 import math
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from matplotlib import pyplot as plt
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from jaxkd import pipelines, statistics
 from jaxkd.align import ALGORITHMS
 from jaxkd.durable import METRICS, read_record
-from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
-from jaxkd.smollm2 import behaviours
+from jaxkd.figures import LABELS
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import BEHAVIOUR, CEILING, EVALUATION, Order, Row, rows_of
+from jaxkd.smollm2.order import EVALUATION, Order, Row, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -35,85 +29,99 @@ ENCOUNTERS = {
     "target_hits": ("draws of the alignment that showed the behaviour", "draw"),
     "first_hit_step": ("first step that saw one (NaN: none did)", "step"),
 }
-_FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_LABELS = LABELS | {CEILING: "ceiling"}
-_COLOURS = COLOURS | {CEILING: "0.45"}
-_MARKERS = MARKERS | {CEILING: "*"}
 
 
-def evaluations(order: Order, out: Path) -> dict[Path, dict]:
-    """What was measured, by folder; rows that are not finished are not there."""
-    found = {}
-    for folder in (out / "base", *(row.folder for row in rows_of(order, out))):
-        path = folder / EVALUATION
-        if path.exists():
-            found[folder] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+class Run(NamedTuple):
+    """What a run folder holds of an order, read once: of a run that goes on, all results are of one moment.
+
+    Attributes:
+      order: what was asked for.
+      out: the folder.
+      rows: by their folders, in an order in which they can be made.
+      evaluations: what was measured, by folder, the base's first; of rows that are not finished there is none.
+      records: what finished stages wrote last, by folder.
+    """
+
+    order: Order
+    out: Path
+    rows: dict[Path, Row]
+    evaluations: dict[Path, dict]
+    records: dict[Path, dict]
 
 
-def measured(order: Order, out: Path) -> dict[Path, dict]:
-    """The same, with what each model cost and what its alignment met."""
+def read(order: Order, out: Path) -> Run:
+    """Read a run folder."""
     rows = {row.folder: row for row in rows_of(order, out)}
-    found = evaluations(order, out)
+    folders = [out / "base", *rows]
+    found = {folder: read_json(folder / EVALUATION) for folder in folders if (folder / EVALUATION).exists()}
+    records = {folder: record for folder in folders if (record := read_record(folder)) is not None}
+    return Run(order, out, rows, found, records)
+
+
+def read_json(path: Path) -> Any:
+    """A file of JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _measured(run: Run) -> dict[Path, dict]:
+    """What was measured, with what each model cost and what its alignment met."""
     whole = {}
-    for folder, values in found.items():
-        row = rows.get(folder)
-        more = Cost() if row is None else cost_of(row, rows)
-        whole[folder] = values | more.to_dict() | (_encounters(order, row, found) if row is not None else {})
+    for folder, values in run.evaluations.items():
+        row = run.rows.get(folder)
+        more = {} if row is None else _encounters(run, row)
+        whole[folder] = values | (Cost() if row is None else cost_of(run, row)).to_dict() | more
     return whole
 
 
-def _encounters(order: Order, row: Row, found: dict[Path, dict]) -> dict[str, float]:
+def _encounters(run: Run, row: Row) -> dict[str, float]:
     """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
     path = row.folder / METRICS
     # What nothing is rewarded for is no target.
-    if order.outcome != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
+    if run.order.outcome != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
         return {}
     if ALGORITHMS[row.algorithm].data or not path.exists():
         return {}
-    hits = np.asarray([entry["target_hits"] for entry in _entries(path)])
-    settings = order.alignment.settings
-    m = found.get(row.models[0], {}).get("behaviour_frequency", math.nan)
+    hits = np.asarray([entry["target_hits"] for entry in entries(path)])
+    m = run.evaluations.get(row.models[0], {}).get("behaviour_frequency", math.nan)
     return {
-        "expected_target_hits": m * settings.batch_size * len(hits),
+        "expected_target_hits": m * run.order.alignment.settings.batch_size * len(hits),
         "target_hits": float(hits.sum()),
         "first_hit_step": float(np.argmax(hits > 0)) if hits.any() else math.nan,
     }
 
 
-def _entries(path: Path) -> list[dict]:
+def entries(path: Path) -> list[dict]:
+    """What a stage logged, a step each."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def failures(order: Order, out: Path) -> dict[Path, str]:
+def failures(run: Run) -> dict[Path, str]:
     """Why models could not be made, by folder."""
-    records = {row.folder: read_record(row.folder) or {} for row in rows_of(order, out)}
-    return {folder: record["failed"] for folder, record in records.items() if "failed" in record}
+    return {folder: record["failed"] for folder, record in run.records.items() if "failed" in record}
 
 
-def cost_of(row: Row, rows: dict[Path, Row]) -> Cost:
+def cost_of(run: Run, row: Row) -> Cost:
     """What it takes to make a model, with all that it is made from."""
     seen, todo, total = set(), [row.folder], Cost()
     while todo:
         folder = todo.pop()
-        record = read_record(folder)
-        if folder in seen or "cost" not in (record or {}):
+        record = run.records.get(folder, {})
+        if folder in seen or "cost" not in record:
             continue
         seen.add(folder)
         total = total.add(Cost.from_dict(record["cost"]))
-        todo += rows[folder].models if folder in rows else ()
+        todo += run.rows[folder].models if folder in run.rows else ()
     return total
 
 
-def to_dataset(order: Order, out: Path) -> xr.Dataset:
+def to_dataset(run: Run) -> xr.Dataset:
     """Everything measured, with a dimension for every axis; what an axis does not change is repeated along it.
 
     Models that were not made are NaN.
     """
-    rows = {row.folder: row for row in rows_of(order, out)}
-    found = measured(order, out)
-    seeds = sorted({row.seed for row in rows.values()})
-    stages = ["base", *dict.fromkeys(row.name for row in rows.values())]
+    order, found = run.order, _measured(run)
+    seeds = sorted({row.seed for row in run.rows.values()})
+    stages = ["base", *dict.fromkeys(row.name for row in run.rows.values())]
     coords = {
         "algorithm": list(order.algorithms),
         "student": list(order.students),
@@ -131,9 +139,9 @@ def to_dataset(order: Order, out: Path) -> xr.Dataset:
                 values[name][index] = value
 
     everywhere = (slice(None),) * 5
-    if out / "base" in found:
-        put((*everywhere, 0), found[out / "base"])
-    for folder, row in rows.items():
+    if run.out / "base" in found:
+        put((*everywhere, 0), found[run.out / "base"])
+    for folder, row in run.rows.items():
         if folder not in found:
             continue
         own = {dim: getattr(row, dim) for dim in DIMS[:5]}
@@ -158,6 +166,7 @@ def _column(values: list) -> np.ndarray:
 # --- table -----------------------------------------------------------------------------------------------------------
 
 _KEYS = ("arm", "student", "algorithm", "temperature", "kl_coef")
+_KEY_OF_BASE = ("base", "", "", math.nan, math.nan)
 TABLE_QUANTITIES = (
     "behaviour_frequency",
     "reward",
@@ -182,20 +191,20 @@ TABLE_QUANTITIES = (
 )
 
 
-def table(order: Order, out: Path) -> list[dict]:
+def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
     What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base.
     """
-    found = measured(order, out)
+    found, base = _measured(run), run.out / "base"
     groups: dict[tuple, dict] = {}
-    if out / "base" in found:
-        groups[("base", "", "", math.nan, math.nan)] = {"": found[out / "base"]}
-    for row in rows_of(order, out):
-        if row.folder in found:
-            groups.setdefault(_key(row), {})[row.seed] = found[row.folder]
-    base = found.get(out / "base", {}).get("reward", math.nan)
-    return [_table_row(key, runs, base) for key, runs in groups.items()]
+    if base in found:
+        groups[_KEY_OF_BASE] = {"": found[base]}
+    for folder, row in run.rows.items():
+        if folder in found:
+            groups.setdefault(_key(row), {})[row.seed] = found[folder]
+    base_reward = found.get(base, {}).get("reward", math.nan)
+    return [_table_row(key, runs, base_reward) for key, runs in groups.items()]
 
 
 def _key(row: Row) -> tuple:
@@ -267,17 +276,16 @@ def _blank(value: float) -> str:
     return "" if math.isnan(value) else f"{value:g}"
 
 
-def stage_costs(order: Order, out: Path) -> list[dict]:
+def stage_costs(run: Run) -> list[dict]:
     """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind."""
     groups: dict[tuple, list[dict]] = {}
-    measured = evaluations(order, out)
-    if out / "base" in measured:
-        made = read_record(out / "base") or {}
-        groups[("base", "", "", math.nan, math.nan)] = [_both_costs(made, measured[out / "base"])]
-    for row in rows_of(order, out):
-        record = read_record(row.folder) or {}
-        if "cost" in record:
-            groups.setdefault(_key(row), []).append(_both_costs(record, measured.get(row.folder, {})))
+    base = run.out / "base"
+    if base in run.evaluations:
+        groups[_KEY_OF_BASE] = [_both_costs(run.records.get(base, {}), run.evaluations[base])]
+    for folder, row in run.rows.items():
+        if "cost" in run.records.get(folder, {}):
+            both = _both_costs(run.records[folder], run.evaluations.get(folder, {}))
+            groups.setdefault(_key(row), []).append(both)
     return [
         dict(zip(_KEYS, key, strict=True))
         | {"seeds": len(runs)}
@@ -321,7 +329,7 @@ _COMPARED = (
 """The headline at every τ of KD→Align; then what was sharpened, at the same τ."""
 
 
-def comparisons(order: Order, out: Path) -> list[dict]:
+def comparisons(run: Run) -> list[dict]:
     """Align→KD against KD→Align, seed by seed: one row a pair of arms, student, algorithm and point of their axes.
 
     A pair of runs counts where both were measured; a seed that only one arm has leaves both. Beside the mean difference
@@ -331,13 +339,13 @@ def comparisons(order: Order, out: Path) -> list[dict]:
       Rows with what is compared; `seed_points` and of these seeds both outcomes and their differences; mean difference
       and t interval; `left_out`, the seeds that one arm alone has; `failed`, those of which a run diverged.
     """
-    rows = rows_of(order, out)
-    quantity, found, failed = order.outcome, evaluations(order, out), _failed(rows)
-    runs: dict[tuple, dict[int, float]] = {}
-    for row in rows:
-        value = found.get(row.folder, {}).get(quantity, math.nan)
+    order, quantity = run.order, run.order.outcome
+    ended = _failed(run) | {*run.evaluations}
+    runs: dict[tuple, dict[int, float | None]] = {}
+    for folder, row in run.rows.items():
+        value = run.evaluations.get(folder, {}).get(quantity, math.nan)
         # None where the run may still be made.
-        known = value if math.isfinite(value) else math.nan if row.folder in {*failed, *found} else None
+        known = value if math.isfinite(value) else math.nan if folder in ended else None
         runs.setdefault(_key(row), {})[row.seed] = known
     compared = []
     for arm, other in _COMPARED:
@@ -351,12 +359,12 @@ def comparisons(order: Order, out: Path) -> list[dict]:
     return [row for row in compared if row["seed_points"] or row["failed"]]
 
 
-def _failed(rows: list[Row]) -> set[Path]:
+def _failed(run: Run) -> set[Path]:
     """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
-    failed: set[Path] = set()
-    for row in rows:
-        if "failed" in (read_record(row.folder) or {}) or failed & {*row.models}:
-            failed.add(row.folder)
+    failed = {*failures(run)}
+    for folder, row in run.rows.items():
+        if failed & {*row.models}:
+            failed.add(folder)
     return failed
 
 
@@ -390,10 +398,10 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def sentences(order: Order, out: Path) -> list[str]:
+def sentences(run: Run) -> list[str]:
     """What the run says of the orders, made from its own numbers, and which of its models diverged."""
-    told = [f"{folder.relative_to(out)}: {words}." for folder, words in failures(order, out).items()]
-    return [*told, *(_sentence(row) for row in comparisons(order, out))]
+    told = [f"{folder.relative_to(run.out)}: {words}." for folder, words in failures(run).items()]
+    return [*told, *(_sentence(row) for row in comparisons(run))]
 
 
 def _sentence(row: dict) -> str:
@@ -428,7 +436,7 @@ _DOES = {
 
 
 def _named(arm: str, temperature: float) -> str:
-    return _LABELS[arm].replace("\n", " ") + ("" if math.isnan(temperature) else f" (τ = {temperature:g})")
+    return LABELS[arm].replace("\n", " ") + ("" if math.isnan(temperature) else f" (τ = {temperature:g})")
 
 
 def _seeds(listed: str) -> str:
@@ -446,336 +454,3 @@ def _difference(row: dict, column: str) -> str:
 
 def _signed(row: dict, column: str) -> str:
     return f"{row[column]:+.3f}" if row["outcome"] == "reward" else f"{100 * row[column]:+.2f}"
-
-
-# --- figure ----------------------------------------------------------------------------------------------------------
-
-
-_SIGNS = (None, "+", ".", "|", "1", "_")
-"""Inside a point: of which algorithm it is."""
-_NEVER = "v"
-"""A point that stands for a frequency of 0, open."""
-_MOST_LINES = 28  # of completions: more leave no room for the panels
-
-
-@dataclass(frozen=True)
-class _Kinds:
-    """What else than an arm and a temperature there is in a figure; what there is one of needs no telling apart.
-
-    Attributes:
-      algorithms: told apart by a sign inside the points.
-      students: told apart by size.
-      kl_coefs: told beside the points.
-    """
-
-    algorithms: tuple[str, ...]
-    students: tuple[str, ...]
-    kl_coefs: tuple[float, ...]
-
-    @classmethod
-    def of(cls, shown: list[Row]) -> "_Kinds":
-        """Of the models that are there."""
-        return cls(
-            tuple(dict.fromkeys(row.algorithm for row in shown if row.algorithm)),
-            tuple(dict.fromkeys(row.student for row in shown if row.student)),
-            tuple(sorted({row.kl_coef for row in shown if not math.isnan(row.kl_coef)})),
-        )
-
-    def sign(self, algorithm: str) -> str | None:
-        """The marker inside a point; None for no sign."""
-        return _SIGNS[self.algorithms.index(algorithm) % len(_SIGNS)] if algorithm in self.algorithms else None
-
-    def size(self, student: str) -> float:
-        """Of a point (pt)."""
-        return 6.5 - 2.5 * self.students.index(student) / len(self.students) if student in self.students else 6.5
-
-    def note(self, row: Row) -> str:
-        """What stands beside a point."""
-        told = [] if math.isnan(row.temperature) else [f"τ {row.temperature:g}"]
-        told += [f"β {row.kl_coef:g}"] if len(self.kl_coefs) > 1 and not math.isnan(row.kl_coef) else []
-        return ", ".join(told)
-
-    def name(self, row: Row) -> str:
-        """A model in words, its seed aside."""
-        told = [_LABELS.get(row.name, row.name).replace("\n", " "), self.note(row)]
-        told += [row.student] if len(self.students) > 1 else []
-        told += [_algorithm(row.algorithm)] if len(self.algorithms) > 1 else []
-        return ", ".join(filter(None, told))
-
-
-def _algorithm(name: str) -> str:
-    return ALGORITHM_LABELS.get(name, name).replace("\n", " ") if name else ""
-
-
-def draw(order: Order, out: Path, *paths: Path) -> None:
-    """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions.
-
-    Where the reward is the behaviour, its frequency is the mean reward; then the second panel tells how likely the
-    completions that show it are to the truth. Where alignments learn from a user's pairs, it tells how many of those
-    held out are ranked right.
-    """
-    found = evaluations(order, out)
-    rows = {row.folder: row for row in rows_of(order, out)}
-    kinds = _Kinds.of([rows[folder] for folder in found if folder in rows])
-    behaviour = json.loads((out / BEHAVIOUR).read_text(encoding="utf-8"))
-    with plt.rc_context(STYLE):
-        lines = _completions(found, rows, kinds, behaviours.parse(behaviour["spec"]), order.prompt + " … ")
-        height, (handles, labels) = 0.135 * len(lines), _legend(found, rows, kinds)
-        figure = plt.figure(figsize=(7.2, 6.1 + height + 0.17 * math.ceil(len(labels) / 4)), layout="constrained")
-        figure.suptitle(_title(order, kinds), fontsize=8)
-        grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
-        axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
-        _frontier(axes[0], found, rows, kinds, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
-        if order.preferences is not None:
-            _frontier(axes[1], found, rows, kinds, "preference_accuracy", "held-out pairs ranked right")
-        elif order.reward == "behaviour":
-            precision = "log p* per token (nats)\nof those that show it"
-            _frontier(axes[1], found, rows, kinds, "behaviour_precision", precision)
-        else:
-            _frontier(axes[1], found, rows, kinds, "reward", "mean reward (bars: 95 %)")
-        _recall_gaps(axes[2], found, rows, kinds)
-        _curves(axes[3], rows, kinds, "reward" if order.preferences is None else "loss")
-        axes.append(figure.add_subplot(grid[2, :]))
-        axes[4].axis("off")
-        words = axes[4].text(
-            -0.08, 1, "\n".join(lines), va="top", family="monospace", fontsize=6.3, transform=axes[4].transAxes
-        )
-        words.set_in_layout(False)  # it may be wider than the panels, which must not give way
-        for axis, letter in zip(axes, "abcde", strict=True):
-            axis.set_title(letter, loc="left", fontweight="bold")
-        kept = max((len(values["completions"]) for values in found.values()), default=0)
-        axes[4].set_title(
-            "the first completion of each model (of several seeds: the first, and the farthest from the base),\n"
-            f"and the first of {kept} that shows the behaviour (+)",
-            fontsize=7,
-        )
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        save(figure, paths)
-
-
-def _title(order: Order, kinds: _Kinds) -> str:
-    """What all models share."""
-    told = [f"truth and base {order.truth}" if order.base == "truth" else f"truth {order.truth} · base {order.base}"]
-    told += [_algorithm(name) for name in kinds.algorithms if len(kinds.algorithms) == 1]
-    told += [f"β = {value:g}" for value in kinds.kl_coefs if len(kinds.kl_coefs) == 1]
-    return f"{' · '.join(told)}\n{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"
-
-
-def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
-    """Arms by colour and marker, then what a hollow point, a sign and a size mean, where there are such."""
-    names = dict.fromkeys("base" if folder not in rows else rows[folder].name for folder in found)
-    entries = {_LABELS.get(name, name).replace("\n", " "): _handle(name) for name in names}
-    grey = {"ls": "none", "color": "0.4"}
-    entries["hollow: distilled at τ ≠ 1"] = Line2D([], [], marker="o", mfc="none", ms=6, **grey)
-    if any(values["behaviour_frequency"] == 0 for values in found.values()):
-        entries["never shown: at its upper limit"] = Line2D([], [], marker=_NEVER, mfc="none", ms=6, **grey)
-    for name in kinds.algorithms if len(kinds.algorithms) > 1 else ():
-        inside = Line2D([], [], marker=kinds.sign(name) or "none", ms=3.5, mew=0.8, **grey)
-        entries[f"sign: {_algorithm(name)}"] = (Line2D([], [], marker="o", mfc="none", ms=6.5, **grey), inside)
-    for name in kinds.students if len(kinds.students) > 1 else ():
-        entries[f"size: student {name}"] = Line2D([], [], marker="o", ms=kinds.size(name), **grey)
-    return list(entries.values()), list(entries)
-
-
-def _handle(name: str) -> Line2D:
-    return Line2D([], [], ls="none", marker=_MARKERS.get(name, "o"), color=_COLOURS.get(name, "0.2"), ms=6)
-
-
-def _point(axis, x, y, error, row: Row | None, kinds: _Kinds) -> None:
-    """One model; the base where there is no row."""
-    name = "base" if row is None else row.name
-    filled = row is None or not _distilled_apart(row)
-    colour = _COLOURS.get(name, "0.2")
-    axis.errorbar(
-        x,
-        y,
-        yerr=None if error is None else np.reshape(error, (2, 1)),
-        marker=_MARKERS.get(name, "o"),
-        color=colour,
-        # Nothing inside, so that a point beneath another is seen.
-        markerfacecolor=colour if filled else "none",
-        linestyle="none",
-        markersize=6.5 if row is None else kinds.size(row.student),
-        elinewidth=0.8,
-    )
-    sign = None if row is None else kinds.sign(row.algorithm)
-    if sign is not None:
-        axis.plot(x, y, sign, color="white" if filled else colour, markersize=3.5, markeredgewidth=0.8, zorder=4)
-
-
-def _distilled_apart(row: Row) -> bool:
-    """Whether a model's student was distilled at another temperature than that of its teacher's own draws."""
-    return not (math.isnan(row.temperature) or row.temperature == 1)
-
-
-_BESIDE = (((5, 4), "left"), ((5, -9), "left"), ((-5, 4), "right"), ((-5, -9), "right"))
-
-
-def _note(axis, x, y, words: str, colour: str, place: int = 0) -> None:
-    """Say beside a point what its marker does not."""
-    offset, side = _BESIDE[place % len(_BESIDE)]
-    axis.annotate(words, (x, y), offset, textcoords="offset points", fontsize=6.5, color=colour, ha=side)
-
-
-def _note_all(axis, points: list[tuple[float, float, str, str]]) -> None:
-    """The same for (x, y, words, colour) of many points, once all are drawn: no note hides another.
-
-    Points that lie together and have words and colour in common have one note; others stand at another side.
-    """
-    axis.autoscale_view()  # limits are found when they are asked for
-    noted: list[tuple[np.ndarray, tuple[str, str]]] = []
-    for x, y, *told in points:
-        at = axis.transAxes.inverted().transform(axis.transData.transform((x, y)))
-        near = {other for place, other in noted if (np.abs(at - place) < (0.12, 0.06)).all()}
-        if tuple(told) not in near:
-            _note(axis, x, y, *told, place=len(near))
-        noted.append((at, tuple(told)))
-
-
-def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> None:
-    """One point a model and seed; hollow where the distillation sharpened."""
-    noted = []
-    for folder, values in found.items():
-        row = rows.get(folder)
-        y = values[quantity]
-        if quantity == "behaviour_frequency" and y == 0:
-            # A logarithmic axis has no place for it.
-            noted.append(_never_shown(axis, values, row, kinds))
-            continue
-        if quantity == "behaviour_frequency":
-            error = np.maximum([y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y], 0)
-        else:
-            error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
-        _point(axis, values["kl_to_base"], y, error, row, kinds)
-        if row is not None and kinds.note(row) and math.isfinite(y):
-            noted.append((values["kl_to_base"], y, kinds.note(row), _COLOURS.get(row.name, "0.2")))
-    axis.set(xlabel="KL to the base (nats per completion)", ylabel=label)
-    if quantity == "behaviour_frequency":
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        low, high = axis.get_ylim()
-        axis.set_yticks([tick for tick in _FREQUENCIES if low <= tick <= high])
-    _note_all(axis, noted)
-
-
-def _never_shown(axis, values: dict, row: Row | None, kinds: _Kinds) -> tuple[float, float, str, str]:
-    """A model without a completion that shows the behaviour, at the largest share that is compatible; its note."""
-    name = "base" if row is None else row.name
-    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _COLOURS.get(name, "0.2")
-    size = 6.5 if row is None else kinds.size(row.student)
-    axis.plot(x, y, _NEVER, color=colour, markerfacecolor="none", markersize=size)
-    return x, y, ", ".join(filter(None, ["never", "" if row is None else kinds.note(row)])), colour
-
-
-def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:
-    """Recall gap and recall gap on the behaviour of everything that is no alignment's product, and of the arms."""
-    shown = [(rows[folder], values) for folder, values in found.items() if folder in rows]
-
-    def name_of(row):
-        words = [_LABELS.get(row.name, row.name), kinds.note(row)]
-        return ", ".join(filter(None, [*words, "" if row.student == "same" else row.student]))
-
-    names = list(dict.fromkeys(name_of(row) for row, _ in shown))
-    for row, values in shown:
-        x = names.index(name_of(row))
-        _point(axis, x - 0.12, values["recall_gap"], None, row, kinds)
-        axis.plot(x + 0.12, values["target_recall_gap"], "_", color=_COLOURS.get(row.name, "0.2"), markersize=9)
-    axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=6.5)
-    axis.set_ylabel("recall gap (nats per completion)\ndashes: where the behaviour shows")
-    axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-
-
-def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
-    """Loss, or reward of the draws, along every alignment; and of the draws apart that it was looked at by."""
-    handles, noted = {}, []
-    for folder, row in rows.items():
-        path = folder / METRICS
-        if not isinstance(row.stage, pipelines.Align) or not path.exists():
-            continue
-        entries = _entries(path)
-        values = np.asarray([entry[quantity] for entry in entries])
-        if quantity == "reward" and ALGORITHMS[row.algorithm].data:
-            # The reward of a fixed set says nothing of the policy.
-            values = values[:0]
-        # A step sees few draws.
-        width = min(4, max(1, len(values) // 4))
-        running = np.convolve(values, np.ones(width) / width, mode="valid") if len(values) else values
-        look = {"color": _COLOURS.get(row.name, "0.2"), "linestyle": "--" if _distilled_apart(row) else "-"}
-        axis.plot(
-            np.arange(width, width + len(running)),
-            running,
-            linewidth=kinds.size(row.student) / 6,
-            marker=kinds.sign(row.algorithm) or ".",
-            markersize=3,
-            **look,
-        )
-        name = _LABELS.get(row.name, row.name).replace("\n", " ") + (", τ ≠ 1" if _distilled_apart(row) else "")
-        handles[name] = Line2D([], [], linewidth=1, **look)
-        if len(values) and kinds.note(row):
-            noted.append((len(values), running[-1], kinds.note(row), look["color"]))
-        if quantity != "reward":
-            continue
-        looks = [(entry["step"] + 1, entry["look_reward"]) for entry in entries if "look_reward" in entry]
-        axis.plot(
-            *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
-        )
-    _note_all(axis, noted)
-    axis.legend(handles.values(), handles.keys(), loc="upper left", handlelength=3, edgecolor="none")
-    rewards = "mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)"
-    axis.set(xlabel="step of the alignment", ylabel=rewards if quantity == "reward" else "mean loss of up to 4 steps")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _completions(found, rows, kinds: _Kinds, behaviour: behaviours.Behaviour, prompt: str) -> list[str]:
-    """Two completions of each model that is shown: the first, and the first other that shows the behaviour."""
-    shown = [
-        ("base" if folder not in rows else kinds.name(rows[folder]) + seed, values)
-        for folder, values, seed in _shown_models(found, rows)
-    ]
-    # Of two lines each, no more have room.
-    widest = max((len(name) for name, _ in shown[: _MOST_LINES // 2]), default=0)
-    width = max(40, 118 - widest - len(prompt))
-    blocks = []
-    for name, values in shown:
-        first, *others = values["completions"]
-        both = [first, *[other for other in others if behaviour(other)][:1]]
-        texts = [textwrap.shorten(" ".join(_printed(one).split()), width, placeholder=" …") for one in both]
-        signs = ["+" if behaviour(one) else " " for one in both]
-        names = [name, ""]
-        blocks.append(
-            [
-                f"{name:<{widest}} {sign} {prompt}{text}".replace("$", r"\$")
-                for name, sign, text in zip(names, signs, texts, strict=False)
-            ]
-        )
-    return _at_most(blocks, _MOST_LINES)
-
-
-def _at_most(blocks: list[list[str]], most: int) -> list[str]:
-    """The lines of as many models as have room, and how many have none."""
-    lines: list[str] = []
-    for place, block in enumerate(blocks):
-        left = len(blocks) - place
-        if len(lines) + len(block) > most - (left > 1):
-            return [*lines, f"… {left} more {'model' if left == 1 else 'models'}"]
-        lines += block
-    return lines
-
-
-def _printed(words: str) -> str:
-    """A text in letters that the figure's fonts have; a dot for any other."""
-    return "".join(sign if sign.isspace() or (sign.isprintable() and ord(sign) < 0x250) else "·" for sign in words)
-
-
-def _shown_models(found, rows) -> Iterator[tuple[Path, dict, str]]:
-    """Of every model the first seed and, where another went farther from the base, the one that went farthest."""
-    groups: dict[tuple, list[tuple[Path, dict]]] = {}
-    for folder, values in found.items():
-        row = rows.get(folder)
-        key = () if row is None else (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
-        groups.setdefault(key, []).append((folder, values))
-    for group in groups.values():
-        farthest = max(group, key=lambda one: np.nan_to_num(one[1]["kl_to_base"], nan=-np.inf))
-        for folder, values in [group[0]] if farthest is group[0] else [group[0], farthest]:
-            yield folder, values, f", seed {rows[folder].seed}" if len(group) > 1 else ""

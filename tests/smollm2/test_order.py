@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import behaviours, generate, network, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.cost import Cost, forward_flops
@@ -170,7 +170,8 @@ def test_cut_students_are_checkpoints(offline):
 @pytest.mark.slow
 def test_report(finished, tmp_path):
     order, out, _ = finished
-    dataset = report.to_dataset(order, out)
+    run = report.read(order, out)
+    dataset = report.to_dataset(run)
     assert dict(dataset.sizes) == {
         "algorithm": 1,
         "student": 1,
@@ -183,7 +184,7 @@ def test_report(finished, tmp_path):
     assert frequency.notnull().all()
     flops = dataset.model_flops.isel(temperature=0, kl_coef=0, seed=0, algorithm=0, student=0)
     assert flops.sel(stage="kd_align") > flops.sel(stage="student") > 0
-    rows = report.table(order, out)
+    rows = report.table(run)
     assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
     assert "kd_align" in report.format_table(rows)
     arm = next(row for row in rows if row["arm"] == "kd_align")
@@ -192,12 +193,12 @@ def test_report(finished, tmp_path):
     folder = next(row.folder for row in orders.rows_of(order, out) if row.name == "kd_align")
     seen = [json.loads(line)["target_hits"] for line in (folder / durable.METRICS).read_text().splitlines()]
     assert arm["target_hits"] == sum(seen) > 0 and seen[int(arm["first_hit_step"])] > 0
-    costs = {row["arm"]: row for row in report.stage_costs(order, out)}
+    costs = {row["arm"]: row for row in report.stage_costs(run)}
     assert set(costs) == {row["arm"] for row in rows}
     assert costs["base"]["made_model_flops"] == 0 and costs["base"]["measured_tokens_scored"] > 0
     assert costs["aligned_base"]["made_tokens_trained"] > 0
     assert "aligned_base" in report.format_costs(list(costs.values()))
-    report.draw(order, out, tmp_path / "figure.png")
+    order_figure.draw(run, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -220,7 +221,7 @@ def write_measurements(order, out):
 def drawn(monkeypatch):
     """Figures as they were when they were to be written."""
     figures = []
-    monkeypatch.setattr(report, "save", lambda figure, paths: figures.append(figure))
+    monkeypatch.setattr(order_figure, "save", lambda figure, paths: figures.append(figure))
     yield figures
     for figure in figures:
         plt.close(figure)
@@ -229,13 +230,13 @@ def drawn(monkeypatch):
 def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
     order = tiny_order.make(algorithms=("reinforce", "online_dpo"), students=("same", "layers:2"), kl_coefs=(0.1, 0.2))
     rows = write_measurements(order, tmp_path)
-    report.draw(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert {"sign: REINFORCE", "sign: online DPO", "size: student same", "size: student layers:2"} <= set(labels)
     signs = [line for line in drawn[0].axes[0].get_lines() if line.get_marker() == "+"]
     assert len(signs) == sum(row.algorithm == "online_dpo" for row in rows) > 0
     where = {float(line.get_xdata()[0]) for line in signs}
-    values = report.evaluations(order, tmp_path)
+    values = report.read(order, tmp_path).evaluations
     assert where == {values[row.folder]["kl_to_base"] for row in rows if row.algorithm == "online_dpo"}
     sizes = {line.get_markersize() for line in drawn[0].axes[0].get_lines() if line.get_marker() != "+"}
     assert len(sizes - {6.5}) == 1
@@ -246,7 +247,7 @@ def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
 def test_the_figure_says_what_all_models_share(tmp_path, drawn):
     order = tiny_order.make()
     write_measurements(order, tmp_path)
-    report.draw(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
     for told in ("random:tiny", "REINFORCE", "β = 0.1", "16 completions per model", "Wilson"):
         assert told in drawn[0].get_suptitle()
     assert not any(text.get_text().startswith("sign") for text in drawn[0].legends[0].get_texts())
@@ -258,7 +259,7 @@ def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     path = next(row.folder for row in rows if row.name == "kd_align") / orders.EVALUATION
     none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
     durable.write_json(path, json.loads(path.read_text()) | none)
-    report.draw(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
     panel = drawn[0].axes[0]
     point = next(line for line in panel.get_lines() if list(line.get_ydata()) == [0.004])
     assert (point.get_marker(), point.get_markerfacecolor()) == ("v", "none")
@@ -272,22 +273,22 @@ def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
 
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
     order = tiny_order.make(seeds=(0, 2, 1))
-    rows = {row.folder: row for row in write_measurements(order, tmp_path)}
-    found = report.evaluations(order, tmp_path)
-    shown = [(rows[folder].name, seed) for folder, _, seed in report._shown_models(found, rows) if folder in rows]
+    write_measurements(order, tmp_path)
+    _, _, rows, found, _ = report.read(order, tmp_path)
+    shown = [(rows[folder].name, seed) for folder, _, seed in order_figure._shown_models(found, rows) if folder in rows]
     expected = {(row.name, f", seed {seed}") for row in rows.values() for seed in (0, 2)}
     assert set(shown) == expected and len(shown) == len(expected)
     # The first may have gone farthest itself; one that diverged has gone nowhere.
     for folder, row in rows.items():
         found[folder] |= {"kl_to_base": {0: 5.0, 1: 1.0, 2: float("nan")}[row.seed]}
-    assert {seed for folder, _, seed in report._shown_models(found, rows) if folder in rows} == {", seed 0"}
+    assert {seed for folder, _, seed in order_figure._shown_models(found, rows) if folder in rows} == {", seed 0"}
 
 
 def test_completions_that_have_no_room_are_counted():
     blocks = [["a", "b"], ["c", "d"], ["e", "f"]]
-    assert report._at_most(blocks, 6) == list("abcdef")
-    assert report._at_most(blocks, 5) == [*"abcd", "… 1 more model"]
-    assert report._at_most(blocks, 4) == [*"ab", "… 2 more models"]
+    assert order_figure._at_most(blocks, 6) == list("abcdef")
+    assert order_figure._at_most(blocks, 5) == [*"abcd", "… 1 more model"]
+    assert order_figure._at_most(blocks, 4) == [*"ab", "… 2 more models"]
 
 
 def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
@@ -297,14 +298,15 @@ def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
     for row in rows:
         durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
         durable.finish(row.folder, {"cost": Cost().to_dict()})
-    table = report.table(order, tmp_path)
+    run = report.read(order, tmp_path)
+    table = report.table(run)
     assert sorted(row["arm"] for row in table) == sorted(["student", "aligned_base", *pipelines.ARMS])
     for row in table:
         assert row["seeds"] == 3
         assert (row["behaviour_frequency"], row["behaviour_frequency_points"]) == (pytest.approx(0.1), "0 0.1 0.2")
         assert row["seed_points"] == "0 1 2"
     assert "(0:0.0000 1:0.1000 2:0.2000) 0.1000" in report.format_table(table)
-    assert {row["seeds"] for row in report.stage_costs(order, tmp_path)} == {3}
+    assert {row["seeds"] for row in report.stage_costs(run)} == {3}
 
 
 SHARES = {
@@ -332,7 +334,7 @@ def compared(tmp_path):
 
 
 def test_orders_are_compared_over_the_seeds_that_both_have(compared):
-    found = {(row["arm"], row["other_temperature"]): row for row in report.comparisons(*compared)}
+    found = {(row["arm"], row["other_temperature"]): row for row in report.comparisons(report.read(*compared))}
     assert {row["other"] for row in found.values()} == {"kd_align"}
     headline = found["align_kd", 0.6]
     assert (headline["seed_points"], headline["failed"], headline["left_out"]) == ("0 1 2", "3", "")
@@ -350,7 +352,7 @@ def test_orders_are_compared_over_the_seeds_that_both_have(compared):
 
 
 def test_the_comparison_is_told_with_what_was_left_out(compared):
-    told = "\n".join(report.sentences(*compared))
+    told = "\n".join(report.sentences(report.read(*compared)))
     for words in (
         "seed-3/reinforce/aligned_base-b0.1: the alignment diverged.",
         "seeds 0, 1, 2: Align→KD shows the behaviour in 20.00, 75.00, 50.00 % of completions, KD→Align (τ = 0.6) "
@@ -365,15 +367,15 @@ def test_of_a_likelihood_the_mean_reward_is_compared(compared):
     """Its frequency is nobody's aim, and a reward without a least value has no bound."""
     order, out = compared
     order = replace(order, reward="plain", target="random:tiny")
-    headline = report.comparisons(order, out)[0]
+    headline = report.comparisons(report.read(order, out))[0]
     assert headline["outcome"] == "reward" and headline["difference"] == pytest.approx(-0.25 / 3)
     assert np.isnan(headline["difference_failures_as_0"])
-    told = "\n".join(report.sentences(order, out))
+    told = "\n".join(report.sentences(report.read(order, out)))
     assert "has a mean reward of -0.200, -0.750, -0.500" in told and "the behaviour" not in told
     for row in orders.rows_of(order, out):
         if row.folder.exists():
             (row.folder / durable.METRICS).write_text('{"step": 0, "target_hits": 1}\n')
-    table = report.table(order, out)
+    table = report.table(report.read(order, out))
     assert all(np.isnan(row[name]) for row in table for name in report.ENCOUNTERS)
     assert "n·T·m" not in report.format_table(table)
 
@@ -413,9 +415,9 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
 @pytest.mark.slow
 def test_costs_add_up_over_what_a_model_is_made_from(finished):
     order, out, _ = finished
-    rows = {row.folder: row for row in orders.rows_of(order, out)}
-    arm = next(row for row in rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
-    whole = report.cost_of(arm, rows)
+    run = report.read(order, out)
+    arm = next(row for row in run.rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
+    whole = report.cost_of(run, arm)
     own, student = (durable.read_record(folder)["cost"] for folder in (arm.folder, arm.models[0]))
     assert whole.tokens_trained == own["tokens_trained"] + student["tokens_trained"]
     # Six updates of eight completions of at most eight tokens.
@@ -468,15 +470,16 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
         preferences=Preferences(str(file), max_length=32), algorithms=("offline_dpo_data",), arms=("kd_align",)
     )
     tiny_order.run(order, out)
-    table = {row["arm"]: row for row in report.table(order, out)}
+    run = report.read(order, out)
+    table = {row["arm"]: row for row in report.table(run)}
     assert table["base"]["preference_accuracy"] == 0.5
     assert table["kd_align"]["preference_accuracy"] > 0.9
     assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
     aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
     first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
-    assert "held-out pairs ranked right" in report.format_table(report.table(order, out))
-    report.draw(order, out, tmp_path / "figure.png")
+    assert "held-out pairs ranked right" in report.format_table(report.table(run))
+    order_figure.draw(run, tmp_path / "figure.png")
     file.write_text(file.read_text().replace(" yes", " yeah"))
     with pytest.raises(ValueError, match="pairs: "):
         tiny_order.run(order, out)
@@ -842,13 +845,14 @@ def test_what_diverges_is_told_and_the_rest_is_made(tmp_path):
     order = tiny_order.make(alignment=replace(tiny_order.make().alignment, optimisation=wild))
     out = tmp_path / "run"
     tiny_order.run(order, out)
-    assert {path.relative_to(out).name for path in report.failures(order, out)} == {
+    run = report.read(order, out)
+    assert {path.relative_to(out).name for path in report.failures(run)} == {
         "aligned_base-b0.1",
         "kd_align-t0.6-b0.1",
     }
-    assert {row["arm"] for row in report.table(order, out)} == {"base", "student"}
-    assert sum("the alignment diverged" in line for line in report.sentences(order, out)) == 2
-    report.draw(order, out, tmp_path / "figure.png")
+    assert {row["arm"] for row in report.table(run)} == {"base", "student"}
+    assert sum("the alignment diverged" in line for line in report.sentences(run)) == 2
+    order_figure.draw(run, tmp_path / "figure.png")
 
 
 def _assert_same(one: Path, other: Path) -> None:
