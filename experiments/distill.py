@@ -9,7 +9,6 @@ held-out samples), OUT/metrics.jsonl and OUT/config.json. Killed, the same comma
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -141,8 +140,10 @@ def read_texts(config: Distill, tokenizer):
     from jaxkd.smollm2 import text, weights
     from jaxkd.smollm2.network import take
     from jaxkd.smollm2.policy import Texts
+    from jaxkd.smollm2.students import Start
 
-    own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
+    student = Start.parse(config.student).source
+    own = () if student is None else (student,)
     context = min(weights.load_config(source).max_positions for source in (config.teacher, *own))
     examples = text.read_examples(config.data, tokenizer)
     if len(examples) < config.held_out + config.batch_size:
@@ -158,48 +159,37 @@ def read_texts(config: Distill, tokenizer):
 def main(config: Distill) -> None:
     """Distil and save."""
     import jax
-    import numpy as np
 
     from jaxkd import durable
     from jaxkd.smollm2 import sharding, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
-    from jaxkd.smollm2.order import student_start
+    from jaxkd.smollm2.students import Start
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
-    tokenizer = text.load_tokenizer(config.teacher)
-    if config.student != "same" and not config.student.startswith("layers:"):
-        text.check_same_vocabulary(tokenizer, text.load_tokenizer(config.student))
+    tokenizer, student = text.load_tokenizer(config.teacher), Start.parse(config.student)
+    if student.source is not None:
+        text.check_same_vocabulary(tokenizer, text.load_tokenizer(student.source))
     samples = None if config.data is None else read_texts(config, tokenizer)
-    prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
-    setting = Setting(
-        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=sharding.mesh_of_all_devices()
+    mesh = sharding.mesh_of_all_devices()
+    setting = Setting.of_prompt(
+        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=mesh
     )
     teacher = setting.load(config.teacher)
-    start = student_start(teacher, config.student)
+    start = student.of(teacher)
+
+    def make(workshop):
+        key, settings = jax.random.key(config.seed), distillation_of(config)
+        return stages.distil(config.out, key, teacher, start, config.temperature, settings, workshop, samples)
+
     held = {} if samples is None else {"texts": fingerprint(samples)}
-    with durable.one_at_a_time(config.out):
-        durable.check_configuration(config.out, config.results_depend_on() | held)
-        durable.check_weights(config.out, {"teacher": fingerprint(teacher), "student": fingerprint(start)})
-        if durable.read_record(config.out) is not None:
-            print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
-            return
-        sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
-        workshop = stages.Workshop(durable.Progress(), sinks)
-        workshop.begin()
-        student = stages.distil(
-            config.out,
-            jax.random.key(config.seed),
-            teacher,
-            start,
-            config.temperature,
-            distillation_of(config),
-            workshop,
-            samples,
-        )
-        student.save(config.out / "model")
-        durable.finish(config.out, {"cost": workshop.spent()})
-    print(f"Wrote the student to {config.out / 'model'}", file=sys.stderr)
+    stages.make_checkpoint(
+        config.out,
+        config.results_depend_on() | held,
+        {"teacher": teacher, "student": start},
+        lambda: durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config)),
+        make,
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import REMAT, ScoredTexts
 from jaxkd.smollm2.order import CEILING, Order, Row
 from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
+from jaxkd.smollm2.students import Start
 
 _OUT = Path()  # nothing is written
 _SAMPLING = tuple(name for name, algorithm in align.ALGORITHMS.items() if not algorithm.data and name != "ppo")
@@ -53,8 +54,8 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     mesh = sharding.mesh_of_all_devices() or sharding.make_mesh(1)
     roles = {"truth": order.truth}
     roles["base"] = order.truth if order.base == "truth" else order.base.removeprefix("fit:")
-    for student in order.students:
-        roles[f"student {student}"] = roles["base"] if student.startswith(("same", "layers:")) else student
+    starts = {f"student {student}": Start.parse(student) for student in order.students}
+    roles |= {role: start.source or roles["base"] for role, start in starts.items()}
     own_target = order.target is not None and not order.target.startswith("distil:")
     if own_target:
         roles["target"] = order.target
@@ -62,8 +63,8 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     configs = {}
     for role, source in roles.items():
         configs[role], told = config_of(source)
-        if role.startswith("student layers:"):
-            configs[role] = replace(configs[role], num_layers=int(role.rpartition(":")[2]))
+        if role in starts and starts[role].layers is not None:
+            configs[role] = replace(configs[role], num_layers=starts[role].layers)
         lines += ["", f"{role}: {source}, {configs[role].num_parameters / 1e6:.1f} M parameters ({told})"]
         lines += _shards(configs[role], mesh)
     if not own_target:

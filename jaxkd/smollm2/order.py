@@ -26,12 +26,13 @@ import numpy as np
 from jaxkd import checks, durable, files, pipelines
 from jaxkd.align import ALGORITHMS, PreferenceData, check_label_noise, label_coefficients
 from jaxkd.pipelines import Align, Distil, Sharpen
-from jaxkd.smollm2 import behaviours, oracles, preferences, stages, students, text, weights
+from jaxkd.smollm2 import behaviours, oracles, preferences, stages, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
-from jaxkd.smollm2.network import Network, Setting, fingerprint, take
+from jaxkd.smollm2.network import Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
 from jaxkd.smollm2.stages import Alignment, Coster, Distillation, Workshop
+from jaxkd.smollm2.students import Start
 
 REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
 CEILING = "ceiling"
@@ -118,10 +119,9 @@ class Order:
         checks.whole("look_every", self.look_every, least=0)
         checks.number("most_held_out_kl", self.most_held_out_kl, least=0)
         for student in self.students:
-            if student.startswith("layers:"):
-                checks.whole("layers", _number(student, int), least=1)
+            Start.parse(student)
         if self.target is not None and self.target.startswith("distil:"):
-            checks.number("the target's temperature", _number(self.target, float), above=0)
+            checks.number("the target's temperature", _target_temperature(self.target), above=0)
         if self.behaviour != "auto":
             behaviours.parse(self.behaviour)
         if self.reward != "behaviour" and self.target is None:
@@ -161,12 +161,12 @@ class Order:
         return {"temperature": len(self.temperatures), "kl_coef": len(self.kl_coefs)}
 
 
-def _number(spec: str, kind: type):
-    value = spec.split(":", 1)[1]
+def _target_temperature(target: str) -> float:
+    """τ of a target "distil:τ"."""
     try:
-        return kind(value)
+        return float(target.partition(":")[2])
     except ValueError:
-        raise ValueError(f"{spec!r} must end in a number") from None
+        raise ValueError(f"{target!r} must end in a number") from None
 
 
 @dataclass(frozen=True)
@@ -274,16 +274,8 @@ class Laboratory:
         workshop.root = out
         tokenizer = text.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
-        ids = tokenizer.encode(order.prompt, add_special_tokens=True)
-        if not ids:
-            raise ValueError("the prompt must have at least one token")
-        self.setting = Setting(
-            tokenizer,
-            np.asarray([ids], np.int32),
-            order.max_new_tokens,
-            order.batch_size,
-            compute_dtype=dtype,
-            mesh=mesh,
+        self.setting = Setting.of_prompt(
+            tokenizer, order.prompt, order.max_new_tokens, order.batch_size, dtype, mesh=mesh
         )
         self._pairs = self._held_out_pairs = None
         if order.preferences is not None:
@@ -323,7 +315,7 @@ class Laboratory:
     def _prepare(self) -> None:
         order = self.order
         self.truth = self.setting.load(order.truth)
-        given = {f"student {one}": one for one in order.students if one != "same" and not one.startswith("layers:")}
+        given = {f"student {source}": source for source in _sources_of_students(order)}
         if order.target is not None and not order.target.startswith("distil:"):
             given["target"] = order.target
         found = {role: fingerprint(self.setting.load(source)) for role, source in given.items()}
@@ -399,7 +391,7 @@ class Laboratory:
         target = self.order.target
         if target is None or not target.startswith("distil:"):
             return None if target is None else self.setting.load(target)
-        temperature = _number(target, float)
+        temperature = _target_temperature(target)
         key = self._shared_key(_TARGET_KEY)
         return self._distilled(self.out / "target", key, self.base, self.base, temperature)
 
@@ -609,7 +601,7 @@ class Laboratory:
             row.folder,
             self._seed_key(row.seed, _DISTIL),
             teacher,
-            student_start(self.base, row.student),
+            Start.parse(row.student).of(self.base),
             temperature,
             settings,
             self.workshop,
@@ -673,7 +665,7 @@ class Laboratory:
 
     def _student_of(self, row: Row) -> Path:
         """The unaligned student that decides on a row's admission; the row itself where none does."""
-        if not row.student.startswith("layers:") or row.name == "student":
+        if not row.student or Start.parse(row.student).layers is None or row.name == "student":
             return row.folder
         return row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
 
@@ -753,14 +745,9 @@ def _words(row: Row) -> str:
     return " ".join(parts)
 
 
-def student_start(base: Network, student: str) -> Network:
-    """Where a student starts: "same" (at the base), "layers:N" (N of its layers), or a source."""
-    if student == "same":
-        return base
-    if student.startswith("layers:"):
-        config, params = students.keep_layers(base.config, base.params, _number(student, int))
-        return Network(config, params, base.setting)
-    return base.setting.load(student)
+def _sources_of_students(order: Order) -> list[str]:
+    """Those of students that start at neither the base nor its layers."""
+    return [start.source for start in map(Start.parse, order.students) if start.source is not None]
 
 
 def _check_sources(order: Order, tokenizer) -> None:
@@ -770,11 +757,11 @@ def _check_sources(order: Order, tokenizer) -> None:
     text.check_vocabulary(tokenizer, size)
     base = truth if order.base == "truth" else weights.load_config(order.base.removeprefix("fit:"))
     for student in order.students:
-        if student.startswith("layers:"):
-            checks.whole(f"layers of the base in {student!r}", _number(student, int), least=1, most=base.num_layers)
-    sources = [order.base.removeprefix("fit:"), *order.students, order.target or "truth"]
+        if (layers := Start.parse(student).layers) is not None:
+            checks.whole(f"layers of the base in {student!r}", layers, least=1, most=base.num_layers)
+    sources = [order.base.removeprefix("fit:"), *_sources_of_students(order), order.target or "truth"]
     for source in sources:
-        if source in ("truth", "same") or source.startswith(("layers:", "distil:")):
+        if source == "truth" or source.startswith("distil:"):
             continue
         other = weights.load_config(source).vocab_size
         if other != size:
@@ -784,9 +771,8 @@ def _check_sources(order: Order, tokenizer) -> None:
 
 def _context(order: Order) -> int:
     """The most tokens that every source of a policy takes."""
-    sources = [order.truth, order.base.removeprefix("fit:"), *order.students]
-    named = [one for one in sources if one not in ("truth", "same") and not one.startswith("layers:")]
-    return min(weights.load_config(source).max_positions for source in named)
+    base = [] if order.base == "truth" else [order.base.removeprefix("fit:")]
+    return shortest_context([order.truth, *base, *_sources_of_students(order)])
 
 
 _MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")

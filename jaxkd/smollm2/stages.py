@@ -6,8 +6,9 @@ comes from the stage's key and the number of the step.
 """
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -188,6 +189,38 @@ class Workshop:
         """The log of a stage."""
         name = folder.name if self.root is None else folder.relative_to(self.root).as_posix()
         return durable.Log(name, folder / durable.METRICS, self.sinks)
+
+
+def make_checkpoint(
+    out: Path,
+    configuration: dict,
+    networks: Mapping[str, Network],
+    sinks: Callable[[], tuple],
+    make: Callable[[Workshop], Network],
+) -> None:
+    """Carry one stage out in a folder of its own, once: OUT/model is its checkpoint. Says what it does on stderr.
+
+    Args:
+      out: the folder.
+      configuration: what the result depends on.
+      networks: what it is made from, by role; their weights must stay what they were.
+      sinks: makes the sinks of metrics, once it is known that there is something to be done.
+      make: the stage.
+
+    Raises:
+      ValueError: where another process is at it, or the folder holds something else.
+    """
+    with durable.one_at_a_time(out):
+        durable.check_configuration(out, configuration)
+        durable.check_weights(out, {role: fingerprint(network) for role, network in networks.items()})
+        if durable.read_record(out) is not None:
+            print(f"{out} is finished: the checkpoint is in {out / 'model'}", file=sys.stderr)
+            return
+        workshop = Workshop(durable.Progress(), sinks())
+        workshop.begin()
+        make(workshop).save(out / "model")
+        durable.finish(out, {"cost": workshop.spent()})
+    print(f"Wrote the checkpoint to {out / 'model'}", file=sys.stderr)
 
 
 def copied(params: Any) -> Any:

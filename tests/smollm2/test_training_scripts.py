@@ -132,7 +132,7 @@ def test_distill_writes_a_student(run, tmp_path):
         (
             ALIGN,
             ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "dpo"],
-            "--algorithm must be one of online_dpo",
+            "--algorithm must be one of reinforce, ppo, grpo, online_dpo, offline_dpo_ref; got 'dpo'",
         ),
         (
             ALIGN,
@@ -159,7 +159,7 @@ def test_distill_writes_a_student(run, tmp_path):
             ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "ppo", "--accumulate", "2"],
             "ppo makes several updates a rollout",
         ),
-        (DISTILL, ["--teacher", "random:tiny", "--prompt", ""], "every prompt must have at least one token"),
+        (DISTILL, ["--teacher", "random:tiny", "--prompt", ""], "the prompt must have at least one token; got ''"),
         (DISTILL, ["--teacher", "random:tiny", "--max-new-tokens", "500"], "500 new ones are more than the 128 pos"),
         (
             DISTILL,
