@@ -7,24 +7,29 @@ Writes OUT/model (checkpoint), OUT/metrics.jsonl and OUT/config.json. Killed, th
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
-OFFLINE = {
-    "dpo": "offline_dpo_data",
-    "cdpo": "cdpo",
-    "robust_dpo": "robust_dpo",
-    "ipo": "ipo",
-    "simpo": "simpo",
-    "orpo": "orpo",
-    "kto": "kto",
-}
-ONLINE = ("online_dpo", "offline_dpo_ref", "reinforce", "ppo", "grpo")
+WITHOUT_REFERENCE = ("simpo", "orpo")
 EPOCHS = 4
 """Updates that PPO and GRPO make on a rollout."""
+
+
+def with_pairs() -> dict[str, str]:
+    """Algorithms that learn from a user's pairs: their names here, and in `align.ALGORITHMS`."""
+    from jaxkd.align import ALGORITHMS
+
+    names = {name: name for name, one in ALGORITHMS.items() if one.data == "truth"}
+    return {"dpo": names.pop("offline_dpo_data")} | names
+
+
+def with_reward() -> list[str]:
+    """Algorithms that learn from a reward."""
+    from jaxkd.align import ALGORITHMS
+
+    return [name for name, one in ALGORITHMS.items() if one.data != "truth"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,18 @@ class Align:
     """With preferences: dpo (default), cdpo, robust_dpo, ipo, simpo, orpo, kto (its reference point is that of draws
     after --prompt). With a reward: reinforce (default), online_dpo, offline_dpo_ref, ppo, grpo."""
     reference: str | None = None
-    """Source of the reference; by default where the policy starts."""
+    """Source of the reference, by default where the policy starts; simpo and orpo have none."""
     prompt: str = "The"
     """What completions follow, with a reward."""
     max_new_tokens: int = 32
     """The most tokens of a completion, with a reward."""
     max_length: int = 512
     """The most tokens of prompt and answer, with preferences; longer answers are cut, and to the models' context."""
-    kl_coef: float = 0.1
-    """KL coefficient β."""
+    label_noise: float = 0.0
+    """With preferences: share of the pairs that robust_dpo assumes to be labelled the wrong way round. With a reward:
+    share of the labels of online_dpo and offline_dpo_ref that are flipped."""
+    kl_coef: float | None = None
+    """KL coefficient β, 0.1 by default; orpo has none."""
     updates: int = 100
     """Updates of the parameters."""
     batch_size: int = 16
@@ -79,6 +87,8 @@ class Align:
 
     def __post_init__(self):
         from jaxkd import checks
+        from jaxkd.align import check_label_noise
+        from jaxkd.smollm2 import preferences
 
         checks.folder("--out", self.out)
         given = [name for name in ("preferences", "behaviour", "target") if getattr(self, name) is not None]
@@ -86,26 +96,36 @@ class Align:
             raise ValueError("give one of --preferences, --behaviour and --target to learn from")
         if self.algorithm is None:
             object.__setattr__(self, "algorithm", "dpo" if self.preferences else "reinforce")
-        checks.name("--algorithm", self.algorithm, OFFLINE if self.preferences else ONLINE)
+        checks.name("--algorithm", self.algorithm, with_pairs() if self.preferences else with_reward())
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        if self.algorithm == "orpo" and self.kl_coef is not None:
+            raise ValueError("--kl-coef must be left away: orpo has no KL coefficient")
+        if self.algorithm in WITHOUT_REFERENCE and self.reference is not None:
+            raise ValueError(f"--reference must be left away: {self.algorithm} has no reference")
+        if self.kl_coef is None:
+            object.__setattr__(self, "kl_coef", 0.1)
         checks.number("--kl-coef", self.kl_coef, above=0)
+        checks.number("--label-noise", self.label_noise, least=0, most=0.5)
+        check_label_noise("--label-noise", [with_pairs().get(self.algorithm, self.algorithm)], [self.label_noise])
+        if self.preferences is not None:
+            preferences.check_label_noise([self.algorithm], self.label_noise)
         checks.whole("--max-length", self.max_length, least=2)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
         alignment_of(self)
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go."""
-        elsewhere = ("out", "wandb", "tensorboard")
+        elsewhere = ("out", "wandb", "tensorboard", *(() if self.label_noise else ("label_noise",)))
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
 
 
 def alignment_of(config: Align):
     """Settings of the stage."""
-    from jaxkd.align import AlignmentSettings, Coefficients
+    from jaxkd.align import AlignmentSettings, Coefficients, label_coefficients
     from jaxkd.smollm2.adapters import LoRA
     from jaxkd.smollm2.stages import Alignment, Optimisation
 
-    name = OFFLINE.get(config.algorithm, config.algorithm)
+    name = with_pairs().get(config.algorithm, config.algorithm)
     group_size = next(size for size in (16, 8, 4, 2) if config.batch_size % size == 0 or size == 2)
     if name in ("ppo", "grpo") and config.updates % EPOCHS:
         raise ValueError(
@@ -119,16 +139,17 @@ def alignment_of(config: Align):
         checkpoint_every=config.checkpoint_every,
     )
     lora = None if config.lora_rank is None else LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank)
-    return Alignment(settings, Coefficients(label_temperature=0.1), optimisation, lora)
+    coefficients = Coefficients(label_temperature=0.1, **label_coefficients(name, config.label_noise))
+    return Alignment(settings, coefficients, optimisation, lora)
 
 
-def oracle_of(config: Align, setting):
+def oracle_of(config: Align, target):
     """`(completions, draws) -> (reward, hit)`."""
     from jaxkd.smollm2 import behaviours, oracles
 
-    if config.target is not None:
+    if target is not None:
         # No behaviour is asked for: none counts.
-        return oracles.of_likelihood(setting.load(config.target), lambda text: False)
+        return oracles.of_likelihood(target, lambda text: False)
     return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
@@ -152,11 +173,10 @@ def check_behaviour(spec: str, start, key) -> None:
 def main(config: Align) -> None:
     """Align and save."""
     import jax
-    import numpy as np
 
     from jaxkd import durable
-    from jaxkd.smollm2 import preferences, sharding, stages, text, weights
-    from jaxkd.smollm2.network import Setting, fingerprint
+    from jaxkd.smollm2 import preferences, sharding, stages, text
+    from jaxkd.smollm2.network import Setting, fingerprint, shortest_context
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
@@ -164,12 +184,12 @@ def main(config: Align) -> None:
     pairs = None
     if config.preferences is not None:
         sources = [source for source in (config.source, config.reference) if source is not None]
-        context = min(weights.load_config(source).max_positions for source in sources)
-        pairs = preferences.read(config.preferences, tokenizer, min(config.max_length, context))
+        length = min(config.max_length, shortest_context(sources))
+        pairs = preferences.read(config.preferences, tokenizer, length)
         preferences.check_enough(pairs, config.batch_size)
-    prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
-    setting = Setting(
-        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=sharding.mesh_of_all_devices()
+    mesh = sharding.mesh_of_all_devices()
+    setting = Setting.of_prompt(
+        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=mesh
     )
     for other in (config.reference, config.target):
         if other is not None:
@@ -177,29 +197,28 @@ def main(config: Align) -> None:
     start = setting.load(config.source)
     reference = start if config.reference is None else setting.load(config.reference)
     stages.check_alignment(start, reference, alignment)
-    oracle, key = oracle_of(config, setting), jax.random.key(config.seed)
+    target = None if config.target is None else setting.load(config.target)
+    oracle, key = oracle_of(config, target), jax.random.key(config.seed)
     if config.behaviour is not None and not (config.out / "config.json").exists():
         check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
-    held = {} if pairs is None else {"pairs": fingerprint(pairs)}
-    with durable.one_at_a_time(config.out):
-        durable.check_configuration(config.out, config.results_depend_on() | held)
-        durable.check_weights(config.out, {"source": fingerprint(start), "reference": fingerprint(reference)})
-        if durable.read_record(config.out) is not None:
-            print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
-            return
-        sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
-        workshop = stages.Workshop(durable.Progress(), sinks)
-        workshop.begin()
+
+    def make(workshop):
         data = None
         if pairs is not None:
             log_prob = stages.reference_log_prob(config.out, reference, pairs, workshop)
             data = preferences.batched(pairs, jax.random.fold_in(key, 1), config.batch_size, log_prob)
-        aligned = stages.align_policy(
+        return stages.align_policy(
             config.out, key, start, reference, oracle, config.kl_coef, alignment, workshop, preferences=data
         )
-        aligned.save(config.out / "model")
-        durable.finish(config.out, {"cost": workshop.spent()})
-    print(f"Wrote the aligned checkpoint to {config.out / 'model'}", file=sys.stderr)
+
+    held = {} if pairs is None else {"pairs": fingerprint(pairs)}
+    stages.make_checkpoint(
+        config.out,
+        config.results_depend_on() | held,
+        {"source": start, "reference": reference} | ({} if target is None else {"target": target}),
+        lambda: durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config)),
+        make,
+    )
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ held-out samples), OUT/metrics.jsonl and OUT/config.json. Killed, the same comma
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+
+DEFAULTS = {"samples": 1024, "temperature": 1.0, "prompt": "The", "max_new_tokens": 64}
+"""Of what the teacher's samples depend on."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,22 @@ class Distill:
     method: str = "sequence"
     """sequence, or a token-level divergence: forward_kl, reverse_kl, generalized_jensen_shannon, skew_kl,
     skew_reverse_kl."""
-    temperature: float = 1.0
-    """τ of the teacher's samples."""
+    temperature: float | None = None
+    """τ of the teacher's samples, and of its next-token distributions in token-level methods; 1 by default."""
     on_policy_fraction: float = 0.0
     """λ of token-level methods: share of batches that the student draws itself."""
     coefficient: float = 0.5
     """Teacher's share of generalized_jensen_shannon, skew of the skewed divergences."""
-    prompt: str = "The"
-    """What samples follow."""
-    max_new_tokens: int = 64
-    """The most tokens of a sample."""
+    prompt: str | None = None
+    """What samples follow; by default "The"."""
+    max_new_tokens: int | None = None
+    """The most tokens of a sample; 64 by default."""
     max_length: int = 512
     """The most tokens of a text of the file; longer completions are cut, and to the models' context."""
-    samples: int = 1024
-    """Samples of the teacher to learn from."""
+    samples: int | None = None
+    """Samples of the teacher to learn from; 1024 by default."""
     held_out: int = 64
-    """Samples by which the best student is chosen."""
+    """Samples, or texts of the file, by which the best student is chosen."""
     updates: int = 200
     """The most updates."""
     batch_size: int = 16
@@ -75,6 +77,10 @@ class Distill:
     def __post_init__(self):
         from jaxkd import checks
 
+        self._refuse_what_data_leaves_unused()
+        for name, value in DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         checks.folder("--out", self.out)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--temperature", self.temperature, above=0)
@@ -85,6 +91,16 @@ class Distill:
             raise ValueError(
                 "--on-policy-fraction draws after --prompt, not after the prompts of --data: leave one away"
             )
+
+    def _refuse_what_data_leaves_unused(self) -> None:
+        if self.data is None:
+            return
+        # Token-level methods compare with the teacher at its temperature, whoever wrote the texts.
+        given = [name for name in DEFAULTS if getattr(self, name) is not None]
+        unused = [name for name in given if name != "temperature" or self.method == "sequence"]
+        if unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ValueError(f"{flags} must be left away with --data, whose texts are learned from as they are")
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go."""
@@ -116,11 +132,18 @@ def distillation_of(config: Distill):
 
 
 def read_texts(config: Distill, tokenizer):
-    """The completions of a file as draws."""
-    from jaxkd.smollm2 import text, weights
-    from jaxkd.smollm2.policy import Texts
+    """The completions of a file as draws, in an order of the seed's own: the first are held out, and neighbours in a
+    file often have their prompt in common."""
+    import jax
+    import numpy as np
 
-    own = () if config.student == "same" or config.student.startswith("layers:") else (config.student,)
+    from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2.network import take
+    from jaxkd.smollm2.policy import Texts
+    from jaxkd.smollm2.students import Start
+
+    student = Start.parse(config.student).source
+    own = () if student is None else (student,)
     configs = [weights.load_config(source) for source in (config.teacher, *own)]
     context = min(one.max_positions for one in configs)
     examples = text.read_examples(config.data, tokenizer, min(one.vocab_size for one in configs))
@@ -129,54 +152,45 @@ def read_texts(config: Distill, tokenizer):
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    return Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
+    texts = Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return take(texts, np.asarray(jax.random.permutation(key, len(examples))))
 
 
 def main(config: Distill) -> None:
     """Distil and save."""
     import jax
-    import numpy as np
 
     from jaxkd import durable
     from jaxkd.smollm2 import sharding, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
-    from jaxkd.smollm2.order import student_start
+    from jaxkd.smollm2.students import Start
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
-    tokenizer = text.load_tokenizer(config.teacher)
-    if config.student != "same" and not config.student.startswith("layers:"):
-        text.check_same_vocabulary(tokenizer, text.load_tokenizer(config.student))
+    tokenizer, student = text.load_tokenizer(config.teacher), Start.parse(config.student)
+    if student.source is not None:
+        text.check_same_vocabulary(tokenizer, text.load_tokenizer(student.source))
     samples = None if config.data is None else read_texts(config, tokenizer)
-    prompt = np.asarray([tokenizer.encode(config.prompt, add_special_tokens=True)], np.int32)
-    setting = Setting(
-        tokenizer, prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=sharding.mesh_of_all_devices()
+    mesh = sharding.mesh_of_all_devices()
+    setting = Setting.of_prompt(
+        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=mesh
     )
     teacher = setting.load(config.teacher)
-    start = student_start(teacher, config.student)
+    start = student.of(teacher)
+
+    def make(workshop):
+        key, settings = jax.random.key(config.seed), distillation_of(config)
+        return stages.distil(config.out, key, teacher, start, config.temperature, settings, workshop, samples)
+
     held = {} if samples is None else {"texts": fingerprint(samples)}
-    with durable.one_at_a_time(config.out):
-        durable.check_configuration(config.out, config.results_depend_on() | held)
-        durable.check_weights(config.out, {"teacher": fingerprint(teacher), "student": fingerprint(start)})
-        if durable.read_record(config.out) is not None:
-            print(f"{config.out} is finished: the checkpoint is in {config.out / 'model'}", file=sys.stderr)
-            return
-        sinks = durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config))
-        workshop = stages.Workshop(durable.Progress(), sinks)
-        workshop.begin()
-        student = stages.distil(
-            config.out,
-            jax.random.key(config.seed),
-            teacher,
-            start,
-            config.temperature,
-            distillation_of(config),
-            workshop,
-            samples,
-        )
-        student.save(config.out / "model")
-        durable.finish(config.out, {"cost": workshop.spent()})
-    print(f"Wrote the student to {config.out / 'model'}", file=sys.stderr)
+    stages.make_checkpoint(
+        config.out,
+        config.results_depend_on() | held,
+        {"teacher": teacher, "student": start},
+        lambda: durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config)),
+        make,
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 
 Samples from the truth, takes or makes a base, and runs every order of alignment and distillation on it.
 Killed at any moment, the same command goes on; finished stages are never computed again. The same command in several
-processes (one a device, or one a core) shares the models out among them. Prints tables of results and costs, and writes
-smollm2_order.zarr, table.csv, costs.csv and smollm2_order.png/.pdf beside the run's folders.
+processes (one a device, or one a core) shares the models out among them. Prints tables of results and costs and by what
+the orders differ, seed by seed, and writes smollm2_order.zarr, table.csv, costs.csv, comparisons.csv and
+smollm2_order.png/.pdf beside the run's folders.
 
 Presets. laptop: SmolLM2-135M-Instruct is truth and base, the reward is a behaviour that 1 to 3 % of its completions
 show. paper: truth 1.7B, base 360M, student 135M, 512 tokens, the reflected likelihood under a sharpened target, for
@@ -52,26 +53,30 @@ class Flags:
     reward: str | None = None
     """behaviour, or the target's log-likelihood a token: reflected, clipped or plain."""
     behaviour: str | None = None
-    """auto, digit, words:one,two, ends:full-stop or regex:PATTERN."""
+    """auto, digit, words:one,two, ends:full-stop or regex:PATTERN. auto takes the most frequent of some that 1 to 3 %
+    of the base's completions show; where it is no reward, else the one nearest to that."""
     preferences: str | None = None
     """JSONL or Parquet file in TRL's preference formats that alignments learn from instead of the reward, which is then
     only measured. Give --algorithms among offline_dpo_data (DPO), cdpo, robust_dpo, ipo, simpo, kto, orpo; an eighth of
     the pairs is held out to measure by."""
     max_length: int = 512
     """The most tokens of prompt and answer of a pair; longer answers are cut."""
+    label_noise: float | None = None
+    """Share of the preference labels that are flipped, 0 by default; robust_dpo assumes the same. With --preferences,
+    the share of the pairs that robust_dpo assumes to be labelled the wrong way round: it then has no default."""
     prompt: str | None = None
     """What every completion follows."""
     max_new_tokens: int | None = None
     """The most tokens of a completion."""
     arms: tuple[str, ...] | None = None
     """Arms: kd_align, kd_align_sharpened, align_kd, align_kd_sharpened, kd_align_anchored,
-    base_start_student_reference, ceiling."""
+    base_start_student_reference, and ceiling where the reward is the behaviour."""
     algorithms: tuple[str, ...] | None = None
     """Alignment algorithms; the first is run on every seed and student, the others on the first student."""
     temperatures: tuple[float, ...] | None = None
     """Temperatures τ of the distillations."""
     kl_coefs: tuple[float, ...] | None = None
-    """KL coefficients β, reward units a nat."""
+    """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone."""
     seeds: tuple[int, ...] | None = None
     """Seeds of the first student and algorithm."""
     seeds_of_rest: tuple[int, ...] | None = None
@@ -199,6 +204,7 @@ def paper():
 
 def order_of(flags: Flags):
     """The order that the flags ask for."""
+    from jaxkd.smollm2.order import CEILING
     from jaxkd.smollm2.preferences import Preferences
 
     order = quick() if flags.quick else {"laptop": laptop, "paper": paper}[flags.preset]()
@@ -209,6 +215,9 @@ def order_of(flags: Flags):
         changes["students"] = flags.student
     if flags.preferences is not None:
         changes["preferences"] = Preferences(flags.preferences, flags.max_length)
+    if flags.preferences is not None or changes.get("reward", order.reward) != "behaviour":
+        # A preset's ceiling is one of the behaviour's frequency.
+        changes.setdefault("arms", tuple(arm for arm in order.arms if arm != CEILING))
     distillation, alignment = order.distillation, order.alignment
     if flags.learning_rate is not None:
         optimisation = replace(distillation.optimisation, learning_rate=flags.learning_rate)
@@ -222,6 +231,8 @@ def order_of(flags: Flags):
         distillation = replace(distillation, num_updates=flags.distillation_updates)
     if flags.alignment_updates is not None:
         alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
+    if flags.label_noise is not None:
+        alignment = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=flags.label_noise))
     if flags.samples is not None:
         evaluation = order.evaluation
         most = {name: min(getattr(evaluation, name), flags.samples) for name in ("num_scored", "num_diverse")}
@@ -262,7 +273,7 @@ def main(flags: Flags) -> None:
     if flags.report and not (flags.out / "base" / orders.EVALUATION).exists():
         raise ValueError(f"--report: {flags.out} holds no run that has begun to measure")
     laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
-    durable.check_configuration(flags.out, laboratory.configuration() | {"dtype": flags.dtype})
+    laboratory.check_folder(dtype=flags.dtype)
     if flags.report:
         print(write_results(order, flags.out, resolved))
         return
@@ -274,24 +285,27 @@ def main(flags: Flags) -> None:
     for _ in laboratory.run(rows):
         write_results(order, flags.out, resolved)
     print(write_results(order, flags.out, resolved))
-    print(f"\nWrote smollm2_order.zarr, table.csv, costs.csv, smollm2_order.png and .pdf to {flags.out}")
+    written = "smollm2_order.zarr, table.csv, costs.csv, comparisons.csv, smollm2_order.png and .pdf"
+    print(f"\nWrote {written} to {flags.out}")
     print(f"in {time.perf_counter() - begin:.0f} s")
 
 
 def write_results(order, out: Path, configuration: dict) -> str:
     """Store, table and figure of all that is finished; returns the table as text."""
     from jaxkd import files, results
-    from jaxkd.smollm2 import report
+    from jaxkd.smollm2 import order_figure, report
     from jaxkd.sweep import store
 
     with files.claim(out / "results", wait=True):
-        store.write(report.to_dataset(order, out), out / "smollm2_order.zarr", configuration, overwrite=True)
-        rows = report.table(order, out)
+        run = report.read(order, out)
+        store.write(report.to_dataset(run), out / "smollm2_order.zarr", configuration, overwrite=True)
+        rows, costs = report.table(run), report.stage_costs(run)
         results.write_csv(rows, out / "table.csv")
-        costs = report.stage_costs(order, out)
         results.write_csv(costs, out / "costs.csv")
-        report.draw(order, out, out / "smollm2_order.png", out / "smollm2_order.pdf")
-    told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(order, out)))
+        if compared := report.comparisons(run):
+            results.write_csv(compared, out / "comparisons.csv")
+        order_figure.draw(run, out / "smollm2_order.png", out / "smollm2_order.pdf")
+    told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(run)))
     return "\n\n".join(told)
 
 

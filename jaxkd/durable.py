@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,25 +299,34 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_configuration(folder: Path, configuration: dict) -> None:
+def check_configuration(folder: Path, configuration: dict, free: Collection[str] = ()) -> None:
     """Make sure that a run folder is free or was begun with this very configuration; write it there.
+
+    Args:
+      folder: of the run.
+      configuration: what its results depend on.
+      free: entries that may change; the file then says what was asked for last.
 
     Raises:
       ValueError: naming what differs, or a folder that holds something else.
     """
     # Of several processes that begin together, one writes it.
     with files.claim(folder, wait=True):
-        _check_configuration(folder, json.loads(json.dumps(configuration, default=str)))
+        _check_configuration(folder, json.loads(json.dumps(configuration, default=str)), free)
 
 
-def _check_configuration(folder: Path, wanted: dict) -> None:
+def _check_configuration(folder: Path, wanted: dict, free: Collection[str]) -> None:
     path = folder / "config.json"
     if path.exists():
-        differing = files.differences(_flat(json.loads(path.read_text(encoding="utf-8"))), _flat(wanted))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        asked = held | {name: wanted[name] for name in free}
+        differing = files.differences(_flat(asked), _flat(wanted))
         if differing:
             raise ValueError(
                 f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another --out"
             )
+        if asked != held:
+            write_json(path, asked)
         return
     begun = path.with_name(path.name + files.PARTIAL)
     if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {begun}):

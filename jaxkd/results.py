@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from jaxkd import mixture, pipelines, statistics, theory
+from jaxkd import files, mixture, pipelines, statistics, theory
 from jaxkd.align import ALGORITHMS
 from jaxkd.laboratory import PREPARED, Measured, Outcome, Points, Prepared, by_stage, pad_components
 from jaxkd.metrics import RECOVERED_MASS
@@ -398,9 +398,8 @@ def _nanmedian(values) -> float:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """Write all columns of the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    """Write all columns of the table, whole or not at all."""
+    with files.whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

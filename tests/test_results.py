@@ -328,6 +328,15 @@ def test_failures_are_told_only_where_there_are_some(tmp_path):
     assert [float(row["recovery_failures_as_0"]) for row in kept] == [row["recovery_failures_as_0"] for row in rows]
 
 
+def test_a_csv_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    results.write_csv([{"arm": "kd_align", "reward": 1.0}], path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="fieldnames"):
+        results.write_csv([{"arm": "align_kd", "reward": 2.0}, {"arm": "align_kd", "rewards": 2.0}], path)
+    assert path.read_text() == before
+
+
 def test_each_of_several_targets_has_its_mass_in_the_table():
     dataset = outcomes(MASSES, [("align_kd", 1)])
     masses = np.arange(8) / 100 + dataset.target_mass.values[..., None]

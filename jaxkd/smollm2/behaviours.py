@@ -85,7 +85,11 @@ def rates(candidates: Mapping[str, str], texts: Sequence[str]) -> dict[str, floa
     return {name: frequency(parse(spec), texts).rate for name, spec in candidates.items()}
 
 
-def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = 0.01, high: float = 0.03) -> str:
+RARE = (0.01, 0.03)
+"""Shares of completions within which a behaviour is rare, and yet met by an alignment."""
+
+
+def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = RARE[0], high: float = RARE[1]) -> str:
     """The most frequent candidate whose share lies between `low` and `high`: rarer ones take more draws to learn.
 
     Args:
@@ -97,17 +101,50 @@ def choose(candidates: Mapping[str, str], texts: Sequence[str], low: float = 0.0
     Raises:
       ValueError: unless 0 < low <= high < 1; where no candidate fits, listing what was measured.
     """
-    checks.number("high", high, above=0, below=1)
-    checks.number("low", low, above=0, most=high)
+    _check_range(low, high)
     measured = rates(candidates, texts)
     fitting = {name: rate for name, rate in measured.items() if low <= rate <= high}
     if not fitting:
-        told = ", ".join(f"{name} {rate:.4f}" for name, rate in measured.items())
         raise ValueError(
             f"no behaviour is shown by {100 * low:g} % to {100 * high:g} % of {len(texts)} samples of the base "
-            f"({told}): name one"
+            f"({_told(measured)}): name one (--behaviour)"
         )
     return max(fitting, key=fitting.get)
+
+
+def nearest(candidates: Mapping[str, str], texts: Sequence[str], low: float = RARE[0], high: float = RARE[1]) -> str:
+    """The candidate whose share lies nearest the range from `low` to `high`, by ratio; within it that of `choose`.
+
+    For behaviours that are measured but not learned, to which no number of draws is too few.
+
+    Args:
+      candidates: name and specification of each; of two equally near and frequent, the first is chosen.
+      texts: completions by the base.
+      low: least share.
+      high: largest share.
+
+    Raises:
+      ValueError: unless 0 < low <= high < 1; where every candidate is never or always shown.
+    """
+    _check_range(low, high)
+    measured = rates(candidates, texts)
+    usable = {name: rate for name, rate in measured.items() if 0 < rate < 1}
+    if not usable:
+        raise ValueError(
+            f"every behaviour is never or always shown by {len(texts)} samples of the base ({_told(measured)}): "
+            "name one (--behaviour)"
+        )
+    away = {name: max(math.log(low / rate), math.log(rate / high), 0.0) for name, rate in usable.items()}
+    return min(usable, key=lambda name: (away[name], -usable[name]))
+
+
+def _check_range(low: float, high: float) -> None:
+    checks.number("high", high, above=0, below=1)
+    checks.number("low", low, above=0, most=high)
+
+
+def _told(measured: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.4f}" for name, rate in measured.items())
 
 
 def check_rate(name: str, hits: int, total: int) -> None:
@@ -118,4 +155,6 @@ def check_rate(name: str, hits: int, total: int) -> None:
     """
     if hits in (0, total):
         told = "never" if hits == 0 else "always"
-        raise ValueError(f"the behaviour {name!r} is {told} shown by {total} samples of the base: choose another")
+        raise ValueError(
+            f"the behaviour {name!r} is {told} shown by {total} samples of the base: choose another (--behaviour)"
+        )

@@ -17,13 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxkd import align, distill
 from jaxkd.align import AlignmentSettings, Coefficients, Inputs, State
 from jaxkd.pipelines import Align, Distil
-from jaxkd.smollm2 import cost, sharding, weights
+from jaxkd.smollm2 import behaviours, cost, sharding, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.distillation import make_comparison
 from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import REMAT, ScoredTexts
 from jaxkd.smollm2.order import CEILING, Order, Row
 from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
+from jaxkd.smollm2.students import Start
 
 _OUT = Path()  # nothing is written
 _SAMPLING = tuple(name for name, algorithm in align.ALGORITHMS.items() if not algorithm.data and name != "ppo")
@@ -52,8 +54,8 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     mesh = sharding.mesh_of_all_devices() or sharding.make_mesh(1)
     roles = {"truth": order.truth}
     roles["base"] = order.truth if order.base == "truth" else order.base.removeprefix("fit:")
-    for student in order.students:
-        roles[f"student {student}"] = roles["base"] if student.startswith(("same", "layers:")) else student
+    starts = {f"student {student}": Start.parse(student) for student in order.students}
+    roles |= {role: start.source or roles["base"] for role, start in starts.items()}
     own_target = order.target is not None and not order.target.startswith("distil:")
     if own_target:
         roles["target"] = order.target
@@ -61,13 +63,13 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     configs = {}
     for role, source in roles.items():
         configs[role], told = config_of(source)
-        if role.startswith("student layers:"):
-            configs[role] = replace(configs[role], num_layers=int(role.rpartition(":")[2]))
+        if role in starts and starts[role].layers is not None:
+            configs[role] = replace(configs[role], num_layers=starts[role].layers)
         lines += ["", f"{role}: {source}, {configs[role].num_parameters / 1e6:.1f} M parameters ({told})"]
         lines += _shards(configs[role], mesh)
     if not own_target:
         configs["target"] = configs["base"]
-    lines.append("")
+    lines += ["", _behaviour(order), ""]
     seconds = {}
     for name, steps, compiled, flops, by_xla in _steps(order, configs, mesh, dtype):
         memory = compiled.memory_analysis()
@@ -90,6 +92,18 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     )
     lines.append("and masked scores as well, but in an alignment not the sampling")
     return "\n".join(lines)
+
+
+def _behaviour(order: Order) -> str:
+    """What models are measured by."""
+    if order.behaviour != "auto":
+        return f"behaviour: {order.behaviour}"
+    low, high = (f"{100 * share:g} %" for share in behaviours.RARE)
+    told = f"behaviour: chosen once the base is there, the most frequent of {len(behaviours.READY)} candidates that "
+    told += f"{low} to {high} of its completions show"
+    if order.outcome == "behaviour_frequency":
+        return f"{told}; where there is none the run stops, and goes on with one that is named (--behaviour)"
+    return f"{told}, or the one nearest to that (it is no reward here)"
 
 
 def _shards(config: Config, mesh: Mesh) -> list[str]:
@@ -118,9 +132,20 @@ def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
         name = f"align {role}" if held_to == role else f"align {role}, held to {held_to}"
         both = configs[role], configs[held_to]
         yield _aligning(name, times * settings.num_steps, both, mesh, dtype, order, settings, length)
-    for role, times in Counter(_role(row) for row in rows if type(row.stage) is Distil).items():
+    distilled = [row for row in rows if type(row.stage) is Distil]
+    for (role, teacher, method), times in Counter(_distillation(row, made, order) for row in distilled).items():
         steps = times * order.distillation.num_updates
-        yield _distilling(f"distil {role}", steps, configs[role], mesh, dtype, order, length)
+        both = configs[role], configs[teacher]
+        told = f"distil {role}" if method == "sequence" else f"distil {role} from {teacher} ({method})"
+        yield _distilling(told, steps, both, mesh, dtype, order, method, length)
+
+
+def _distillation(row: Row, made: dict[Path, Row], order: Order) -> tuple[str, str, str]:
+    """Roles of student and teacher, and the method; a step on samples alone has no teacher to compute."""
+    if row.name == CEILING or order.distillation.method == "sequence":
+        return _role(row), "truth", "sequence"
+    teacher = made.get(row.models[0])
+    return _role(row), "base" if teacher is None else _role(teacher), order.distillation.method
 
 
 def _role(row: Row) -> str:
@@ -141,8 +166,10 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
 
     def add_distillation(teacher: str, student: str) -> None:
         add("sample to distil from", teacher, to_distil)
-        steps = distillation.num_updates * distillation.batch_size
-        add("distil base and target", student, steps, cost.training_flops)
+        texts = distillation.num_updates * distillation.batch_size
+        add("distil base and target", student, texts, cost.training_flops)
+        if distillation.method != "sequence":
+            add("distil base and target", teacher, texts)
 
     add("sample the truth", "truth", max(evaluation.num_samples, evaluation.num_truth_samples))
     if order.base.startswith("fit:"):
@@ -227,11 +254,22 @@ def _aligning(name, steps, configs, mesh, dtype, order: Order, settings: Alignme
     return f"{name} ({settings.algorithm})", steps, compiled, model_flops, by_xla
 
 
-def _distilling(name, steps, config, mesh, dtype, order: Order, length):
+def _distilling(name, steps, configs, mesh, dtype, order: Order, method: str, length):
+    config, teacher = configs
     settings = order.distillation
     optimizer = settings.optimisation.make(settings.num_updates)
-    step = distill.maximum_likelihood_step(_policy(config, dtype, order, mesh), optimizer)
-    inputs = (_batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32))
-    compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
+    batch, scalar = _batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32)
+    tokens = settings.batch_size * length
+    model_flops = cost.training_flops(config, tokens, length / 2)
     by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
-    return name, steps, compiled, cost.training_flops(config, settings.batch_size * length, length / 2), by_xla
+    if method == "sequence":
+        step = distill.maximum_likelihood_step(_policy(config, dtype, order, mesh), optimizer)
+        inputs = (batch, scalar)
+    else:
+        models = (make_model(one, compute_dtype=dtype, remat=REMAT, mesh=mesh) for one in configs)
+        step = distill.token_level_step(make_comparison(*models, method), optimizer)
+        inputs = distill.TokenInputs(batch, _abstract(teacher, mesh), scalar, scalar)
+        model_flops += cost.forward_flops(teacher, tokens, length / 2)
+        by_xla += cost.log_prob_flops(teacher, settings.batch_size, length, differentiate=False, dtype=dtype)
+    compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
+    return name, steps, compiled, model_flops, by_xla

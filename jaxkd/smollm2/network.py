@@ -5,7 +5,7 @@ shapes, so that one program of each kind serves a whole experiment.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -67,6 +67,20 @@ class Setting:
     compute_dtype: str = "float32"
     remat: str = REMAT
     mesh: Any = None
+
+    @classmethod
+    def of_prompt(
+        cls, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, batch_size: int, compute_dtype: str, *, mesh: Any
+    ) -> "Setting":
+        """The setting in which everything follows one prompt.
+
+        Raises:
+          ValueError: on a prompt without a token.
+        """
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
+        if not ids:
+            raise ValueError(f"the prompt must have at least one token; got {prompt!r}")
+        return cls(tokenizer, np.asarray([ids], np.int32), max_new_tokens, batch_size, compute_dtype, mesh=mesh)
 
     @property
     def prompt_mask(self) -> np.ndarray:
@@ -237,6 +251,11 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=0)
 def _log_prob(policy: Policy, params: Params, x: Texts) -> jax.Array:
     return policy.log_prob(params, x)
+
+
+def shortest_context(sources: Iterable[str | Path]) -> int:
+    """The most tokens that all of some checkpoints take."""
+    return min(weights.load_config(source).max_positions for source in sources)
 
 
 def take(x: Any, rows: Any) -> Any:

@@ -24,14 +24,15 @@ import jax
 import numpy as np
 
 from jaxkd import checks, durable, files, pipelines
-from jaxkd.align import ALGORITHMS, PreferenceData
+from jaxkd.align import ALGORITHMS, PreferenceData, check_label_noise, label_coefficients
 from jaxkd.pipelines import Align, Distil, Sharpen
-from jaxkd.smollm2 import behaviours, oracles, preferences, stages, students, text, weights
+from jaxkd.smollm2 import behaviours, oracles, preferences, stages, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
-from jaxkd.smollm2.network import Network, Setting, fingerprint, take
+from jaxkd.smollm2.network import Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
 from jaxkd.smollm2.stages import Alignment, Coster, Distillation, Workshop
+from jaxkd.smollm2.students import Start
 
 REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
 CEILING = "ceiling"
@@ -43,6 +44,7 @@ FROM_PREFERENCES = tuple(name for name, algorithm in ALGORITHMS.items() if algor
 """Algorithms that can be given a user's pairs."""
 
 EVALUATION = "evaluation.json"
+BEHAVIOUR = "behaviour.json"
 _WAIT = 5.0  # seconds between looks at what other processes have made
 _TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY = range(4)
 _ALIGN, _DISTIL, _EVALUATE = range(3)
@@ -58,18 +60,20 @@ class Order:
       students: where students start: "same" (at the base), "layers:N" (N of the base's layers), or a source.
       target: source of the target; "distil:τ" for the base distilled at τ; None where no reward asks for one.
       reward: a name of `REWARDS`.
-      behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate.
+      behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate; until one is
+        chosen, a run folder may go on with another.
       preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
-      arms: names of `ARMS`.
+      arms: names of `ARMS`; the ceiling only where the reward is the behaviour.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
-      kl_coefs: β, reward units a nat.
+      kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
       seeds: one run of all stages each, of the first student and algorithm.
       seeds_of_rest: the same of every other student with the first algorithm, and the other way round.
       distillation: how students learn.
-      alignment: how policies are aligned; its algorithm is that of `algorithms`.
+      alignment: how policies are aligned; its algorithm is that of `algorithms`, and its flip rate that of the oracle's
+        labels, which robust DPO also assumes; with preferences the share that robust DPO assumes, and nothing else.
       evaluation: sizes.
       look_every: steps of an alignment between looks at 64 samples; 0 for none.
       most_held_out_kl: cut students with a larger recall gap a token (nats) are not admitted.
@@ -88,7 +92,7 @@ class Order:
     preferences: Preferences | None = None
     prompt: str = "The"
     max_new_tokens: int = 32
-    arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened", CEILING)
+    arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened")
     algorithms: tuple[str, ...] = ("online_dpo",)
     temperatures: tuple[float, ...] = (1.0, 0.6)
     kl_coefs: tuple[float, ...] = (0.1,)
@@ -115,10 +119,9 @@ class Order:
         checks.whole("look_every", self.look_every, least=0)
         checks.number("most_held_out_kl", self.most_held_out_kl, least=0)
         for student in self.students:
-            if student.startswith("layers:"):
-                checks.whole("layers", _number(student, int), least=1)
+            Start.parse(student)
         if self.target is not None and self.target.startswith("distil:"):
-            checks.number("the target's temperature", _number(self.target, float), above=0)
+            checks.number("the target's temperature", _target_temperature(self.target), above=0)
         if self.behaviour != "auto":
             behaviours.parse(self.behaviour)
         if self.reward != "behaviour" and self.target is None:
@@ -129,18 +132,41 @@ class Order:
             raise ValueError("kto needs a reward that tells desirable texts from others: behaviour, or preferences")
         if self.preferences is not None:
             checks.names("algorithms that learn from preferences", self.algorithms, FROM_PREFERENCES)
+        if "orpo" in self.algorithms and len(self.kl_coefs) > 1:
+            raise ValueError(
+                f"orpo has no KL coefficient, its models would be the same at each of --kl-coefs {self.kl_coefs}: "
+                "give one, or run it by itself"
+            )
+        flip_rate = self.alignment.coefficients.flip_rate
+        checks.number("--label-noise", flip_rate, least=0, most=0.5)
+        check_label_noise("--label-noise", self.algorithms, [flip_rate])
+        if self.preferences is not None:
+            preferences.check_label_noise(self.algorithms, flip_rate)
+        if CEILING in self.arms and self.outcome != "behaviour_frequency":
+            asked = "preferences" if self.preferences is not None else f"the reward {self.reward!r}"
+            raise ValueError(
+                f"the {CEILING} learns from texts that show the behaviour, which {asked} does not ask for: "
+                "leave it away from --arms"
+            )
+
+    @property
+    def outcome(self) -> str:
+        """The quantity (`evaluate.QUANTITIES`) that alignments are to raise."""
+        if self.preferences is not None:
+            return "preference_accuracy"
+        return "behaviour_frequency" if self.reward == "behaviour" else "reward"
 
     def lengths(self) -> dict[str, int]:
         """Lengths of the axes of `pipelines.AXES`."""
         return {"temperature": len(self.temperatures), "kl_coef": len(self.kl_coefs)}
 
 
-def _number(spec: str, kind: type):
-    value = spec.split(":", 1)[1]
+def _target_temperature(target: str) -> float:
+    """τ of a target "distil:τ"."""
     try:
-        return kind(value)
+        return float(target.partition(":")[2])
     except ValueError:
-        raise ValueError(f"{spec!r} must end in a number") from None
+        raise ValueError(f"{target!r} must end in a number") from None
 
 
 @dataclass(frozen=True)
@@ -248,16 +274,8 @@ class Laboratory:
         workshop.root = out
         tokenizer = text.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
-        ids = tokenizer.encode(order.prompt, add_special_tokens=True)
-        if not ids:
-            raise ValueError("the prompt must have at least one token")
-        self.setting = Setting(
-            tokenizer,
-            np.asarray([ids], np.int32),
-            order.max_new_tokens,
-            order.batch_size,
-            compute_dtype=dtype,
-            mesh=mesh,
+        self.setting = Setting.of_prompt(
+            tokenizer, order.prompt, order.max_new_tokens, order.batch_size, dtype, mesh=mesh
         )
         self._pairs = self._held_out_pairs = None
         if order.preferences is not None:
@@ -273,6 +291,20 @@ class Laboratory:
         pairs = {} if self._pairs is None else {"pairs": fingerprint(self._pairs, self._held_out_pairs)}
         return configuration(self.order) | pairs
 
+    def check_folder(self, **more: Any) -> None:
+        """Make sure that the run folder is free or this order's own, before anything else is written to it.
+
+        Args:
+          more: what else results depend on, noted beside the configuration.
+
+        Raises:
+          ValueError: naming what differs, or a folder that holds something else.
+        """
+        path = self.out / BEHAVIOUR
+        if path.exists():
+            self._check_behaviour(json.loads(path.read_text(encoding="utf-8")))
+        durable.check_configuration(self.out, self.configuration() | more, free=("behaviour",))
+
     # --- what every seed shares ---
 
     def prepare(self) -> None:
@@ -283,7 +315,11 @@ class Laboratory:
     def _prepare(self) -> None:
         order = self.order
         self.truth = self.setting.load(order.truth)
-        durable.check_weights(self.out, {"truth": fingerprint(self.truth)})
+        given = {f"student {source}": source for source in _sources_of_students(order)}
+        if order.target is not None and not order.target.startswith("distil:"):
+            given["target"] = order.target
+        found = {role: fingerprint(self.setting.load(source)) for role, source in given.items()}
+        durable.check_weights(self.out, {"truth": fingerprint(self.truth)} | found)
         folder = self.out / "truth"
         total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples + self._truth_samples_to_learn())
         self.workshop.begin()
@@ -296,7 +332,6 @@ class Laboratory:
             self.workshop,
         )
         self.truth_texts = self.setting.texts_of(self.truth_samples)
-        self._to_learn = slice(order.evaluation.num_truth_samples, None)
         self.base = self._make_base()
         durable.check_weights(self.out, {"base": fingerprint(self.base)})
         self.behaviour_name, self.behaviour = self._choose_behaviour()
@@ -326,10 +361,22 @@ class Laboratory:
 
     def _truth_samples_to_learn(self) -> int:
         """Samples of the truth that some stage learns from; models are measured by others."""
-        settings, order = self.order.alignment.settings, self.order
-        by_ceiling = order.evaluation.num_samples // 2 if CEILING in order.arms else 0
+        order = self.order
+        by_ceiling = self._num_for_ceiling() if CEILING in order.arms else 0
         learns = order.preferences is None and any(ALGORITHMS[name].data == "truth" for name in order.algorithms)
-        return max(by_ceiling, settings.dataset_batches * settings.batch_size if learns else 0)
+        return max(by_ceiling, self._num_for_pairs() if learns else 0)
+
+    def _num_for_ceiling(self) -> int:
+        return self.order.evaluation.num_samples // 2
+
+    def _num_for_pairs(self) -> int:
+        settings = self.order.alignment.settings
+        return settings.dataset_batches * settings.batch_size
+
+    def _to_learn(self, total: int) -> slice:
+        """As many samples of the truth that no model is measured by, whatever else was drawn in this run folder."""
+        first = self.order.evaluation.num_truth_samples
+        return slice(first, first + total)
 
     def _make_base(self) -> Network:
         base = self.order.base
@@ -344,7 +391,7 @@ class Laboratory:
         target = self.order.target
         if target is None or not target.startswith("distil:"):
             return None if target is None else self.setting.load(target)
-        temperature = _number(target, float)
+        temperature = _target_temperature(target)
         key = self._shared_key(_TARGET_KEY)
         return self._distilled(self.out / "target", key, self.base, self.base, temperature)
 
@@ -358,25 +405,43 @@ class Laboratory:
         return self.setting.load(folder / "model")
 
     def _choose_behaviour(self):
-        path, order = self.out / "behaviour.json", self.order
+        path = self.out / BEHAVIOUR
         texts = self.truth_texts if self.base is self.truth else self._base_texts()
-        if not path.exists():
-            candidates = behaviours.READY if order.behaviour == "auto" else {order.behaviour: order.behaviour}
-            rates = behaviours.rates(candidates, texts)
-            chosen = behaviours.choose(candidates, texts) if order.behaviour == "auto" else order.behaviour
-            durable.write_json(
-                path,
-                {
-                    "chosen": chosen,
-                    "spec": candidates[chosen],
-                    "rates": rates,
-                    "samples": len(texts),
-                },
-            )
-        held = json.loads(path.read_text(encoding="utf-8"))
+        # More of the truth may be there, for those that learn from it.
+        texts = texts[: self.order.evaluation.num_samples]
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self._chosen(texts)
+        self._check_behaviour(held)
         behaviour = behaviours.parse(held["spec"])
+        # Before it is written: what is refused must not stay.
         behaviours.check_rate(held["chosen"], sum(map(behaviour, texts)), len(texts))
+        if CEILING in self.order.arms:
+            self._rows_for_ceiling(behaviour)
+        if not path.exists():
+            durable.write_json(path, held)
         return held["chosen"], behaviour
+
+    def _chosen(self, texts: list[str]) -> dict:
+        """The behaviour that is asked for, or the one that suits, with the rates by which it was chosen."""
+        order = self.order
+        candidates = behaviours.READY if order.behaviour == "auto" else {order.behaviour: order.behaviour}
+        choose = behaviours.choose if order.outcome == "behaviour_frequency" else behaviours.nearest
+        chosen = choose(candidates, texts) if order.behaviour == "auto" else order.behaviour
+        return {
+            "chosen": chosen,
+            "spec": candidates[chosen],
+            "rates": behaviours.rates(candidates, texts),
+            "samples": len(texts),
+        }
+
+    def _check_behaviour(self, held: dict) -> None:
+        """Refuse another behaviour than the one that a run folder has been measured by."""
+        # One that was named was the only candidate.
+        was_chosen = len(held["rates"]) > 1
+        if self.order.behaviour != held["spec"] and not (was_chosen and self.order.behaviour == "auto"):
+            raise ValueError(
+                f"{self.out} holds a run of another configuration (behaviour: {held['spec']} there, "
+                f"{self.order.behaviour} now): choose another --out"
+            )
 
     def _base_texts(self) -> list[str]:
         total = self.order.evaluation.num_samples
@@ -512,8 +577,7 @@ class Laboratory:
             return self.model(row.models[0]).sharpened(row.temperature)
         if isinstance(row.stage, Align):
             order = self.order
-            settings = replace(order.alignment.settings, algorithm=row.algorithm)
-            alignment = replace(order.alignment, settings=settings, look_every=order.look_every)
+            alignment = _alignment_of(order, row.algorithm)
             reference = self.model(row.models[-1])
             return stages.align_policy(
                 row.folder,
@@ -524,25 +588,37 @@ class Laboratory:
                 row.kl_coef,
                 alignment,
                 self.workshop,
-                truth_samples=take(self.truth_samples, self._to_learn),
+                truth_samples=self._truth_samples_for(row.algorithm),
                 preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
-            Coster(self.workshop, self.truth, self.truth).sampled(take(self.truth_samples, self._to_learn))
+            self._take_truth_samples(self._num_for_ceiling())
         temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
             row.folder,
             self._seed_key(row.seed, _DISTIL),
             teacher,
-            student_start(self.base, row.student),
+            Start.parse(row.student).of(self.base),
             temperature,
             settings,
             self.workshop,
             samples,
         )
+
+    def _truth_samples_for(self, algorithm: str) -> Texts | None:
+        """What an algorithm pairs and labels; None where it learns from other texts."""
+        if self._pairs is not None or ALGORITHMS[algorithm].data != "truth":
+            return None
+        return self._take_truth_samples(self._num_for_pairs())
+
+    def _take_truth_samples(self, total: int) -> Texts:
+        """Samples of the truth to learn from, charged to whatever is being made: it alone would have to draw them."""
+        x = take(self.truth_samples, self._to_learn(total))
+        Coster(self.workshop, self.truth, self.truth).sampled(x)
+        return x
 
     def _preference_data(self, row: Row, reference: Network) -> PreferenceData | None:
         """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""
@@ -557,15 +633,27 @@ class Laboratory:
 
         None of them is a sample that models are measured by.
         """
-        first = self._to_learn.start
-        rows = first + np.flatnonzero(oracles.hits(self.behaviour, self.truth_texts[first:]))
+        rows = self._rows_for_ceiling(self.behaviour)
         held_out = max(1, len(rows) // 8)
         batch_size = min(settings.batch_size, len(rows) - held_out)
-        if batch_size < 1:
-            raise ValueError(f"only {len(rows)} samples of the truth show the behaviour: too few for the ceiling")
         changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), replace(settings, **changes)
+
+    def _rows_for_ceiling(self, behaviour: behaviours.Behaviour) -> np.ndarray:
+        """Where among the truth's samples those lie that the ceiling learns from.
+
+        Raises:
+          ValueError: where one can't be held out and another learned from.
+        """
+        searched = self._to_learn(self._num_for_ceiling())
+        rows = searched.start + np.flatnonzero(oracles.hits(behaviour, self.truth_texts[searched]))
+        if len(rows) < 2:
+            raise ValueError(
+                f"{len(rows)} of {self._num_for_ceiling()} samples of the truth show the behaviour, too few for the "
+                f"{CEILING}: leave it away from --arms, or choose another --behaviour"
+            )
+        return rows
 
     def _admitted(self, row: Row) -> bool:
         """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""
@@ -577,7 +665,7 @@ class Laboratory:
 
     def _student_of(self, row: Row) -> Path:
         """The unaligned student that decides on a row's admission; the row itself where none does."""
-        if not row.student.startswith("layers:") or row.name == "student":
+        if not row.student or Start.parse(row.student).layers is None or row.name == "student":
             return row.folder
         return row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
 
@@ -614,6 +702,18 @@ class Laboratory:
         _write_evaluation(row.folder, found, self.workshop, _plain(row))
 
 
+def _alignment_of(order: Order, algorithm: str) -> Alignment:
+    """How one algorithm aligns."""
+    alignment = order.alignment
+    labels = label_coefficients(algorithm, alignment.coefficients.flip_rate)
+    return replace(
+        alignment,
+        settings=replace(alignment.settings, algorithm=algorithm),
+        coefficients=alignment.coefficients._replace(**labels),
+        look_every=order.look_every,
+    )
+
+
 def _student_label(order: Order, row: Row) -> str:
     # Where the row has no temperature, the student that was sharpened least decides.
     temperature = row.temperature if not np.isnan(row.temperature) else max(order.temperatures)
@@ -645,14 +745,9 @@ def _words(row: Row) -> str:
     return " ".join(parts)
 
 
-def student_start(base: Network, student: str) -> Network:
-    """Where a student starts: "same" (at the base), "layers:N" (N of its layers), or a source."""
-    if student == "same":
-        return base
-    if student.startswith("layers:"):
-        config, params = students.keep_layers(base.config, base.params, _number(student, int))
-        return Network(config, params, base.setting)
-    return base.setting.load(student)
+def _sources_of_students(order: Order) -> list[str]:
+    """Those of students that start at neither the base nor its layers."""
+    return [start.source for start in map(Start.parse, order.students) if start.source is not None]
 
 
 def _check_sources(order: Order, tokenizer) -> None:
@@ -662,11 +757,11 @@ def _check_sources(order: Order, tokenizer) -> None:
     text.check_vocabulary(tokenizer, size)
     base = truth if order.base == "truth" else weights.load_config(order.base.removeprefix("fit:"))
     for student in order.students:
-        if student.startswith("layers:"):
-            checks.whole(f"layers of the base in {student!r}", _number(student, int), least=1, most=base.num_layers)
-    sources = [order.base.removeprefix("fit:"), *order.students, order.target or "truth"]
+        if (layers := Start.parse(student).layers) is not None:
+            checks.whole(f"layers of the base in {student!r}", layers, least=1, most=base.num_layers)
+    sources = [order.base.removeprefix("fit:"), *_sources_of_students(order), order.target or "truth"]
     for source in sources:
-        if source in ("truth", "same") or source.startswith(("layers:", "distil:")):
+        if source == "truth" or source.startswith("distil:"):
             continue
         other = weights.load_config(source).vocab_size
         if other != size:
@@ -676,9 +771,8 @@ def _check_sources(order: Order, tokenizer) -> None:
 
 def _context(order: Order) -> int:
     """The most tokens that every source of a policy takes."""
-    sources = [order.truth, order.base.removeprefix("fit:"), *order.students]
-    named = [one for one in sources if one not in ("truth", "same") and not one.startswith("layers:")]
-    return min(weights.load_config(source).max_positions for source in named)
+    base = [] if order.base == "truth" else [order.base.removeprefix("fit:")]
+    return shortest_context([order.truth, *base, *_sources_of_students(order)])
 
 
 _MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")

@@ -1,5 +1,7 @@
 """A user's own pairs as what an offline alignment learns from."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,15 @@ class Preferences:
 def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
     """Pairs of a preference file in TRL's formats: the chosen answers, then the rejected ones, in one array.
 
+    Pairs whose answers are the same once cut are left out, and their number is told.
+
     Args:
       path: JSONL or Parquet file, or a folder of them, with chosen and rejected (and prompt).
       tokenizer: the model's.
       max_length: the most tokens of prompt and answer; longer answers are cut.
 
     Raises:
-      ValueError: naming the row without both answers, or with an empty one.
+      ValueError: naming the row without both answers, or with an empty one; where no answers differ.
     """
     examples = text.read_examples(path, tokenizer)
     for number, example in enumerate(examples, start=1):
@@ -61,7 +65,14 @@ def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
     ]
     longest = max(side.tokens.shape[1] for side in sides)
     padded = [_padded(side, longest, tokenizer.pad_id) for side in sides]
-    return Texts(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+    differ = np.any([(a != b).any(axis=1) for a, b in zip(*padded, strict=True)], axis=0)
+    if not differ.all():
+        same = f"{(~differ).sum()} of {len(differ)} pairs"
+        told = f"{path}: cut to {max_length} tokens, {same} have the same answer twice"
+        if not differ.any():
+            raise ValueError(f"{told}: none is left to learn from (--max-length)")
+        print(f"{told}: left out", file=sys.stderr)
+    return Texts(*(np.concatenate([side[differ] for side in sides]) for sides in zip(*padded, strict=True)))
 
 
 def _padded(side: text.Sequences, length: int, pad_id: int) -> Texts:
@@ -99,6 +110,24 @@ def accuracy(log_prob: np.ndarray, reference_log_prob: np.ndarray) -> float:
     """
     chosen, rejected = np.split(np.asarray(log_prob) - reference_log_prob, 2)
     return float(np.mean((np.sign(chosen - rejected) + 1) / 2))
+
+
+def check_label_noise(algorithms: Sequence[str], share: float) -> None:
+    """Raise where nobody assumes that a share of given pairs is labelled the wrong way round, or robust DPO lacks it.
+
+    Raises:
+      ValueError: a share that no algorithm uses; robust DPO without one.
+    """
+    if "robust_dpo" in algorithms and share == 0:
+        raise ValueError(
+            "robust_dpo needs --label-noise, the share of the pairs that are labelled the wrong way round, above 0 and "
+            "below 0.5; at 0 it is plain DPO"
+        )
+    if share and "robust_dpo" not in algorithms:
+        raise ValueError(
+            f"--label-noise: of given pairs only robust_dpo assumes a share of wrong labels; got {share:g} for "
+            f"{', '.join(algorithms)}"
+        )
 
 
 def check_enough(pairs: Texts, batch_size: int) -> None:

@@ -6,8 +6,9 @@ comes from the stage's key and the number of the step.
 """
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -188,6 +189,38 @@ class Workshop:
         """The log of a stage."""
         name = folder.name if self.root is None else folder.relative_to(self.root).as_posix()
         return durable.Log(name, folder / durable.METRICS, self.sinks)
+
+
+def make_checkpoint(
+    out: Path,
+    configuration: dict,
+    networks: Mapping[str, Network],
+    sinks: Callable[[], tuple],
+    make: Callable[[Workshop], Network],
+) -> None:
+    """Carry one stage out in a folder of its own, once: OUT/model is its checkpoint. Says what it does on stderr.
+
+    Args:
+      out: the folder.
+      configuration: what the result depends on.
+      networks: what it is made from, by role; their weights must stay what they were.
+      sinks: makes the sinks of metrics, once it is known that there is something to be done.
+      make: the stage.
+
+    Raises:
+      ValueError: where another process is at it, or the folder holds something else.
+    """
+    with durable.one_at_a_time(out):
+        durable.check_configuration(out, configuration)
+        durable.check_weights(out, {role: fingerprint(network) for role, network in networks.items()})
+        if durable.read_record(out) is not None:
+            print(f"{out} is finished: the checkpoint is in {out / 'model'}", file=sys.stderr)
+            return
+        workshop = Workshop(durable.Progress(), sinks())
+        workshop.begin()
+        make(workshop).save(out / "model")
+        durable.finish(out, {"cost": workshop.spent()})
+    print(f"Wrote the checkpoint to {out / 'model'}", file=sys.stderr)
 
 
 def copied(params: Any) -> Any:
@@ -624,7 +657,7 @@ def _preference_data(
             1.0,
             coster.workshop,
         )
-        coster.sampled(x)
+        coster.sampled(x, by=reference)
     x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
     log_prob = reference_log_prob(coster.workshop.root or folder, reference, x, coster.workshop)
     pairs = x.reward.reshape(settings.dataset_batches, 2, -1)
@@ -641,11 +674,14 @@ def _preference_data(
 
 
 def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Workshop) -> np.ndarray:
-    """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data."""
+    """log π_ref of fixed data, float32[n, steps] (nats), computed once: kept by the weights and the data.
+
+    Whoever asks is charged: what a stage costs does not depend on which of them came first.
+    """
+    Coster(workshop, reference, reference).scored(x)
     path = cache / f"reference-{fingerprint(reference, (x.tokens, x.mask, x.completion_mask))}.npz"
     with files.claim(path, wait=True):
         if not path.exists():
-            Coster(workshop, reference, reference).scored(x)
             write_arrays(path, {"log_prob": reference.token_log_prob(x)})
     with np.load(path) as file:
         return file["log_prob"]
@@ -661,9 +697,10 @@ class Coster:
         lengths = np.asarray(x.mask).sum(axis=1)
         return of(network.config, int(lengths.sum()), cost.mean_context(lengths))
 
-    def sampled(self, x) -> None:
+    def sampled(self, x, by: Network | None = None) -> None:
         """Texts were drawn."""
-        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(self.model, x))
+        network = by or self.model
+        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
 
     def scored(self, x, by: Network | None = None) -> None:
         """Log-probabilities were computed."""

@@ -1,7 +1,7 @@
-"""Smaller models: some of a larger one's layers, or fresh weights of any shape."""
+"""Where students start: at a larger model, at some of its layers, at a checkpoint, or at fresh weights of any shape."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,46 @@ from jaxkd import checks
 from jaxkd.policy import Params
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.network import Network
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a student starts: at the base itself unless one of the two is given.
+
+    Attributes:
+      layers: how many of the base's layers it keeps.
+      source: a checkpoint, any source that `weights.load` takes.
+    """
+
+    layers: int | None = None
+    source: str | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> "Start":
+        """From a specification: "same", "layers:N", or a source.
+
+        Raises:
+          ValueError: on layers that are no whole number of at least 1.
+        """
+        if spec == "same":
+            return cls()
+        if not spec.startswith("layers:"):
+            return cls(source=spec)
+        try:
+            layers = int(spec.partition(":")[2])
+        except ValueError:
+            raise ValueError(f"{spec!r} must end in a number") from None
+        checks.whole("layers", layers, least=1)
+        return cls(layers=layers)
+
+    def of(self, base: Network) -> Network:
+        """The student, before it has learned anything."""
+        if self.source is not None:
+            return base.setting.load(self.source)
+        if self.layers is None:
+            return base
+        return Network(*keep_layers(base.config, base.params, self.layers), base.setting)
 
 
 def spaced_layers(num_layers: int, kept: int) -> tuple[int, ...]:

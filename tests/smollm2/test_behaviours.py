@@ -41,6 +41,22 @@ def test_the_most_frequent_of_those_in_range_is_chosen():
         behaviours.choose({name: candidates[name] for name in ("thirty", "none")}, texts)
 
 
+def test_the_nearest_to_the_range_is_measured_by_ratio():
+    texts = ["a"] * 12 + ["b"] * 2 + ["c"] * 60 + ["d"] * 40 + ["plain"] * 886
+    candidates = {"c": "words:c", "b": "words:b", "a": "words:a", "none": "digit", "d": "words:d"}
+    # Of those in the range the most frequent; 4 % is a third above it, 0.2 % a fifth of its lower end, 6 % twice.
+    assert behaviours.nearest(candidates, texts) == "a"
+    assert behaviours.nearest(candidates, texts, 0.01, 0.012) == "a" == behaviours.choose(candidates, texts)
+    del candidates["a"]
+    assert behaviours.nearest(candidates, texts) == "d"
+    del candidates["d"]
+    assert behaviours.nearest(candidates, texts) == "c"
+    assert behaviours.nearest(candidates, texts, 0.005, 0.01) == "b"
+    for left in ({"none": "digit"}, {"all": "regex:."}):
+        with pytest.raises(ValueError, match="every behaviour is never or always shown by 1000 samples"):
+            behaviours.nearest(left, texts)
+
+
 def test_refuses_what_is_never_or_always_shown():
     behaviours.check_rate("x", 1, 2)
     for hits, word in ((0, "never"), (2, "always")):

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import generate, network, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
-from jaxkd.smollm2.cost import Cost
+from jaxkd.smollm2.cost import Cost, forward_flops
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
 from jaxkd.sweep import cache
@@ -174,7 +175,8 @@ def test_cut_students_are_checkpoints(offline):
 @pytest.mark.slow
 def test_report(finished, tmp_path):
     order, out, _ = finished
-    dataset = report.to_dataset(order, out)
+    run = report.read(order, out)
+    dataset = report.to_dataset(run)
     assert dict(dataset.sizes) == {
         "algorithm": 1,
         "student": 1,
@@ -187,7 +189,7 @@ def test_report(finished, tmp_path):
     assert frequency.notnull().all()
     flops = dataset.model_flops.isel(temperature=0, kl_coef=0, seed=0, algorithm=0, student=0)
     assert flops.sel(stage="kd_align") > flops.sel(stage="student") > 0
-    rows = report.table(order, out)
+    rows = report.table(run)
     assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
     assert "kd_align" in report.format_table(rows)
     arm = next(row for row in rows if row["arm"] == "kd_align")
@@ -196,12 +198,12 @@ def test_report(finished, tmp_path):
     folder = next(row.folder for row in orders.rows_of(order, out) if row.name == "kd_align")
     seen = [json.loads(line)["target_hits"] for line in (folder / durable.METRICS).read_text().splitlines()]
     assert arm["target_hits"] == sum(seen) > 0 and seen[int(arm["first_hit_step"])] > 0
-    costs = {row["arm"]: row for row in report.stage_costs(order, out)}
+    costs = {row["arm"]: row for row in report.stage_costs(run)}
     assert set(costs) == {row["arm"] for row in rows}
     assert costs["base"]["made_model_flops"] == 0 and costs["base"]["measured_tokens_scored"] > 0
     assert costs["aligned_base"]["made_tokens_trained"] > 0
     assert "aligned_base" in report.format_costs(list(costs.values()))
-    report.draw(order, out, tmp_path / "figure.png")
+    order_figure.draw(run, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -247,7 +249,7 @@ def write_measurements(order, out):
 def drawn(monkeypatch):
     """Figures as they were when they were to be written."""
     figures = []
-    monkeypatch.setattr(report, "save", lambda figure, paths: figures.append(figure))
+    monkeypatch.setattr(order_figure, "save", lambda figure, paths: figures.append(figure))
     yield figures
     for figure in figures:
         plt.close(figure)
@@ -256,13 +258,13 @@ def drawn(monkeypatch):
 def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
     order = tiny_order.make(algorithms=("reinforce", "online_dpo"), students=("same", "layers:2"), kl_coefs=(0.1, 0.2))
     rows = write_measurements(order, tmp_path)
-    report.draw(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert {"sign: REINFORCE", "sign: online DPO", "size: student same", "size: student layers:2"} <= set(labels)
     signs = [line for line in drawn[0].axes[0].get_lines() if line.get_marker() == "+"]
     assert len(signs) == sum(row.algorithm == "online_dpo" for row in rows) > 0
     where = {float(line.get_xdata()[0]) for line in signs}
-    values = report.evaluations(order, tmp_path)
+    values = report.read(order, tmp_path).evaluations
     assert where == {values[row.folder]["kl_to_base"] for row in rows if row.algorithm == "online_dpo"}
     sizes = {line.get_markersize() for line in drawn[0].axes[0].get_lines() if line.get_marker() != "+"}
     assert len(sizes - {6.5}) == 1
@@ -273,30 +275,48 @@ def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
 def test_the_figure_says_what_all_models_share(tmp_path, drawn):
     order = tiny_order.make()
     write_measurements(order, tmp_path)
-    report.draw(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
     for told in ("random:tiny", "REINFORCE", "β = 0.1", "16 completions per model", "Wilson"):
         assert told in drawn[0].get_suptitle()
     assert not any(text.get_text().startswith("sign") for text in drawn[0].legends[0].get_texts())
 
 
+def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
+    order = tiny_order.make()
+    rows = write_measurements(order, tmp_path)
+    path = next(row.folder for row in rows if row.name == "kd_align") / orders.EVALUATION
+    none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
+    durable.write_json(path, json.loads(path.read_text()) | none)
+    order_figure.draw(report.read(order, tmp_path))
+    panel = drawn[0].axes[0]
+    point = next(line for line in panel.get_lines() if list(line.get_ydata()) == [0.004])
+    assert (point.get_marker(), point.get_markerfacecolor()) == ("v", "none")
+    assert list(point.get_xdata()) == [json.loads(path.read_text())["kl_to_base"]]
+    low, high = panel.get_ylim()
+    assert 0 < low < 0.004 < high
+    assert "never, τ 0.6" in {text.get_text() for text in panel.texts}
+    assert "never shown: at its upper limit" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert all(y > 0 for line in panel.get_lines() for y in line.get_ydata())
+
+
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
     order = tiny_order.make(seeds=(0, 2, 1))
-    rows = {row.folder: row for row in write_measurements(order, tmp_path)}
-    found = report.evaluations(order, tmp_path)
-    shown = [(rows[folder].name, seed) for folder, _, seed in report._shown_models(found, rows) if folder in rows]
+    write_measurements(order, tmp_path)
+    _, _, rows, found, _ = report.read(order, tmp_path)
+    shown = [(rows[folder].name, seed) for folder, _, seed in order_figure._shown_models(found, rows) if folder in rows]
     expected = {(row.name, f", seed {seed}") for row in rows.values() for seed in (0, 2)}
     assert set(shown) == expected and len(shown) == len(expected)
     # The first may have gone farthest itself; one that diverged has gone nowhere.
     for folder, row in rows.items():
         found[folder] |= {"kl_to_base": {0: 5.0, 1: 1.0, 2: float("nan")}[row.seed]}
-    assert {seed for folder, _, seed in report._shown_models(found, rows) if folder in rows} == {", seed 0"}
+    assert {seed for folder, _, seed in order_figure._shown_models(found, rows) if folder in rows} == {", seed 0"}
 
 
 def test_completions_that_have_no_room_are_counted():
     blocks = [["a", "b"], ["c", "d"], ["e", "f"]]
-    assert report._at_most(blocks, 6) == list("abcdef")
-    assert report._at_most(blocks, 5) == [*"abcd", "… 1 more model"]
-    assert report._at_most(blocks, 4) == [*"ab", "… 2 more models"]
+    assert order_figure._at_most(blocks, 6) == list("abcdef")
+    assert order_figure._at_most(blocks, 5) == [*"abcd", "… 1 more model"]
+    assert order_figure._at_most(blocks, 4) == [*"ab", "… 2 more models"]
 
 
 def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
@@ -306,13 +326,86 @@ def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
     for row in rows:
         durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
         durable.finish(row.folder, {"cost": Cost().to_dict()})
-    table = report.table(order, tmp_path)
+    run = report.read(order, tmp_path)
+    table = report.table(run)
     assert sorted(row["arm"] for row in table) == sorted(["student", "aligned_base", *pipelines.ARMS])
     for row in table:
         assert row["seeds"] == 3
         assert (row["behaviour_frequency"], row["behaviour_frequency_points"]) == (pytest.approx(0.1), "0 0.1 0.2")
-    assert {row["seeds"] for row in report.stage_costs(order, tmp_path)} == {3}
-    assert all("(3 and 3 seeds)" in told for told in report.sentences(order, tmp_path))
+        assert row["seed_points"] == "0 1 2"
+    assert "(0:0.0000 1:0.1000 2:0.2000) 0.1000" in report.format_table(table)
+    assert {row["seeds"] for row in report.stage_costs(run)} == {3}
+
+
+SHARES = {
+    ("kd_align", 0.6): {0: 0.1, 1: 0.7, 2: 0.4, 3: 0.3},
+    ("kd_align", 1.0): {0: 0.05},
+    ("align_kd", None): {0: 0.2, 1: 0.75, 2: 0.5},
+    ("align_kd_sharpened", 0.6): {0: 0.3},
+    ("align_kd_sharpened", 1.0): {1: 0.2},
+}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Of some arms and seeds the outcome; of the last seed one run diverged, and with it what is made of it."""
+    order = tiny_order.make(
+        seeds=(0, 1, 2, 3), temperatures=(0.6, 1.0), arms=("kd_align", "align_kd", "align_kd_sharpened")
+    )
+    for row in orders.rows_of(order, tmp_path):
+        share = SHARES.get((row.name, None if np.isnan(row.temperature) else row.temperature), {}).get(row.seed)
+        if share is not None:
+            durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": share, "reward": -share})
+        if (row.name, row.seed) == ("aligned_base", 3):
+            durable.finish(row.folder, {"failed": "the alignment diverged"})
+    return order, tmp_path
+
+
+def test_orders_are_compared_over_the_seeds_that_both_have(compared):
+    found = {(row["arm"], row["other_temperature"]): row for row in report.comparisons(report.read(*compared))}
+    assert {row["other"] for row in found.values()} == {"kd_align"}
+    headline = found["align_kd", 0.6]
+    assert (headline["seed_points"], headline["failed"], headline["left_out"]) == ("0 1 2", "3", "")
+    expected = stats.ttest_rel([0.2, 0.75, 0.5], [0.1, 0.7, 0.4]).confidence_interval()
+    assert headline["difference"] == pytest.approx(0.25 / 3)
+    assert (headline["difference_low"], headline["difference_high"]) == pytest.approx(tuple(expected))
+    assert headline["difference_failures_as_0"] == pytest.approx((0.25 - 0.3) / 4)
+    # Unpaired means would say 0.483 against 0.05, and 0.3 against 0.375.
+    for key, difference in ((("align_kd", 1.0), 0.15), (("align_kd_sharpened", 0.6), 0.2)):
+        assert found[key]["seed_points"] == "0" and found[key]["difference"] == pytest.approx(difference)
+        assert np.isnan(found[key]["difference_low"])
+    assert found["align_kd", 1.0]["left_out"] == "1 2"
+    # No seed has both of these; the sharpened arm is held against its own temperature alone.
+    assert set(found) == {("align_kd", 0.6), ("align_kd", 1.0), ("align_kd_sharpened", 0.6)}
+
+
+def test_the_comparison_is_told_with_what_was_left_out(compared):
+    told = "\n".join(report.sentences(report.read(*compared)))
+    for words in (
+        "seed-3/reinforce/aligned_base-b0.1: the alignment diverged.",
+        "seeds 0, 1, 2: Align→KD shows the behaviour in 20.00, 75.00, 50.00 % of completions, KD→Align (τ = 0.6) "
+        "10.00, 70.00, 40.00 % of completions; a difference of +8.33 percentage points (95 % t interval",
+        "diverged and left out: seed 3; with diverged runs as 0: a difference of -1.25 percentage points.",
+        "seed 0: Align→KD, sharpened (τ = 0.6) shows the behaviour in 30.00 % of completions",
+    ):
+        assert words in told
+
+
+def test_of_a_likelihood_the_mean_reward_is_compared(compared):
+    """Its frequency is nobody's aim, and a reward without a least value has no bound."""
+    order, out = compared
+    order = replace(order, reward="plain", target="random:tiny")
+    headline = report.comparisons(report.read(order, out))[0]
+    assert headline["outcome"] == "reward" and headline["difference"] == pytest.approx(-0.25 / 3)
+    assert np.isnan(headline["difference_failures_as_0"])
+    told = "\n".join(report.sentences(report.read(order, out)))
+    assert "has a mean reward of -0.200, -0.750, -0.500" in told and "the behaviour" not in told
+    for row in orders.rows_of(order, out):
+        if row.folder.exists():
+            (row.folder / durable.METRICS).write_text('{"step": 0, "target_hits": 1}\n')
+    table = report.table(report.read(order, out))
+    assert all(np.isnan(row[name]) for row in table for name in report.ENCOUNTERS)
+    assert "n·T·m" not in report.format_table(table)
 
 
 def test_a_model_is_held_to_the_reference_of_its_last_alignment(tmp_path):
@@ -341,7 +434,8 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
     )
     shown, _ = laboratory._shown(order.distillation)
     texts = laboratory.setting.texts_of(shown)
-    assert texts == [text for text in laboratory.truth_texts[measured_by:] if laboratory.behaviour(text)]
+    searched = laboratory.truth_texts[measured_by : measured_by + order.evaluation.num_samples // 2]
+    assert texts == [text for text in searched if laboratory.behaviour(text)]
     ceiling = next(row.folder for row in orders.rows_of(order, out) if row.name == CEILING)
     assert durable.read_record(ceiling)["cost"]["tokens_sampled"] > 0
 
@@ -349,9 +443,9 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
 @pytest.mark.slow
 def test_costs_add_up_over_what_a_model_is_made_from(finished):
     order, out, _ = finished
-    rows = {row.folder: row for row in orders.rows_of(order, out)}
-    arm = next(row for row in rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
-    whole = report.cost_of(arm, rows)
+    run = report.read(order, out)
+    arm = next(row for row in run.rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
+    whole = report.cost_of(run, arm)
     own, student = (durable.read_record(folder)["cost"] for folder in (arm.folder, arm.models[0]))
     assert whole.tokens_trained == own["tokens_trained"] + student["tokens_trained"]
     # Six updates of eight completions of at most eight tokens.
@@ -383,6 +477,11 @@ def test_one_implementation_of_each_step():
         ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
         ({"reward": "plain", "target": "random:tiny", "algorithms": ("kto",)}, "kto needs a reward that tells"),
         ({"algorithms": ("reinforce", "ppo")}, "num_updates must be a multiple of epochs"),
+        ({"reward": "plain", "target": "random:tiny", "arms": (CEILING,)}, "which the reward 'plain' does not ask for"),
+        (
+            {"preferences": Preferences("pairs.jsonl"), "algorithms": ("ipo",), "arms": (CEILING,)},
+            "which preferences does not ask for",
+        ),
     ],
 )
 def test_refuses_orders(changes, message):
@@ -399,15 +498,16 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
         preferences=Preferences(str(file), max_length=32), algorithms=("offline_dpo_data",), arms=("kd_align",)
     )
     tiny_order.run(order, out)
-    table = {row["arm"]: row for row in report.table(order, out)}
+    run = report.read(order, out)
+    table = {row["arm"]: row for row in report.table(run)}
     assert table["base"]["preference_accuracy"] == 0.5
     assert table["kd_align"]["preference_accuracy"] > 0.9
     assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
     aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
     first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
-    assert "held-out pairs ranked right" in report.format_table(report.table(order, out))
-    report.draw(order, out, tmp_path / "figure.png")
+    assert "held-out pairs ranked right" in report.format_table(report.table(run))
+    order_figure.draw(run, tmp_path / "figure.png")
     file.write_text(file.read_text().replace(" yes", " yeah"))
     with pytest.raises(ValueError, match="pairs: "):
         tiny_order.run(order, out)
@@ -483,9 +583,136 @@ def test_refuses_a_fraction_outside_its_range():
         replace(tiny_order.make().distillation, method="forward_kl", on_policy_fraction=1.5)
 
 
-def test_refuses_a_behaviour_that_is_never_shown(tmp_path):
+def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
+    out = tmp_path / "run"
+
+    def prepared(behaviour):
+        made = tiny_order.laboratory(tiny_order.make(behaviour=behaviour), out)
+        made.check_folder()
+        made.prepare()
+        return made
+
     with pytest.raises(ValueError, match="never shown by 16 samples"):
-        tiny_order.run(tiny_order.make(behaviour="words:unlikelihood"), tmp_path / "run")
+        prepared("words:unlikelihood")
+    assert not (out / orders.BEHAVIOUR).exists()
+    before = (out / "truth" / "samples.npz").stat().st_mtime_ns
+    assert prepared("digit").behaviour_name == "digit"
+    assert (out / "truth" / "samples.npz").stat().st_mtime_ns == before
+    assert json.loads((out / "config.json").read_text())["behaviour"] == "digit"
+    for other in ("words:cat", "auto"):
+        with pytest.raises(ValueError, match=f"behaviour: digit there, {other} now"):
+            tiny_order.laboratory(tiny_order.make(behaviour=other), out).check_folder()
+
+
+def test_robust_dpo_assumes_the_noise_there_is():
+    """And no other algorithm assumes any; a tenth of the oracle's labels are not presumed wrong where none is."""
+    tiny = tiny_order.make(algorithms=("robust_dpo", "cdpo"))
+    clean, smoothing = orders._alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
+    assert (clean.coefficients.flip_rate, clean.coefficients.label_smoothing) == (0, 0)
+    alignment = replace(tiny.alignment, coefficients=tiny.alignment.coefficients._replace(flip_rate=0.2))
+    noisy = orders._alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
+    assert (noisy.coefficients.flip_rate, noisy.coefficients.label_smoothing) == (0.2, 0.2)
+    other = orders._alignment_of(replace(tiny, alignment=alignment), "cdpo")
+    assert (other.coefficients.flip_rate, other.coefficients.label_smoothing) == (0.2, smoothing)
+
+
+def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path):
+    laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
+    digit = behaviours.parse("digit")
+    # Eight that models are measured by, eight for the ceiling, and what an offline algorithm added.
+    laboratory.truth_texts = ["1"] * 8 + ["2", "none", "3"] + ["none"] * 4 + ["4"] + ["5"] * 20
+    np.testing.assert_array_equal(laboratory._rows_for_ceiling(digit), [8, 10, 15])
+    laboratory.truth_texts = ["1"] * 8 + ["none"] * 7 + ["4"] + ["5"] * 20
+    with pytest.raises(ValueError, match="1 of 8 samples of the truth show the behaviour, too few for the ceiling"):
+        laboratory._rows_for_ceiling(digit)
+
+
+def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp_path):
+    laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
+    laboratory.truth = laboratory.base = None
+    laboratory.truth_texts = ["1"] * 8 + ["none"] * 8
+    with pytest.raises(ValueError, match="too few for the ceiling: leave it away"):
+        laboratory._choose_behaviour()
+    assert not (tmp_path / orders.BEHAVIOUR).exists()
+    laboratory.order = replace(laboratory.order, arms=("kd_align",))
+    assert laboratory._choose_behaviour()[0] == "digit"
+
+
+def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, monkeypatch):
+    """To the ceiling as to offline algorithms, by the truth's size; pairs of a user's cost nothing."""
+    order = tiny_order.make(arms=("kd_align", CEILING), algorithms=("offline_dpo_data", "reinforce"))
+    laboratory = tiny_order.laboratory(order, tmp_path, meshed=False)
+    laboratory.truth = laboratory.base = laboratory.setting.load("random:tiny")
+    laboratory.behaviour, laboratory.oracle = behaviours.parse("digit"), None
+    mask = np.ones((24, 9), bool)
+    laboratory.truth_samples = orders.Texts(np.zeros((24, 9), np.int32), mask, mask & (np.arange(9) > 0))
+    laboratory.truth_texts = ["1"] * 24
+    laboratory.model = lambda folder: laboratory.base
+    given = {}
+    monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
+    monkeypatch.setattr(stages, "distil", lambda *_: None)
+    for row in orders.rows_of(order, tmp_path):
+        laboratory.workshop.begin()
+        laboratory._make(row)
+        learns = row.name == CEILING or row.algorithm == "offline_dpo_data"
+        spent = laboratory.workshop.cost
+        # Eight for the ceiling, and two batches of eight.
+        number = 0 if not learns else 8 if row.name == CEILING else 16
+        if row.algorithm:
+            assert (None if given["x"] is None else len(given["x"].tokens)) == (number or None)
+        assert spent.tokens_sampled == 8 * number
+        assert spent.model_flops == pytest.approx(forward_flops(laboratory.truth.config, 9 * number, 5))
+
+
+@pytest.mark.parametrize("role", ["target", "student"])
+def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, role):
+    """Before anything is drawn."""
+
+    def stop(*arguments):
+        raise ValueError("this far")
+
+    monkeypatch.setattr(stages, "kept_draws", stop)
+    config, params = weights.load("random:tiny")
+    source, out = str(tmp_path / "source"), tmp_path / "run"
+    changes = {"students": ("same", source)} if role == "student" else {"reward": "plain", "target": source}
+    for saved, told in ((params, "this far"), (tiny_order.uneven(params), rf"are others now \({role}")):
+        weights.save_pretrained(source, config, saved, text.byte_tokenizer())
+        laboratory = tiny_order.laboratory(tiny_order.make(**changes), out, meshed=False)
+        laboratory.check_folder()
+        with pytest.raises(ValueError, match=told):
+            laboratory.prepare()
+
+
+def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):
+    out = tmp_path / "run"
+    automatic = tiny_order.laboratory(tiny_order.make(behaviour="auto"), out)
+    automatic.check_folder()
+    spec = behaviours.READY["women"]
+    durable.write_json(out / orders.BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
+    for asked in (spec, "auto"):
+        tiny_order.laboratory(tiny_order.make(behaviour=asked), out).check_folder()
+        assert json.loads((out / "config.json").read_text())["behaviour"] == asked
+    with pytest.raises(ValueError, match=f"behaviour: {spec} there, digit now"):
+        tiny_order.laboratory(tiny_order.make(behaviour="digit"), out).check_folder()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": "plain", "target": "random:tiny"},
+        {"preferences": Preferences("pairs.jsonl"), "algorithms": ("ipo",)},
+    ],
+)
+def test_a_behaviour_that_is_no_reward_need_not_be_rare(tmp_path, monkeypatch, changes):
+    rows = json.dumps({"prompt": "Say", "chosen": " yes", "rejected": " no"}) + "\n"
+    (tmp_path / "pairs.jsonl").write_text(20 * rows)
+    monkeypatch.chdir(tmp_path)
+    texts = ["in 1990"] * 20 + ["ten percent"] * 1 + ["plain"] * 179
+    rewarded = tiny_order.laboratory(tiny_order.make(behaviour="auto"), tmp_path)
+    with pytest.raises(ValueError, match="no behaviour is shown by 1 % to 3 %"):
+        rewarded._chosen(texts)
+    chosen = tiny_order.laboratory(tiny_order.make(behaviour="auto", **changes), tmp_path)._chosen(texts)
+    assert (chosen["chosen"], chosen["rates"]["year"]) == ("percent", 0.1)
 
 
 @pytest.mark.slow
@@ -647,13 +874,14 @@ def test_what_diverges_is_told_and_the_rest_is_made(tmp_path):
     order = tiny_order.make(alignment=replace(tiny_order.make().alignment, optimisation=wild))
     out = tmp_path / "run"
     tiny_order.run(order, out)
-    assert {path.relative_to(out).name for path in report.failures(order, out)} == {
+    run = report.read(order, out)
+    assert {path.relative_to(out).name for path in report.failures(run)} == {
         "aligned_base-b0.1",
         "kd_align-t0.6-b0.1",
     }
-    assert {row["arm"] for row in report.table(order, out)} == {"base", "student"}
-    assert sum("the alignment diverged" in line for line in report.sentences(order, out)) == 2
-    report.draw(order, out, tmp_path / "figure.png")
+    assert {row["arm"] for row in report.table(run)} == {"base", "student"}
+    assert sum("the alignment diverged" in line for line in report.sentences(run)) == 2
+    order_figure.draw(run, tmp_path / "figure.png")
 
 
 def _assert_same(one: Path, other: Path) -> None:

@@ -69,6 +69,20 @@ def test_refuses_files(tmp_path, row, message):
         preferences.read(_write(tmp_path / "pairs.jsonl", [row]), TOKENIZER, 64)
 
 
+def test_pairs_whose_answers_are_the_same_once_cut_are_left_out_and_told(tmp_path, capsys):
+    rows = [*_rows(3), {"prompt": "Say", "chosen": " " + "a" * 70, "rejected": " " + "a" * 71}]
+    pairs = preferences.read(_write(tmp_path / "pairs.jsonl", rows), TOKENIZER, 64)
+    assert [_completion(pairs, row) for row in range(6)] == [
+        *(f" yes {i}" for i in range(3)),
+        *(f" no, never {i}" for i in range(3)),
+    ]
+    assert len(pairs.tokens) == 6
+    assert "cut to 64 tokens, 1 of 4 pairs have the same answer twice: left out" in capsys.readouterr().err
+    assert len(preferences.read(tmp_path / "pairs.jsonl", TOKENIZER, 100).tokens) == 8
+    with pytest.raises(ValueError, match=r"1 of 1 pairs have the same answer twice.*--max-length"):
+        preferences.read(_write(tmp_path / "same.jsonl", rows[3:]), TOKENIZER, 64)
+
+
 def test_refuses_fewer_pairs_than_a_batch(tmp_path):
     pairs = preferences.read(_write(tmp_path / "pairs.jsonl", _rows(1)), TOKENIZER, 64)
     with pytest.raises(ValueError, match="a batch holds 2 pairs; the preferences have 1"):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxkd import durable
-from jaxkd.smollm2 import stages
+from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.smollm2 import cost, stages, students
 from jaxkd.smollm2.network import Network
+from jaxkd.smollm2.policy import Texts
 from tests.smollm2 import by_hand, tiny_order
 
 pytestmark = pytest.mark.loose
@@ -30,6 +32,34 @@ def distilled(folder, base, learning_rate, **changes):
     workshop = stages.Workshop(durable.Progress(quiet=True))
     student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop)
     return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
+
+
+def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base, monkeypatch):
+    """The reference draws and scores them, though a smaller model starts from there."""
+    monkeypatch.setattr(Network, "token_log_prob", lambda self, x: np.zeros((len(x.tokens), 8), np.float32))
+    start = Network(*students.keep_layers(base.config, base.params, 1), base.setting)
+    tokens = np.random.default_rng(0).integers(5, 90, (16, 9), np.int32)
+    mask = np.ones(tokens.shape, bool)
+    completion = mask.copy()
+    completion[:, 0] = False
+    settings = AlignmentSettings("offline_dpo_ref", 4, 8, dataset_batches=2)
+    for asked in ("first", "again"):
+        workshop = stages.Workshop(durable.Progress(quiet=True), root=tmp_path)
+        stages.write_arrays(tmp_path / asked / "pairs.npz", Texts(tokens, mask, completion)._asdict())
+        stages._preference_data(
+            tmp_path / asked,
+            jax.random.key(0),
+            base,
+            lambda texts, x: (np.zeros(16, np.float32), np.zeros(16, bool)),
+            Coefficients(),
+            settings,
+            stages.Coster(workshop, start, base),
+            None,
+            "reference",
+        )
+        assert workshop.cost.tokens_sampled == workshop.cost.tokens_scored == 16 * 8
+        # Every text is nine tokens, which attend to five in the mean.
+        assert workshop.cost.model_flops == pytest.approx(2 * cost.forward_flops(base.config, 16 * 9, 5))
 
 
 def held_out_loss(folder, network):

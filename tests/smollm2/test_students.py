@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from jaxkd.smollm2 import students
+from jaxkd.smollm2 import students, text, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.network import Network, Setting
 
 
 def test_spacing_keeps_the_ends_and_is_even():
@@ -50,3 +51,24 @@ def test_fresh_has_any_shape():
     config = Config.tiny(num_layers=1, hidden_size=16)
     params = students.fresh(config, jax.random.key(0), "bfloat16")
     assert params["layers"]["mlp"]["down"].shape == (1, 40, 16) and params["embedding"].dtype == "bfloat16"
+
+
+@pytest.mark.loose
+def test_a_students_start_is_what_its_specification_says(tmp_path):
+    config, params = weights.load("random:tiny")
+    base = Network(config, params, Setting.of_prompt(text.byte_tokenizer(), "T", 8, 8, "float32", mesh=None))
+    assert students.Start.parse("same").of(base) is base
+    cut = students.Start.parse("layers:2").of(base)
+    expected = students.keep_layers(config, params, 2)
+    assert cut.config == expected[0] and cut.setting is base.setting
+    jax.tree.map(np.testing.assert_array_equal, cut.params, expected[1])
+    other = jax.tree.map(lambda leaf: 2 * leaf, params)
+    weights.save_pretrained(tmp_path / "same-one", config, other, text.byte_tokenizer())
+    found = students.Start.parse(str(tmp_path / "same-one")).of(base)
+    jax.tree.map(np.testing.assert_array_equal, found.params, other)
+
+
+@pytest.mark.parametrize(("spec", "message"), [("layers:x", "must end in a number"), ("layers:0", "at least 1; got 0")])
+def test_refuses_starts(spec, message):
+    with pytest.raises(ValueError, match=message):
+        students.Start.parse(spec)

@@ -1,13 +1,15 @@
 """align.py, distill.py and smollm2_order.py as they are called."""
 
 import json
+import runpy
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import students, text, weights
+from jaxkd.smollm2 import stages, students, text, weights
+from jaxkd.smollm2.network import Network
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -61,6 +63,50 @@ def test_align_on_a_behaviour(run, tmp_path, algorithm):
     assert _moved(tmp_path / "out" / "model")
 
 
+def test_robust_dpo_assumes_the_share_that_is_given(run, pairs, monkeypatch, tmp_path):
+    def stop(*arguments, **more):
+        raise ValueError(f"assumed: {arguments[6].coefficients.label_smoothing}")
+
+    monkeypatch.setattr(stages, "align_policy", stop)
+    monkeypatch.setattr(Network, "token_log_prob", lambda self, x: np.zeros((16, x.tokens.shape[1] - 1), np.float32))
+    code, _, errors = run(
+        ALIGN, "--source", "random:tiny", "--preferences", pairs, "--algorithm", "robust_dpo", "--label-noise", "0.2",
+        *SMALL, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "assumed: 0.2" in errors
+
+
+def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
+    def stop(*arguments, **more):
+        raise ValueError("this far")
+
+    monkeypatch.setattr(stages, "align_policy", stop)
+    config, params = weights.load("random:tiny")
+    arguments = ["--source", "random:tiny", "--target", tmp_path / "target", *SMALL, "--out", tmp_path / "out"]
+    for saved, told in ((params, "this far"), (tiny_order.uneven(params), "are others now (target")):
+        weights.save_pretrained(tmp_path / "target", config, saved, text.byte_tokenizer())
+        code, _, errors = run(ALIGN, *arguments)
+        assert code == 2 and told in errors
+
+
+def test_texts_of_a_file_are_held_out_at_random(tmp_path):
+    """Whatever their order there: sample.py writes all completions of a prompt one after another."""
+    script, path = runpy.run_path(str(DISTILL)), tmp_path / "texts.jsonl"
+    rows = [{"prompt": prompt, "completion": f" {i}"} for prompt in ("One", "Two") for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, found = text.byte_tokenizer(), []
+    for seed in (0, 1, 1):
+        config = script["Distill"]("random:tiny", tmp_path, data=path, held_out=16, batch_size=8, seed=seed)
+        read = script["read_texts"](config, tokenizer)
+        rows_of = zip(read.tokens, read.mask, strict=True)
+        found.append([tokenizer.decode(row[kept].tolist(), skip_special_tokens=True) for row, kept in rows_of])
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    assert all(sorted(texts) == sorted(whole) for texts in found)
+    assert found[0] != found[1] == found[2]
+    for texts in found:
+        assert {one[:3] for one in texts[:16]} == {"One", "Two"}
+
+
 @pytest.mark.slow
 def test_distill_writes_a_student(run, tmp_path):
     fresh, params = weights.load("random:tiny")
@@ -86,7 +132,7 @@ def test_distill_writes_a_student(run, tmp_path):
         (
             ALIGN,
             ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "dpo"],
-            "--algorithm must be one of online_dpo",
+            "--algorithm must be one of reinforce, ppo, grpo, online_dpo, offline_dpo_ref; got 'dpo'",
         ),
         (
             ALIGN,
@@ -116,7 +162,7 @@ def test_distill_writes_a_student(run, tmp_path):
             ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "ppo", "--accumulate", "2"],
             "ppo makes several updates a rollout",
         ),
-        (DISTILL, ["--teacher", "random:tiny", "--prompt", ""], "every prompt must have at least one token"),
+        (DISTILL, ["--teacher", "random:tiny", "--prompt", ""], "the prompt must have at least one token; got ''"),
         (DISTILL, ["--teacher", "random:tiny", "--max-new-tokens", "500"], "500 new ones are more than the 128 pos"),
         (
             DISTILL,
@@ -129,10 +175,72 @@ def test_distill_writes_a_student(run, tmp_path):
             ["--teacher", "random:tiny", "--method", "forward_kl", "--on-policy-fraction", "1.5"],
             "on_policy_fraction must be",
         ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "robust_dpo"],
+            "robust_dpo needs --label-noise",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "robust_dpo", "--label-noise", "0.5"],
+            "--label-noise must be below 0.5 for robust_dpo",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "ipo", "--label-noise", "0.1"],
+            "only robust_dpo assumes a share of wrong labels; got 0.1 for ipo",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--label-noise", "0.1"],
+            "--label-noise must be 0 for reinforce",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--preferences", "x", "--algorithms", "ipo", "robust_dpo"],
+            "robust_dpo needs --label-noise",
+        ),
+        (ORDER, ["--truth", "random:tiny", "--label-noise", "0.1"], "--label-noise must be 0 for reinforce"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "orpo", "--kl-coef", "0.2"],
+            "--kl-coef must be left away: orpo has no KL coefficient",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--algorithm", "simpo", "--reference", "random:tiny"],
+            "--reference must be left away: simpo has no reference",
+        ),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--data", "x", "--samples", "8", "--temperature", "0.5", "--prompt", "A"],
+            "--samples, --temperature, --prompt must be left away with --data",
+        ),
+        (
+            DISTILL,
+            ["--teacher", "random:tiny", "--data", "x", "--method", "skew_kl", "--temperature", "0.5"],
+            "there is no file x",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--preferences", "x", "--algorithms", "orpo", "--kl-coefs", "0.1", "0.2"],
+            "orpo has no KL coefficient",
+        ),
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
         (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--reward", "plain", "--target", "random:tiny", "--arms", "ceiling"],
+            "the ceiling learns from texts that show the behaviour",
+        ),
+        # The preset's own ceiling is left away.
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--student", "same", "--reward", "plain", "--target", "no/such"],
+            "no/such",
+        ),
         (
             ORDER,
             ["--truth", "random:tiny", "--student", "same", "--preferences", "absent.jsonl", "--algorithms", "ipo"],

@@ -50,7 +50,7 @@ def laboratory(order: Order, out: Path, *, meshed: bool = True) -> orders.Labora
 def run(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
     """Everything that is not there yet."""
     made = laboratory(order, out, meshed=meshed)
-    durable.check_configuration(out, made.configuration())
+    made.check_folder()
     made.prepare()
     for row in made.run(orders.rows_of(order, out)):
         print(row.name, flush=True)

@@ -1,0 +1,352 @@
+"""The figure of an order on a language model, from what its run folder holds."""
+
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from jaxkd import pipelines
+from jaxkd.align import ALGORITHMS
+from jaxkd.durable import METRICS
+from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.smollm2 import behaviours
+from jaxkd.smollm2.order import BEHAVIOUR, CEILING, Order, Row
+from jaxkd.smollm2.report import Run, entries, read_json
+
+_FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_LABELS = LABELS | {CEILING: "ceiling"}
+_COLOURS = COLOURS | {CEILING: "0.45"}
+_MARKERS = MARKERS | {CEILING: "*"}
+_SIGNS = (None, "+", ".", "|", "1", "_")
+"""Inside a point: of which algorithm it is."""
+_NEVER = "v"
+"""A point that stands for a frequency of 0, open."""
+_MOST_LINES = 28  # of completions: more leave no room for the panels
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What else than an arm and a temperature there is in a figure; what there is one of needs no telling apart.
+
+    Attributes:
+      algorithms: told apart by a sign inside the points.
+      students: told apart by size.
+      kl_coefs: told beside the points.
+    """
+
+    algorithms: tuple[str, ...]
+    students: tuple[str, ...]
+    kl_coefs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shown: list[Row]) -> "_Kinds":
+        """Of the models that are there."""
+        return cls(
+            tuple(dict.fromkeys(row.algorithm for row in shown if row.algorithm)),
+            tuple(dict.fromkeys(row.student for row in shown if row.student)),
+            tuple(sorted({row.kl_coef for row in shown if not math.isnan(row.kl_coef)})),
+        )
+
+    def sign(self, algorithm: str) -> str | None:
+        """The marker inside a point; None for no sign."""
+        return _SIGNS[self.algorithms.index(algorithm) % len(_SIGNS)] if algorithm in self.algorithms else None
+
+    def size(self, student: str) -> float:
+        """Of a point (pt)."""
+        return 6.5 - 2.5 * self.students.index(student) / len(self.students) if student in self.students else 6.5
+
+    def note(self, row: Row) -> str:
+        """What stands beside a point."""
+        told = [] if math.isnan(row.temperature) else [f"τ {row.temperature:g}"]
+        told += [f"β {row.kl_coef:g}"] if len(self.kl_coefs) > 1 and not math.isnan(row.kl_coef) else []
+        return ", ".join(told)
+
+    def name(self, row: Row) -> str:
+        """A model in words, its seed aside."""
+        told = [_LABELS.get(row.name, row.name).replace("\n", " "), self.note(row)]
+        told += [row.student] if len(self.students) > 1 else []
+        told += [_algorithm(row.algorithm)] if len(self.algorithms) > 1 else []
+        return ", ".join(filter(None, told))
+
+
+def _algorithm(name: str) -> str:
+    return ALGORITHM_LABELS.get(name, name).replace("\n", " ") if name else ""
+
+
+def draw(run: Run, *paths: Path) -> None:
+    """Behaviour and reward against KL to the base, recall gap of the students, training curves, completions.
+
+    Where the reward is the behaviour, its frequency is the mean reward; then the second panel tells how likely the
+    completions that show it are to the truth. Where alignments learn from a user's pairs, it tells how many of those
+    held out are ranked right.
+    """
+    order, found, rows = run.order, run.evaluations, run.rows
+    kinds = _Kinds.of([rows[folder] for folder in found if folder in rows])
+    behaviour = read_json(run.out / BEHAVIOUR)
+    with plt.rc_context(STYLE):
+        lines = _completions(found, rows, kinds, behaviours.parse(behaviour["spec"]), order.prompt + " … ")
+        height, (handles, labels) = 0.135 * len(lines), _legend(found, rows, kinds)
+        figure = plt.figure(figsize=(7.2, 6.1 + height + 0.17 * math.ceil(len(labels) / 4)), layout="constrained")
+        figure.suptitle(_title(order, kinds), fontsize=8)
+        grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
+        axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
+        _frontier(axes[0], found, rows, kinds, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
+        if order.preferences is not None:
+            _frontier(axes[1], found, rows, kinds, "preference_accuracy", "held-out pairs ranked right")
+        elif order.reward == "behaviour":
+            precision = "log p* per token (nats)\nof those that show it"
+            _frontier(axes[1], found, rows, kinds, "behaviour_precision", precision)
+        else:
+            _frontier(axes[1], found, rows, kinds, "reward", "mean reward (bars: 95 %)")
+        _recall_gaps(axes[2], found, rows, kinds)
+        _curves(axes[3], rows, kinds, "reward" if order.preferences is None else "loss")
+        axes.append(figure.add_subplot(grid[2, :]))
+        axes[4].axis("off")
+        words = axes[4].text(
+            -0.08, 1, "\n".join(lines), va="top", family="monospace", fontsize=6.3, transform=axes[4].transAxes
+        )
+        words.set_in_layout(False)  # it may be wider than the panels, which must not give way
+        for axis, letter in zip(axes, "abcde", strict=True):
+            axis.set_title(letter, loc="left", fontweight="bold")
+        kept = max((len(values["completions"]) for values in found.values()), default=0)
+        axes[4].set_title(
+            "the first completion of each model (of several seeds: the first, and the farthest from the base),\n"
+            f"and the first of {kept} that shows the behaviour (+)",
+            fontsize=7,
+        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        save(figure, paths)
+
+
+def _title(order: Order, kinds: _Kinds) -> str:
+    """What all models share."""
+    told = [f"truth and base {order.truth}" if order.base == "truth" else f"truth {order.truth} · base {order.base}"]
+    told += [_algorithm(name) for name in kinds.algorithms if len(kinds.algorithms) == 1]
+    told += [f"β = {value:g}" for value in kinds.kl_coefs if len(kinds.kl_coefs) == 1]
+    return f"{' · '.join(told)}\n{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"
+
+
+def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
+    """Arms by colour and marker, then what a hollow point, a sign and a size mean, where there are such."""
+    names = dict.fromkeys("base" if folder not in rows else rows[folder].name for folder in found)
+    shown = {_LABELS.get(name, name).replace("\n", " "): _handle(name) for name in names}
+    grey = {"ls": "none", "color": "0.4"}
+    shown["hollow: distilled at τ ≠ 1"] = Line2D([], [], marker="o", mfc="none", ms=6, **grey)
+    if any(values["behaviour_frequency"] == 0 for values in found.values()):
+        shown["never shown: at its upper limit"] = Line2D([], [], marker=_NEVER, mfc="none", ms=6, **grey)
+    for name in kinds.algorithms if len(kinds.algorithms) > 1 else ():
+        inside = Line2D([], [], marker=kinds.sign(name) or "none", ms=3.5, mew=0.8, **grey)
+        shown[f"sign: {_algorithm(name)}"] = (Line2D([], [], marker="o", mfc="none", ms=6.5, **grey), inside)
+    for name in kinds.students if len(kinds.students) > 1 else ():
+        shown[f"size: student {name}"] = Line2D([], [], marker="o", ms=kinds.size(name), **grey)
+    return list(shown.values()), list(shown)
+
+
+def _handle(name: str) -> Line2D:
+    return Line2D([], [], ls="none", marker=_MARKERS.get(name, "o"), color=_COLOURS.get(name, "0.2"), ms=6)
+
+
+def _point(axis, x, y, error, row: Row | None, kinds: _Kinds) -> None:
+    """One model; the base where there is no row."""
+    name = "base" if row is None else row.name
+    filled = row is None or not _distilled_apart(row)
+    colour = _COLOURS.get(name, "0.2")
+    axis.errorbar(
+        x,
+        y,
+        yerr=None if error is None else np.reshape(error, (2, 1)),
+        marker=_MARKERS.get(name, "o"),
+        color=colour,
+        # Nothing inside, so that a point beneath another is seen.
+        markerfacecolor=colour if filled else "none",
+        linestyle="none",
+        markersize=6.5 if row is None else kinds.size(row.student),
+        elinewidth=0.8,
+    )
+    sign = None if row is None else kinds.sign(row.algorithm)
+    if sign is not None:
+        axis.plot(x, y, sign, color="white" if filled else colour, markersize=3.5, markeredgewidth=0.8, zorder=4)
+
+
+def _distilled_apart(row: Row) -> bool:
+    """Whether a model's student was distilled at another temperature than that of its teacher's own draws."""
+    return not (math.isnan(row.temperature) or row.temperature == 1)
+
+
+_BESIDE = (((5, 4), "left"), ((5, -9), "left"), ((-5, 4), "right"), ((-5, -9), "right"))
+
+
+def _note(axis, x, y, words: str, colour: str, place: int = 0) -> None:
+    """Say beside a point what its marker does not."""
+    offset, side = _BESIDE[place % len(_BESIDE)]
+    axis.annotate(words, (x, y), offset, textcoords="offset points", fontsize=6.5, color=colour, ha=side)
+
+
+def _note_all(axis, points: list[tuple[float, float, str, str]]) -> None:
+    """The same for (x, y, words, colour) of many points, once all are drawn: no note hides another.
+
+    Points that lie together and have words and colour in common have one note; others stand at another side.
+    """
+    axis.autoscale_view()  # limits are found when they are asked for
+    noted: list[tuple[np.ndarray, tuple[str, str]]] = []
+    for x, y, *told in points:
+        at = axis.transAxes.inverted().transform(axis.transData.transform((x, y)))
+        near = {other for place, other in noted if (np.abs(at - place) < (0.12, 0.06)).all()}
+        if tuple(told) not in near:
+            _note(axis, x, y, *told, place=len(near))
+        noted.append((at, tuple(told)))
+
+
+def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> None:
+    """One point a model and seed; hollow where the distillation sharpened."""
+    noted = []
+    for folder, values in found.items():
+        row = rows.get(folder)
+        y = values[quantity]
+        if quantity == "behaviour_frequency" and y == 0:
+            # A logarithmic axis has no place for it.
+            noted.append(_never_shown(axis, values, row, kinds))
+            continue
+        if quantity == "behaviour_frequency":
+            error = np.maximum([y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y], 0)
+        else:
+            error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
+        _point(axis, values["kl_to_base"], y, error, row, kinds)
+        if row is not None and kinds.note(row) and math.isfinite(y):
+            noted.append((values["kl_to_base"], y, kinds.note(row), _COLOURS.get(row.name, "0.2")))
+    axis.set(xlabel="KL to the base (nats per completion)", ylabel=label)
+    if quantity == "behaviour_frequency":
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_ylim()
+        axis.set_yticks([tick for tick in _FREQUENCIES if low <= tick <= high])
+    _note_all(axis, noted)
+
+
+def _never_shown(axis, values: dict, row: Row | None, kinds: _Kinds) -> tuple[float, float, str, str]:
+    """A model without a completion that shows the behaviour, at the largest share that is compatible; its note."""
+    name = "base" if row is None else row.name
+    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _COLOURS.get(name, "0.2")
+    size = 6.5 if row is None else kinds.size(row.student)
+    axis.plot(x, y, _NEVER, color=colour, markerfacecolor="none", markersize=size)
+    return x, y, ", ".join(filter(None, ["never", "" if row is None else kinds.note(row)])), colour
+
+
+def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:
+    """Recall gap and recall gap on the behaviour of everything that is no alignment's product, and of the arms."""
+    shown = [(rows[folder], values) for folder, values in found.items() if folder in rows]
+
+    def name_of(row):
+        words = [_LABELS.get(row.name, row.name), kinds.note(row)]
+        return ", ".join(filter(None, [*words, "" if row.student == "same" else row.student]))
+
+    names = list(dict.fromkeys(name_of(row) for row, _ in shown))
+    for row, values in shown:
+        x = names.index(name_of(row))
+        _point(axis, x - 0.12, values["recall_gap"], None, row, kinds)
+        axis.plot(x + 0.12, values["target_recall_gap"], "_", color=_COLOURS.get(row.name, "0.2"), markersize=9)
+    axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=6.5)
+    axis.set_ylabel("recall gap (nats per completion)\ndashes: where the behaviour shows")
+    axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+
+
+def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
+    """Loss, or reward of the draws, along every alignment; and of the draws apart that it was looked at by."""
+    handles, noted = {}, []
+    for folder, row in rows.items():
+        path = folder / METRICS
+        if not isinstance(row.stage, pipelines.Align) or not path.exists():
+            continue
+        logged = entries(path)
+        values = np.asarray([entry[quantity] for entry in logged])
+        if quantity == "reward" and ALGORITHMS[row.algorithm].data:
+            # The reward of a fixed set says nothing of the policy.
+            values = values[:0]
+        # A step sees few draws.
+        width = min(4, max(1, len(values) // 4))
+        running = np.convolve(values, np.ones(width) / width, mode="valid") if len(values) else values
+        look = {"color": _COLOURS.get(row.name, "0.2"), "linestyle": "--" if _distilled_apart(row) else "-"}
+        axis.plot(
+            np.arange(width, width + len(running)),
+            running,
+            linewidth=kinds.size(row.student) / 6,
+            marker=kinds.sign(row.algorithm) or ".",
+            markersize=3,
+            **look,
+        )
+        name = _LABELS.get(row.name, row.name).replace("\n", " ") + (", τ ≠ 1" if _distilled_apart(row) else "")
+        handles[name] = Line2D([], [], linewidth=1, **look)
+        if len(values) and kinds.note(row):
+            noted.append((len(values), running[-1], kinds.note(row), look["color"]))
+        if quantity != "reward":
+            continue
+        looks = [(entry["step"] + 1, entry["look_reward"]) for entry in logged if "look_reward" in entry]
+        axis.plot(
+            *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
+        )
+    _note_all(axis, noted)
+    axis.legend(handles.values(), handles.keys(), loc="upper left", handlelength=3, edgecolor="none")
+    rewards = "mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)"
+    axis.set(xlabel="step of the alignment", ylabel=rewards if quantity == "reward" else "mean loss of up to 4 steps")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _completions(found, rows, kinds: _Kinds, behaviour: behaviours.Behaviour, prompt: str) -> list[str]:
+    """Two completions of each model that is shown: the first, and the first other that shows the behaviour."""
+    shown = [
+        ("base" if folder not in rows else kinds.name(rows[folder]) + seed, values)
+        for folder, values, seed in _shown_models(found, rows)
+    ]
+    # Of two lines each, no more have room.
+    widest = max((len(name) for name, _ in shown[: _MOST_LINES // 2]), default=0)
+    width = max(40, 118 - widest - len(prompt))
+    blocks = []
+    for name, values in shown:
+        first, *others = values["completions"]
+        both = [first, *[other for other in others if behaviour(other)][:1]]
+        texts = [textwrap.shorten(" ".join(_printed(one).split()), width, placeholder=" …") for one in both]
+        signs = ["+" if behaviour(one) else " " for one in both]
+        names = [name, ""]
+        blocks.append(
+            [
+                f"{name:<{widest}} {sign} {prompt}{text}".replace("$", r"\$")
+                for name, sign, text in zip(names, signs, texts, strict=False)
+            ]
+        )
+    return _at_most(blocks, _MOST_LINES)
+
+
+def _at_most(blocks: list[list[str]], most: int) -> list[str]:
+    """The lines of as many models as have room, and how many have none."""
+    lines: list[str] = []
+    for place, block in enumerate(blocks):
+        left = len(blocks) - place
+        if len(lines) + len(block) > most - (left > 1):
+            return [*lines, f"… {left} more {'model' if left == 1 else 'models'}"]
+        lines += block
+    return lines
+
+
+def _printed(words: str) -> str:
+    """A text in letters that the figure's fonts have; a dot for any other."""
+    return "".join(sign if sign.isspace() or (sign.isprintable() and ord(sign) < 0x250) else "·" for sign in words)
+
+
+def _shown_models(found, rows) -> Iterator[tuple[Path, dict, str]]:
+    """Of every model the first seed and, where another went farther from the base, the one that went farthest."""
+    groups: dict[tuple, list[tuple[Path, dict]]] = {}
+    for folder, values in found.items():
+        row = rows.get(folder)
+        key = () if row is None else (row.name, row.student, row.algorithm, row.temperature, row.kl_coef)
+        groups.setdefault(key, []).append((folder, values))
+    for group in groups.values():
+        farthest = max(group, key=lambda one: np.nan_to_num(one[1]["kl_to_base"], nan=-np.inf))
+        for folder, values in [group[0]] if farthest is group[0] else [group[0], farthest]:
+            yield folder, values, f", seed {rows[folder].seed}" if len(group) > 1 else ""
