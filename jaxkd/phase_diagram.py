@@ -23,7 +23,9 @@ from matplotlib.patheffects import withStroke
 from jaxkd import files, pipelines, results, statistics
 from jaxkd.align import ALGORITHMS, AlignmentSettings
 from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.laboratory import LaboratorySettings
 from jaxkd.metrics import RECOVERED_MASS
+from jaxkd.sweep import store
 
 BASELINE, CHALLENGER = "kd_align", "align_kd"
 _LARGEST_LOG_ODDS = 1e4  # above all that a small coefficient makes of a finite reward
@@ -49,8 +51,11 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
       `recovery`, `recovery_low`, `recovery_high` [cells, stage]; `recovery_baseline`, `recovery_challenger`,
       `difference`, `p_value` and `significant` [cells]; of these `recovery`, `difference`, `p_value` and `significant`
       also as `…_failures_as_0`; medians over seeds of the student's target recall, bounded recall, target mass and β_c
-      as `student_…` and `half_mass_coefficient` [cells].
+      as `student_…` and `half_mass_coefficient` [cells]; `base_failed`, the number of bases that merge or miss a mode
+      [cells]. Where there are several targets, also the median `target_balance` of the runs that recovered and how many
+      they are, `target_balance_runs` [cells, stage].
     """
+    dataset = _in_order(dataset)
     dims = tuple(dim for dim in dataset.target_mass.dims if dim not in ("seed", "stage"))
     cells = dataset[["target_mass", "failed"]].transpose(*dims, "stage", "seed").load()
     recovered, failed = cells.target_mass.values > RECOVERED_MASS, cells.failed.values.astype(bool)
@@ -82,20 +87,40 @@ def summarise(dataset: xr.Dataset, rate: float = 0.05) -> xr.Dataset:
     summary["recovery_failures_as_0"] = ((*dims, "stage"), own_bound)
     summary = summary.assign({f"{name}_failures_as_0": (dims, values) for name, values in paired_bound.items()})
     summary["significant_failures_as_0"] = (dims, statistics.false_discovery(paired_bound["p_value"], rate))
-    student = dataset.sel(stage="student").drop_vars("stage")
+    student = dataset.assign(target_mass=resolved_mass(dataset)).sel(stage="student").drop_vars("stage")
     for name in ("target_recall", "bounded_recall", "target_mass"):
         summary[f"student_{name}"] = student[name].median("seed").transpose(*dims)
     # What holds for the student as a reference stands with the arm that was held to it.
     held_to_student = dataset.half_mass_coefficient.sel(stage=BASELINE).drop_vars("stage")
     summary["half_mass_coefficient"] = held_to_student.median("seed").transpose(*dims)
+    summary["base_failed"] = dataset.base_failed.sum("seed")
+    balance = balance_of_recovered(dataset)
+    if balance.notnull().any():
+        summary["target_balance"] = balance.median("seed")
+        summary["target_balance_runs"] = balance.notnull().sum("seed")
     return summary.assign_coords({name: dataset[name] for name in (*dims, "stage")})
+
+
+def balance_of_recovered(dataset: xr.Dataset) -> xr.DataArray:
+    """Smallest over largest mass of several targets; NaN where none are reached, and where there is only one."""
+    balance = dataset.target_balance.where((dataset.target_mass > RECOVERED_MASS) & (dataset.failed == 0))
+    if "num_targets" in dataset.coords:
+        return balance.where(dataset.num_targets > 1)
+    # One target is exactly as large as itself.
+    return balance if (balance < 1).any() else balance.where(False)
+
+
+def _in_order(dataset: xr.Dataset) -> xr.Dataset:
+    """Rows and columns of figures rise, in whichever order flags named their values."""
+    return dataset.sortby([dim for dim in ("capacity", "kl_coef") if dim in dataset.dims])
 
 
 def rows_of(summary: xr.Dataset) -> list[dict]:
     """One row a cell and arm: its settings, rate with Wilson's interval, and the test of the two orders there.
 
     `order_difference` is Align→KD's rate less KD→Align's, the same on the rows of all arms of a cell. Columns
-    that end in `_failures_as_0` score failures as not recovered.
+    that end in `_failures_as_0` score failures as not recovered. `bases_failed` is how many of the cell's bases merge
+    or miss a mode; `target_balance_median` is over the `target_balance_runs` that recovered several targets.
     """
     dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
     arms = [str(name) for name in summary.stage.values if name in (*pipelines.arms(), "aligned_base")]
@@ -112,7 +137,10 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
             one = cell.sel(stage=arm)
             rates = {name: float(one[name]) for name in ("recovery", "recovery_low", "recovery_high")}
             rates["recovery_failures_as_0"] = float(one.recovery_failures_as_0)
-            row = settings | {"arm": arm} | rates | test
+            row = settings | {"arm": arm} | rates | test | {"bases_failed": int(cell.base_failed)}
+            if "target_balance" in one:
+                row["target_balance_median"] = float(one.target_balance)
+                row["target_balance_runs"] = int(one.target_balance_runs)
             rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
 
@@ -162,6 +190,26 @@ def verdict(summary: xr.Dataset) -> str:
     return f"{told} (K = 1, set apart: more often in {gain} of {lone.difference.size}, less often in {loss}.)"
 
 
+_OF_AN_ALIGNMENT = ("algorithm", "reward_name", "label_noise", "match_component_evaluations")
+_OF_A_DISTILLATION = ("capacity",)
+
+
+def failed_models(dataset: xr.Dataset) -> int:
+    """How many models failed, each counted once, though a store repeats it over what it does not depend on."""
+
+    def of(stage: str) -> int:
+        failed = dataset.failed.sel(stage=stage).astype(bool)
+        if stage != pipelines.ROOT and stage not in pipelines.STAGES:
+            return int(failed.sum())  # an order that is known to its store alone
+        kinds = {type(made) for made in pipelines.needed([stage]).values()}
+        repeated = [axis for axis in pipelines.AXES if axis not in pipelines.axes_of(stage)]
+        repeated += () if pipelines.Align in kinds else _OF_AN_ALIGNMENT
+        repeated += () if pipelines.Distil in kinds else _OF_A_DISTILLATION
+        return int(failed.any([dim for dim in repeated if dim in failed.dims]).sum())
+
+    return sum(of(str(stage)) for stage in dataset.stage.values)
+
+
 def verdict_on_failures(summary: xr.Dataset) -> str:
     """What the cells say when failures are scored as not recovered."""
     gain, loss = (
@@ -180,36 +228,48 @@ _FEWEST_BASES = 5  # of either kind, for their rates to be told
 def verdict_on_bases(dataset: xr.Dataset) -> list[str]:
     """How many bases merge or miss a mode, and how each order fares on those and on the others at the lowest τ."""
     share = f"Bases that merge or miss a mode: {100 * float(dataset.base_failed.mean()):.1f} % (kept)."
-    coldest = float(dataset.temperature.min())
+    temperature = float(dataset.temperature.min())
     told = [share]
     for at, _ in _settings(dataset, [dim for dim in dataset.base_failed.dims if dim not in ("capacity", "seed")]):
-        at |= {"capacity": dataset.capacity.values[0]}
-        bad = dataset.base_failed.sel(at).values
+        here = dataset.sel(at | {"temperature": temperature})
+        # The student's capacity does not touch the base.
+        bad = here.base_failed.isel(capacity=0).values.astype(bool)
         if min(bad.sum(), (~bad).sum()) < _FEWEST_BASES:
             continue
-        mass = dataset.target_mass.sel(at | {"temperature": coldest})
-        recovered = xr.where(mass.notnull(), mass > RECOVERED_MASS, np.nan)
-        rates = "; ".join(
-            f"β = {kl_coef:g}: "
-            + ", ".join(
-                f"{label} {_rate(recovered, bad, kl_coef, arm)} / {_rate(recovered, ~bad, kl_coef, arm)}"
-                for arm, label in (("kd_align", "KD→Align"), ("align_kd", "Align→KD"))
-            )
-            for kl_coef in dataset.kl_coef.values
-        )
-        varied = ", ".join(
-            f"{dim} {_told(value)}" for dim, value in at.items() if dataset.sizes[dim] > 1 and dim != "capacity"
-        )
+        varied = ", ".join(f"{dim} {_told(value)}" for dim, value in at.items() if dataset.sizes[dim] > 1)
         told.append(
-            f"{varied or 'Here'}: {int(bad.sum())} of {bad.size} bases; recovered at τ = {coldest:g} on those / on the "
-            f"others: {rates}."
+            f"{varied or 'Here'}: {int(bad.sum())} of {bad.size} bases; recovered at τ = {temperature:g} on those / on "
+            f"the others: {'; '.join(_rates_on_bases(here, bad))}."
         )
     return told
 
 
-def _rate(recovered: xr.DataArray, bases: np.ndarray, kl_coef: float, arm: str) -> str:
-    """Share of the seeds with these bases."""
-    return f"{float(recovered.sel(kl_coef=kl_coef, stage=arm).values[bases].mean()):.2f}"
+def _rates_on_bases(dataset: xr.Dataset, bad: np.ndarray) -> Iterator[str]:
+    """Rates of both orders, a capacity and coefficient after another."""
+    for capacity, kl_coef in itertools.product(dataset.capacity.values, dataset.kl_coef.values):
+        cell = dataset.sel(capacity=capacity, kl_coef=kl_coef)
+        rates = ", ".join(
+            f"{label} {_rate(cell.sel(stage=arm), bad):.2f} / {_rate(cell.sel(stage=arm), ~bad):.2f}"
+            for arm, label in ((BASELINE, "KD→Align"), (CHALLENGER, "Align→KD"))
+        )
+        yield (f"K = {capacity}, " if dataset.sizes["capacity"] > 1 else "") + f"β = {kl_coef:g}: {rates}"
+
+
+def _rate(arm: xr.Dataset, bases: np.ndarray) -> float:
+    """Share of the seeds with these bases that recover, of those that did not fail."""
+    mass, failed = arm.target_mass.values[bases], arm.failed.values[bases].astype(bool)
+    return statistics.recovery_rate(mass > RECOVERED_MASS, failed | np.isnan(mass)).rate
+
+
+def resolved_mass(dataset: xr.Dataset) -> xr.DataArray:
+    """Target mass, floored at what its measurement tells from nothing.
+
+    Quadrature resolves `SMALLEST_MASS`. Of draws, which measure what the grid does not hold, none on the target says no
+    more than that the mass is about that of one draw or smaller: such a mass is put at that of one draw.
+    """
+    configuration = json.loads(dataset.attrs.get("configuration", "{}"))
+    num_draws = configuration.get("laboratory", {}).get("num_draws", LaboratorySettings.num_draws)
+    return np.maximum(dataset.target_mass, xr.where(dataset.from_grid.astype(bool), SMALLEST_MASS, 1 / num_draws))
 
 
 # --- critical mass ---------------------------------------------------------------------------------------------------
@@ -220,7 +280,7 @@ class References:
     """Alignments at one KL coefficient, one point a run.
 
     Attributes:
-      mass: measured target mass of the reference, floored at `SMALLEST_MASS`, [runs].
+      mass: measured target mass of the reference (`resolved_mass`), [runs].
       log_odds: of the target under the reference's exact Gibbs policy, [runs].
       half_mass_coefficient: β_c of the reference, [runs].
       outcome: target mass of the aligned policy, [runs].
@@ -258,7 +318,7 @@ def _columns(dataset: xr.Dataset, aligned: str, reference: str) -> tuple[np.ndar
     one, other = dataset.sel(stage=aligned), dataset.sel(stage=reference)
     seeds = dataset.seed.broadcast_like(one.target_mass).transpose(*one.target_mass.dims)
     columns = (
-        np.maximum(other.target_mass.values, SMALLEST_MASS),
+        resolved_mass(other).transpose(*one.target_mass.dims).values,
         one.gibbs_target_log_odds.values,
         one.half_mass_coefficient.values,
         one.target_mass.values,
@@ -508,7 +568,7 @@ def _boundaries(axis, one: xr.Dataset, levels: Mapping[str, float], note: str = 
     if min(beyond.sizes["capacity"], beyond.sizes["temperature"]) < 2:
         return drawn
     heights = _heights(one.capacity.values)[one.capacity.values > 1]
-    mass = np.log10(np.maximum(beyond.student_target_mass.values, SMALLEST_MASS))
+    mass = np.log10(beyond.student_target_mass.values)
     coefficient = np.log(np.clip(beyond.half_mass_coefficient.values, 1e-3, 1e3))
     for name, level in levels.items():
         values = coefficient if name == "half_mass" else mass
@@ -607,6 +667,7 @@ def draw_critical_mass(
             if predicted.draws:
                 upper.axvline(-math.log10(predicted.draws_a_step), color="#009E73", ls="-.", lw=1.2)
                 upper.axvline(-math.log10(predicted.draws), color="#009E73", ls=":", lw=1.2)
+            lower.set_title(f"{found.by_log_odds.runs} runs of {found.by_log_odds.clusters} seeds")
             _curve(lower, np.clip(points.log_odds, -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS), points, found.by_log_odds)
             if predicted.gibbs:
                 lower.axvline(0.0, color="black", ls="--", lw=1.2)
@@ -787,10 +848,8 @@ def _title(dataset: xr.Dataset) -> str:
 
 
 def _shown(dataset: xr.Dataset, quantity: str) -> xr.DataArray:
-    """A quantity, NaN where it says nothing: how even the targets are is a question where they are reached at all."""
-    if quantity != "target_balance":
-        return dataset[quantity]
-    return dataset[quantity].where((dataset.target_mass > RECOVERED_MASS) & (dataset.failed == 0))
+    """A quantity, NaN where it says nothing."""
+    return balance_of_recovered(dataset) if quantity == "target_balance" else dataset[quantity]
 
 
 _SHORT = {"temperature": "τ =", "algorithm": "", "capacity": "K =", "target_weight": "weight"}
@@ -916,12 +975,13 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     """
     if "sweep" not in stores:
         raise ValueError(f"{folder} holds no store sweep.zarr; it holds {', '.join(stores) or 'none'}")
+    stores = {"sweep": stores["sweep"], **_of_other_weights(stores)}
     for name, dataset in stores.items():
         if not bool((dataset.done == 1).all()):
             raise ValueError(f"{name}.zarr is not finished: repeat the command that made it")
-    dataset = stores["sweep"].drop_vars("done").load()
+    dataset = _in_order(stores["sweep"].drop_vars("done").load())
     configuration = json.loads(dataset.attrs["configuration"])
-    _check_same(configuration, stores)
+    _check_same(stores)
     preset = configuration["preset"]
     summary = summarise(dataset)
     results.write_csv(rows_of(summary), folder / f"{preset}.csv")
@@ -931,7 +991,7 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     else:
         draw_along(dataset, summary, VIEWS[preset], *_paths(folder, preset))
         told += ["", verdict(summary), *verdict_on_bases(dataset)]
-    failed = int(dataset.failed.sum())
+    failed = failed_models(dataset)
     told.append(f"Models that failed numerically: {failed} (their pairs leave both rates).")
     told += [verdict_on_failures(summary)] if failed else []
     (folder / f"{preset}.txt").write_text("\n".join(told) + "\n")
@@ -950,10 +1010,28 @@ def _of_the_runs(configuration: Mapping) -> dict:
     }
 
 
-def _check_same(configuration: Mapping, stores: Mapping[str, xr.Dataset]) -> None:
+def _of_other_weights(stores: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The stores beside the sweep, of each the target weights that the sweep does not hold itself.
+
+    One that a sweep of fewer weights had beside it stays in the folder when a sweep of more takes its place.
+    """
+    held, kept = stores["sweep"], {}
     for name, dataset in stores.items():
-        other = json.loads(dataset.attrs["configuration"])
-        differing = files.differences(_of_the_runs(other), _of_the_runs(configuration))
+        others = ~dataset.target_weight.isin(held.target_weight)
+        if name != "sweep" and others.any():
+            kept[name] = dataset.isel(target_weight=np.flatnonzero(others))
+    return kept
+
+
+def _check_same(stores: Mapping[str, xr.Dataset]) -> None:
+    def told(dataset):
+        return _of_the_runs(json.loads(dataset.attrs["configuration"])) | store.versions(dataset.attrs)
+
+    sweep = stores["sweep"]
+    for name, dataset in stores.items():
+        differing = files.differences(told(dataset), told(sweep))
+        if strange := sorted({*dataset.seed.values.tolist()} - {*sweep.seed.values.tolist()}):
+            differing.append(f"seed {strange[0]} there, none of the sweep's now")
         if differing:
             raise ValueError(
                 f"{name}.zarr is of another sweep ({'; '.join(differing)}): move it away, or repeat the command with "

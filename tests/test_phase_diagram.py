@@ -56,12 +56,16 @@ def finished(**axes):
         "target_recall": np.log(mass + 1e-9),
         "bounded_recall": np.full(shape, 0.9),
         "target_balance": np.full(shape, 0.5),
+        "from_grid": np.ones(shape, bool),
         "half_mass_coefficient": 100 * reference,
         "gibbs_target_log_odds": np.log(100 * reference / np.asarray(KL_COEFS)[:, None]),
     }
     dataset = xr.Dataset({name: (dims, values) for name, values in content.items()}, coords=coordinates)
+    if "num_targets" not in axes:
+        dataset["target_balance"] = 1 + blank
     dataset["base_failed"] = ((*axes,), np.zeros([sizes[dim] for dim in axes], bool))
     dataset["done"] = ("block", np.ones(3, np.int8))
+    dataset.attrs["versions"] = json.dumps({"jaxkd": "0.2.0", "jax": "0.10.2"})
     return dataset
 
 
@@ -226,7 +230,7 @@ def test_boundaries_are_those_that_the_algorithm_has(algorithm, label_noise, exp
 
 
 def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
-    one, other = finished(), finished()
+    one, other = finished(), finished(target_weight=[0.1])
     one.attrs["configuration"] = configuration("plane", target_weights=[0.03])
     other.attrs["configuration"] = configuration("plane", target_weights=[0.1], rewards=["disc"])
     with pytest.raises(ValueError, match=r"more_weights\.zarr is of another sweep \(rewards"):
@@ -234,7 +238,31 @@ def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path):
     other.attrs["configuration"] = configuration(
         "plane", target_weights=[0.1], **{"axis seed": "0 to 3", "grid fingerprint": "ab", "block shape": [1]}
     )
-    assert "over" in phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+    told = phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+    assert f"over {4 * len(TEMPERATURES) * SEEDS + 2 * SEEDS} runs" in told
+    strange = other.assign_coords(seed=np.arange(SEEDS) + 1)
+    with pytest.raises(ValueError, match=rf"another sweep \(seed {SEEDS} there, none of the sweep's now"):
+        phase_diagram.report({"sweep": one, "more_weights": strange}, tmp_path)
+    other.attrs["versions"] = json.dumps({"jaxkd": "0.1.0", "jax": "0.10.2"})
+    with pytest.raises(ValueError, match=r"another sweep \(version of jaxkd: 0\.1\.0 there, 0\.2\.0 now"):
+        phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+
+
+def test_target_weights_that_the_sweep_holds_are_drawn_from_it_alone(tmp_path):
+    sweep = finished(target_weight=[0.003, 0.03])
+    sweep.attrs["configuration"] = configuration("plane", target_weights=[0.003, 0.03])
+    stale = finished(target_weight=[0.003]).isel(seed=slice(2))
+    # What is left over from another sweep, not even finished, is not looked at.
+    stale.attrs["configuration"] = configuration("plane", target_weights=[0.003], rewards=["disc"])
+    stale["done"] = ("block", np.zeros(3, np.int8))
+    alone = phase_diagram.report({"sweep": sweep}, tmp_path)
+    assert phase_diagram.report({"sweep": sweep, "more_weights": stale}, tmp_path) == alone
+    beside = finished(target_weight=[0.003, 0.1]).isel(seed=slice(2))
+    beside.attrs["configuration"] = configuration("plane", target_weights=[0.003, 0.1])
+    told = phase_diagram.report({"sweep": sweep, "more_weights": beside}, tmp_path)
+    # Of the store beside it only 0.1: two capacities, each base once.
+    count = (2 * (2 * len(TEMPERATURES)) + 2) * SEEDS + (2 * len(TEMPERATURES) + 1) * 2
+    assert f"over {count} runs" in told
 
 
 @pytest.mark.parametrize(
@@ -399,6 +427,7 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
     cells = phase_diagram.summarise(dataset).difference.size
+    assert ("target_balance_median" in rows[0]) is (preset == "two-targets")
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
 
 
@@ -527,3 +556,98 @@ def test_orders_on_bases_that_merge_a_mode_and_on_others():
     assert share.startswith(f"Bases that merge or miss a mode: {100 * merged.mean() / 2:.1f} %")
     assert told.startswith(f"starts 1: {merged.sum()} of {SEEDS} bases; recovered at τ = 0.5")
     assert "β = 0.3: KD→Align 1.00 / 0.00, Align→KD 1.00 / 1.00" in told
+
+
+def test_orders_on_merged_bases_are_told_of_every_capacity_and_failed_runs_leave_them():
+    dataset = finished()
+    mass = dataset.target_mass
+    merged = np.arange(SEEDS) < 8
+    dataset.base_failed[..., :] = merged
+    at = {"temperature": 0.25, "kl_coef": 1.0, "stage": "align_kd"}
+    for capacity, count in zip(CAPACITIES, (1, 3, 6), strict=True):
+        mass.loc[at | {"capacity": capacity}] = np.where(np.arange(SEEDS) < count, 0.9, 0.1)
+    _, told = phase_diagram.verdict_on_bases(dataset)
+    assert told.count(f"8 of {SEEDS} bases") == 1
+    for capacity, rate in zip(CAPACITIES, ("0.12", "0.38", "0.75"), strict=True):
+        assert f"K = {capacity}, β = 1: KD→Align 0.00 / 0.00, Align→KD {rate} / 0.00" in told
+    # Of the eight, two that recovered fail in finite numbers and one that did not in none.
+    dataset.failed.loc[at | {"capacity": 4, "seed": [0, 1]}] = True
+    mass.loc[at | {"capacity": 4, "seed": 7}] = np.nan
+    assert "K = 4, β = 1: KD→Align 0.00 / 0.00, Align→KD 0.80 / 0.00" in phase_diagram.verdict_on_bases(dataset)[1]
+    dataset.failed.loc[at | {"capacity": 4, "seed": range(8)}] = True
+    assert "Align→KD nan / 0.00" in phase_diagram.verdict_on_bases(dataset)[1]
+    alone = phase_diagram.verdict_on_bases(dataset.sel(capacity=[2]))[1]
+    assert "K = " not in alone and "β = 1: KD→Align 0.00 / 0.00, Align→KD 0.38 / 0.00" in alone
+
+
+def test_a_mass_that_no_draw_shows_is_put_at_that_of_one_draw(dataset):
+    drawn = dataset.assign(from_grid=dataset.from_grid.copy())
+    seldom = {"stage": "student", "temperature": 0.25, "capacity": 4}
+    drawn.from_grid.loc[seldom | {"seed": range(20)}] = False
+    mass = drawn.target_mass.copy()
+    mass.loc[seldom | {"seed": range(14)}] = 0.0
+    mass.loc[seldom | {"seed": range(14, 20)}] = 3 / 64
+    mass.loc[seldom | {"seed": [20]}] = 0.0
+    drawn["target_mass"] = mass
+    drawn.attrs["configuration"] = configuration("plane", laboratory={"num_draws": 64})
+    points = phase_diagram.references([drawn.isel(algorithm=0)], 0.3)
+    told = phase_diagram.resolved_mass(drawn).sel(seldom).isel(kl_coef=0).squeeze()
+    np.testing.assert_allclose(told.values[:21], [1 / 64] * 14 + [3 / 64] * 6 + [1e-12])
+    assert (points.mass == 1 / 64).sum() == 14 and (points.mass == 1e-12).sum() == 1
+    median = phase_diagram.summarise(drawn).student_target_mass.sel(capacity=4, temperature=0.25, kl_coef=0.3)
+    np.testing.assert_allclose(median, 1 / 64)
+    xr.testing.assert_equal(phase_diagram.resolved_mass(dataset), np.maximum(dataset.target_mass, 1e-12))
+
+
+def test_each_panel_of_the_critical_mass_says_how_many_runs_it_shows(drawn, dataset):
+    found = {}
+    for kl_coef in KL_COEFS:
+        points = phase_diagram.references([dataset.isel(algorithm=0)], kl_coef)
+        points.log_odds[:50] = np.nan
+        found[kl_coef] = (points, phase_diagram.critical_mass(points, kl_coef, 9))
+    phase_diagram.draw_critical_mass(found, phase_diagram.predictions(AlignmentSettings(algorithm="ppo")))
+    runs = (2 * len(TEMPERATURES) + 1) * SEEDS
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert all(f"{runs} runs of {SEEDS} seeds" in title for title in titles[:2])
+    assert all(f"{runs - 50} runs of {SEEDS} seeds" in title for title in titles[2:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "count"),
+    [
+        ("base", 1),
+        ("student", len(CAPACITIES) * len(TEMPERATURES)),
+        ("aligned_base", 2 * len(KL_COEFS)),
+        ("align_kd", 2 * len(KL_COEFS) * len(CAPACITIES)),
+        ("kd_align", 2 * len(KL_COEFS) * len(CAPACITIES) * len(TEMPERATURES)),
+    ],
+)
+def test_a_model_that_failed_is_counted_once(stage, count):
+    store = finished(algorithm=["ppo", "grpo"])
+    assert phase_diagram.failed_models(store) == 0
+    # A store repeats a seed's models over algorithms, capacities, temperatures and coefficients.
+    store.failed.loc[{"stage": stage, "seed": [3]}] = True
+    assert phase_diagram.failed_models(store) == count
+
+
+def test_figures_and_tables_do_not_depend_on_the_order_of_flags(dataset, drawn):
+    turned = dataset.isel(capacity=[2, 0, 1], kl_coef=[1, 0])
+    xr.testing.assert_identical(phase_diagram.summarise(turned), phase_diagram.summarise(dataset))
+    summary = phase_diagram.summarise(turned).isel(algorithm=0, target_weight=0)
+    phase_diagram.draw_plane(summary, phase_diagram.predictions(AlignmentSettings(algorithm="ppo")))
+    student = drawn[0].axes[0]
+    assert [tick.get_text() for tick in student.get_yticklabels()] == ["1", "2", "4"]
+    assert student.get_yticks().tolist() == [0.0, 1.4, 2.4]
+
+
+def test_the_table_holds_the_balance_that_the_figure_shows_and_the_bases_that_merge():
+    dataset = finished(num_targets=[1, 2])
+    dataset["target_mass"] = dataset.target_mass.where(dataset.seed < 6, 0.1).transpose(*dataset.target_mass.dims)
+    dataset["target_balance"] = xr.where(dataset.target_mass > 0.5, 0.75, 0.25).transpose(*dataset.target_mass.dims)
+    dataset.base_failed[..., :5] = True
+    rows = phase_diagram.rows_of(phase_diagram.summarise(dataset))
+    some = {"capacity": 4, "temperature": 0.5, "kl_coef": 0.3, "arm": "kd_align"}
+    one, two = (next(row for row in rows if (some | {"num_targets": count}).items() <= row.items()) for count in (1, 2))
+    assert two["target_balance_median"] == 0.75 and two["target_balance_runs"] == round(two["recovery"] * SEEDS) > 0
+    assert np.isnan(one["target_balance_median"]) and one["target_balance_runs"] == 0
+    assert {row["bases_failed"] for row in rows} == {5}

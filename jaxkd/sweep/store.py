@@ -42,6 +42,12 @@ def provenance(configuration: dict) -> dict[str, str]:
     }
 
 
+def versions(attributes: Mapping) -> dict[str, str | None]:
+    """The versions that change numbers, our own and that of jax, as a store's attributes tell them."""
+    found = json.loads(attributes["versions"])
+    return {f"version of {name}": found.get(name) for name in ("jaxkd", "jax")}
+
+
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -297,8 +303,8 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
     found = json.loads(attributes["configuration"])
     wanted = json.loads(json.dumps(_resolved(template, configuration), default=str))
     differing = _differences(
-        {"jaxkd_store_version": attributes["jaxkd_store_version"], **_versions(attributes), **found},
-        {"jaxkd_store_version": str(STORE_VERSION), **_versions(provenance({})), **wanted},
+        {"jaxkd_store_version": attributes["jaxkd_store_version"], **versions(attributes), **found},
+        {"jaxkd_store_version": str(STORE_VERSION), **versions(provenance({})), **wanted},
     )
     if differing:
         raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
@@ -327,11 +333,11 @@ def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
       ValueError: when they differ in anything but their seeds, or share one.
     """
     configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
-    versions = [_versions(dataset.attrs) for dataset in datasets]
+    by_versions = [versions(dataset.attrs) for dataset in datasets]
     own = ("axis seed", "grid fingerprint", "block shape")
     first, *others = (
         {key: value for key, value in one.items() if key not in own} | by
-        for one, by in zip(configurations, versions, strict=True)
+        for one, by in zip(configurations, by_versions, strict=True)
     )
     if differing := [told for other in others for told in files.differences(first, other)]:
         raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
@@ -423,12 +429,6 @@ def _is_store(path: Path) -> bool:
 
 def _no_store(path: Path) -> str:
     return "is a store already" if _is_store(path) else "is no store of jaxkd"
-
-
-def _versions(attributes: Mapping) -> dict[str, str]:
-    """The versions that change numbers: our own and that of jax."""
-    found = json.loads(attributes["versions"])
-    return {f"version of {name}": found.get(name) for name in ("jaxkd", "jax")}
 
 
 def _differences(held: Mapping, wanted: Mapping) -> list[str]:
