@@ -348,6 +348,26 @@ def test_the_chunk_of_a_store_is_kept_unless_another_is_asked_for(flags, expecte
     assert calls == expected
 
 
+def test_the_grid_is_that_of_the_settings_and_finer_around_all_targets(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(engine, "run_sweep", lambda *_, shared, **__: given.append(shared))
+    fixed = SCRIPT["fixed_settings"]
+
+    def coarse(*settings):
+        told = fixed(*settings)
+        return told | {"laboratory": told["laboratory"] | {"grid_points": 61}}
+
+    monkeypatch.setitem(SCRIPT["sweep"].__globals__, "fixed_settings", coarse)
+    config = SCRIPT["Config"]("two-targets", out=tmp_path)
+    SCRIPT["sweep"](config, config.settings(), "sweep", 16)
+    [(truths, _, grid)] = given
+    assert grid.x.shape == (2, 61**2)
+    for truth in truths.values():
+        means = np.asarray(truth.target.means)
+        apart = np.abs(np.asarray(grid.patch.x)[:, None, :] - means[:, :, None]).max(axis=0).min(axis=1)
+        assert (apart < np.sqrt(grid.cell) / 3).all()
+
+
 def test_more_seeds_make_larger_calls_possible():
     config = SCRIPT["Config"]("plane", seeds=512, first_seed=100)
     grid = SCRIPT["grid_of"](config.settings())

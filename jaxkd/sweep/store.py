@@ -138,7 +138,12 @@ class Template:
     coordinates: Mapping[str, Sequence] = field(default_factory=dict)
 
     def __post_init__(self):
-        taken = {*self.grid.dims, *self.grid.axes, *self.coordinates, LEDGER, _BLOCK}
+        of_grid = {*self.grid.dims, *self.grid.axes}
+        if clash := sorted({LEDGER, _BLOCK} & {*of_grid, *self.coordinates}):
+            raise ValueError(f"axis {clash[0]!r} bears a name that is the ledger's: name it otherwise")
+        if clash := sorted(of_grid & {*self.coordinates}):
+            raise ValueError(f"coordinates names {clash[0]!r}, which is an axis of the grid: name it otherwise")
+        taken = {*of_grid, *self.coordinates, LEDGER, _BLOCK}
         if clash := sorted(taken & set(self.variables)):
             raise ValueError(f"variable {clash[0]!r} bears the name of an axis or of the ledger: name it otherwise")
         known = {**self.variables, **self.grid.coordinates(), **self.coordinates}
@@ -147,6 +152,8 @@ class Template:
         lengths = {name: len(values) for name, values in self.coordinates.items()}
         for name, variable in self.variables.items():
             for dim, length in zip(self.own_dims(name), variable.shape, strict=True):
+                if dim in {*of_grid, LEDGER, _BLOCK}:
+                    raise ValueError(f"variable {name!r} has a dimension of its own named {dim!r}, which is taken")
                 if lengths.setdefault(dim, length) != length:
                     raise ValueError(
                         f"variable {name!r} is {length} long along {dim!r}, which has {lengths[dim]} places"
