@@ -205,7 +205,7 @@ def to_dataset(
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
         outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
         found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
-        beside = _components(whole.model) | {_OF_MODES: np.asarray(whole.metrics.mode_mass)}
+        beside = _components(whole.model) | {_OF_MODES: _quantities(whole)[_OF_MODES]}
         for name, values in (found | _by_point(beside, stages, points)).items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))

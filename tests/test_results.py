@@ -185,6 +185,22 @@ def test_nothing_was_measured_of_a_model_that_failed():
         np.testing.assert_array_equal(found[name], kept[name])
 
 
+def test_masses_of_modes_of_a_model_that_failed_are_not_told(monkeypatch):
+    whole = measured
+
+    def struck(models):
+        one = whole(models)
+        failed = one.record.failed.copy()
+        failed[1, 0] = True
+        return one._replace(record=one.record._replace(failed=failed))
+
+    monkeypatch.setitem(globals(), "measured", struck)
+    dataset = labelled()
+    assert dataset.failed.any() and not dataset.failed.all()
+    np.testing.assert_array_equal(dataset.mode_mass.isnull().all("mode"), dataset.failed)
+    np.testing.assert_array_equal(dataset.target_mass.isnull(), dataset.failed)
+
+
 def test_what_is_held_to_another_reference_has_no_optimum(monkeypatch):
     axes = ("kl_coef",)
     monkeypatch.setitem(pipelines.STAGES, "again", pipelines.Align(start="align_kd", reference="align_kd"))
