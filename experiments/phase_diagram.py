@@ -409,7 +409,7 @@ def main(config: Config) -> None:
     import jax
     import xarray as xr
 
-    from jaxkd import phase_diagram
+    from jaxkd import phase_report
 
     begin = time.perf_counter()
     settings = config.settings()
@@ -423,7 +423,7 @@ def main(config: Config) -> None:
     print("\n".join(map(str, reports)))
     names = ["sweep", "more_weights"][: len(reports)]
     stores = {name: xr.open_zarr(config.folder / f"{name}.zarr") for name in names}
-    print(phase_diagram.report(stores, config.folder))
+    print(phase_report.report(stores, config.folder))
     print(f"in {time.perf_counter() - begin:.0f} s")
 
 

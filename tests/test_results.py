@@ -15,7 +15,19 @@ from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 from scipy import stats
 
-from jaxkd import align, figures, laboratory, metrics, mixture, phase_diagram, pipelines, results, theory
+from jaxkd import (
+    align,
+    figures,
+    laboratory,
+    metrics,
+    mixture,
+    phase_figures,
+    phase_report,
+    pipelines,
+    recovery,
+    results,
+    theory,
+)
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.laboratory import LaboratorySettings, Measured, Optimum, Outcome, Points, Prepared
 from jaxkd.truth import make_truth
@@ -445,9 +457,9 @@ def test_the_order_that_the_readme_adds_reaches_results_tables_and_figures(readm
     dims = ("capacity", "seed", *results.INNER_DIMS)
     coords = {"capacity": [4], "seed": [0, 1, 2], "temperature": [1.0, 0.25], "kl_coef": [0.3, 1.0], "stage": [*names]}
     store = xr.Dataset({name: (dims[: 1 + values.ndim], values[None]) for name, values in found.items()}, coords)
-    summary = phase_diagram.summarise(store)
-    assert readme_order in {row["arm"] for row in phase_diagram.rows_of(summary)}
-    phase_diagram.draw_along(store, summary, phase_diagram.VIEWS["rescue"], tmp_path / "along.png")
+    summary = recovery.summarise(store)
+    assert readme_order in {row["arm"] for row in phase_report.rows_of(summary)}
+    phase_figures.draw_along(store, summary, phase_figures.VIEWS["rescue"], tmp_path / "along.png")
 
     shared = sum(len(pipelines.places(name, {"temperature": 2, "kl_coef": 2})) for name in laboratory.PREPARED)
     parts = [
