@@ -41,24 +41,26 @@ from jaxkd.sweep import engine
 MS_A_RUN_LIMIT = 6.0
 TORCH_RATIO_LIMIT, TORCH_RATIO_AIM = 40.0, 60.0
 FACTORS = (1, 2, 4, 8)
+DEFAULTS = {"runs": 64, "chunks": (1, 4, 16, 32), "loop_runs": 8, "torch_runs": 2, "repetitions": 5}
+QUICK = {"runs": 16, "chunks": (8,), "loop_runs": 4, "torch_runs": 1, "repetitions": 2}
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """What to time."""
 
-    runs: int = 64
-    """Runs in a call of the engine; for the widest chunks as many more as all devices take at a time."""
-    chunks: tuple[int, ...] = (1, 4, 16, 32)
-    """Runs that a device computes at a time."""
+    runs: int | None = None
+    """Runs in a call of the engine, 64 by default; for the widest chunks as many more as all devices take at a time."""
+    chunks: tuple[int, ...] | None = None
+    """Runs that a device computes at a time; 1, 4, 16 and 32 by default."""
     devices: tuple[int, ...] | None = None
     """Numbers of devices; by default one and all. On a CPU each core is a device."""
-    loop_runs: int = 8
-    """Runs of the jitted loop in a repetition."""
-    torch_runs: int = 2
-    """Runs of each PyTorch process in a repetition; 0 leaves PyTorch out."""
-    repetitions: int = 5
-    """Repetitions of every timing."""
+    loop_runs: int | None = None
+    """Runs of the jitted loop in a repetition, 8 by default."""
+    torch_runs: int | None = None
+    """Runs of each PyTorch process in a repetition, 2 by default; 0 leaves PyTorch out."""
+    repetitions: int | None = None
+    """Repetitions of every timing, 5 by default."""
     growth: bool = True
     """Whether to measure how the cost grows."""
     workload: Workload = field(default_factory=Workload)
@@ -66,14 +68,15 @@ class Benchmark:
     out: Path = Path("runs/benchmark_sweep")
     """Folder for the JSON and the figure; files of an earlier benchmark are replaced."""
     quick: bool = False
-    """A run of about a minute: 2 repetitions, one chunk, growth over the runs alone and from its two ends. Its ratios
-    are rough."""
+    """A run of about a minute: 2 repetitions of fewer runs and one chunk, unless others are given, growth over the runs
+    alone and from its two ends. Its ratios are rough."""
 
     def __post_init__(self):
         from jaxkd import checks
 
         for name, least in (("runs", 1), ("loop_runs", 1), ("torch_runs", 0), ("repetitions", 1)):
-            checks.whole(f"--{name.replace('_', '-')}", getattr(self, name), least=least)
+            if getattr(self, name) is not None:
+                checks.whole(f"--{name.replace('_', '-')}", getattr(self, name), least=least)
         for flag, values in (("--chunks", self.chunks), ("--devices", self.devices)):
             if values is not None:
                 checks.numbers(flag, values, least=1)
@@ -83,11 +86,9 @@ class Benchmark:
                 checks.whole(f"--workload.{name} (--no-growth allows less)", getattr(self.workload, name), least=least)
 
     def resolved(self) -> "Benchmark":
-        """The benchmark with --quick carried out."""
-        if not self.quick:
-            return self
-        return replace(self, runs=min(self.runs, 16), chunks=(8,), loop_runs=4, torch_runs=min(self.torch_runs, 1),
-                       repetitions=2)  # fmt: skip
+        """The benchmark with its defaults, or those of --quick, in the place of flags that were not given."""
+        defaults = QUICK if self.quick else DEFAULTS
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 def growth_workloads(workload: Workload, factors=FACTORS) -> dict[str, list[tuple[int, Workload]]]:

@@ -14,7 +14,7 @@ import tyro
 
 from jaxkd.sweep import engine
 
-QUICK_SEEDS = 16
+SEEDS, QUICK_SEEDS = 256, 16
 ALL_ALGORITHMS = ("ppo", "online_dpo", "offline_dpo_ref", "offline_dpo_data")
 
 
@@ -22,13 +22,14 @@ ALL_ALGORITHMS = ("ppo", "online_dpo", "offline_dpo_ref", "offline_dpo_data")
 class Config:
     """What to run. Every default is the setting of the README's table."""
 
-    seeds: int = 256
-    """Number of seeds; every arm, algorithm, temperature and coefficient of a seed shares base, data and keys."""
+    seeds: int | None = None
+    """Number of seeds, 256 by default; every arm, algorithm, temperature and coefficient of a seed shares base, data
+    and keys."""
     first_seed: int = 0
     """The first seed; the learning rates were tuned on seeds from 1000000 on."""
-    algorithms: tuple[str, ...] = ALL_ALGORITHMS
+    algorithms: tuple[str, ...] | None = None
     """Alignment algorithms: reinforce, ppo, grpo, online_dpo, offline_dpo_ref, offline_dpo_data, cdpo, robust_dpo,
-    ipo, simpo, kto."""
+    ipo, simpo, kto; ppo, online_dpo, offline_dpo_ref and offline_dpo_data by default."""
     arms: tuple[str, ...] = (
         "kd_align",
         "kd_align_sharpened",
@@ -69,16 +70,18 @@ class Config:
     overwrite: bool = False
     """Replace a store that is in that folder."""
     quick: bool = False
-    """A small run that finishes in well under a minute: 16 seeds and, unless algorithms are named, ppo alone."""
+    """A small run that finishes in well under a minute: 16 seeds and ppo alone, unless others are given."""
 
     def __post_init__(self):
         from jaxkd import checks, pipelines
         from jaxkd.align import ALGORITHMS, AlignmentSettings, check_label_noise
 
+        chosen = self._in_place()
+        seeds, algorithms = chosen["seeds"], chosen["algorithms"]
         checks.folder("--out", self.out)
-        checks.whole("--seeds", self.seeds, least=1)
-        checks.whole("--first-seed", self.first_seed, least=0, most=2**31 - 1 - self.seeds)
-        checks.names("--algorithms", self.algorithms, [name for name in ALGORITHMS if name != "orpo"])
+        checks.whole("--seeds", seeds, least=1)
+        checks.whole("--first-seed", self.first_seed, least=0, most=2**31 - 1 - seeds)
+        checks.names("--algorithms", algorithms, [name for name in ALGORITHMS if name != "orpo"])
         checks.names("--arms", self.arms, pipelines.arms())
         if "kd_align" not in self.arms:
             raise ValueError(f"--arms must contain kd_align, which the others are compared with; got {self.arms}")
@@ -90,28 +93,40 @@ class Config:
         checks.whole("--num-targets", self.num_targets, least=1, most=2)
         checks.name("--reward", self.reward, ["density", "bump", "disc", "log_density", "reflected", "clipped"])
         checks.number("--label-noise", self.label_noise, least=0.0, most=0.5)
-        check_label_noise("--label-noise", self.algorithms, [self.label_noise])
+        check_label_noise("--label-noise", algorithms, [self.label_noise])
         checks.whole("--steps", self.steps, least=1)
         if self.learning_rate is not None:
             checks.number("--learning-rate", self.learning_rate, above=0.0)
         checks.whole("--starts", self.starts, least=1)
         checks.whole("--batch-size", self.batch_size, least=1)
-        for algorithm in self.algorithms:
+        for algorithm in algorithms:
             try:
                 AlignmentSettings(algorithm=algorithm, num_updates=self.steps)
             except ValueError as error:
                 raise ValueError(f"--steps: {error}") from None
 
+    def _in_place(self) -> dict:
+        """What --quick changes: given flags win over it."""
+        algorithms = ("ppo",) if self.quick else ALL_ALGORITHMS
+        return {
+            "seeds": (QUICK_SEEDS if self.quick else SEEDS) if self.seeds is None else self.seeds,
+            "algorithms": algorithms if self.algorithms is None else self.algorithms,
+        }
+
     def resolved(self) -> "Config":
         """The configuration with --quick carried out."""
-        if not self.quick:
-            return self
-        chosen = self.algorithms if self.algorithms != ALL_ALGORITHMS else ("ppo",)
-        return replace(self, seeds=min(self.seeds, QUICK_SEEDS), algorithms=chosen)
+        return replace(self, **self._in_place())
 
     def results_depend_on(self) -> dict:
-        """All but what changes only where and how fast the results are made."""
-        return {key: value for key, value in asdict(self).items() if key not in ("out", "overwrite", "quick")}
+        """All but what changes only where and how fast the results are made; the learning rates that are used."""
+        own = {key: value for key, value in asdict(self).items() if key not in ("out", "overwrite", "quick")}
+        return own | {"learning_rate": {name: self.learning_rate_of(name) for name in self.algorithms}}
+
+    def learning_rate_of(self, algorithm: str) -> float:
+        """The one that was asked for, else the algorithm's tuned one."""
+        from jaxkd.align import ALGORITHMS
+
+        return self.learning_rate or ALGORITHMS[algorithm].learning_rate
 
 
 def runs_of(config: Config):
@@ -125,7 +140,8 @@ def runs_of(config: Config):
     keys = jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds))
     truth = make_truth(targets=config.targets, num_targets=config.num_targets, target_weight=config.target_weight)
     points = laboratory.Points(jnp.asarray(config.temperatures), jnp.asarray(config.kl_coefs))
-    return keys, truth, points, metrics.make_grid(truth)
+    grid = metrics.make_grid(truth, points=settings_of(config, config.algorithms[0]).grid_points)
+    return keys, truth, points, grid
 
 
 def settings_of(config: Config, algorithm: str):
@@ -166,9 +182,9 @@ def coefficients_of(config: Config, algorithm: str, learning_rate: float | None 
     """The traced coefficients of one algorithm."""
     import jax.numpy as jnp
 
-    from jaxkd.align import ALGORITHMS, Coefficients, label_coefficients
+    from jaxkd.align import Coefficients, label_coefficients
 
-    rate = learning_rate or config.learning_rate or ALGORITHMS[algorithm].learning_rate
+    rate = learning_rate or config.learning_rate_of(algorithm)
     chosen = Coefficients(learning_rate=rate, **label_coefficients(algorithm, config.label_noise))
     return Coefficients(*(jnp.float32(value) for value in chosen))
 

@@ -362,11 +362,13 @@ def sweep(config: Config, settings: Settings, name: str, default_chunk: int | No
     points = laboratory.Points(jnp.asarray(settings.temperatures), jnp.asarray(settings.kl_coefs))
     depends_on = {"preset": config.preset} | {key: value for key, value in asdict(settings).items() if key not in SEEDS}
     depends_on |= fixed_settings(settings, config.quick)
+    grid_points = depends_on["laboratory"]["grid_points"]
     return run_sweep(
         run,
         grid_of(settings),
         config.folder / f"{name}.zarr",
-        shared=(truths, points, metrics.make_grid(next(iter(truths.values())))),
+        # Finer around all targets that there are.
+        shared=(truths, points, metrics.make_grid(truths[max(truths)], points=grid_points)),
         settings=of_block,
         finish=lambda outcome, block: results.of_runs(
             outcome,
@@ -407,7 +409,7 @@ def main(config: Config) -> None:
     import jax
     import xarray as xr
 
-    from jaxkd import phase_diagram
+    from jaxkd import phase_report
 
     begin = time.perf_counter()
     settings = config.settings()
@@ -421,7 +423,7 @@ def main(config: Config) -> None:
     print("\n".join(map(str, reports)))
     names = ["sweep", "more_weights"][: len(reports)]
     stores = {name: xr.open_zarr(config.folder / f"{name}.zarr") for name in names}
-    print(phase_diagram.report(stores, config.folder))
+    print(phase_report.report(stores, config.folder))
     print(f"in {time.perf_counter() - begin:.0f} s")
 
 

@@ -24,7 +24,7 @@ def main(config: Config) -> None:
     """Open, draw and print."""
     import xarray as xr
 
-    from jaxkd import phase_diagram
+    from jaxkd import phase_report
 
     folder = config.store.parent if config.store.suffix == ".zarr" else config.store
     paths = {name: folder / f"{name}.zarr" for name in ("sweep", "more_weights")}
@@ -33,7 +33,7 @@ def main(config: Config) -> None:
         raise ValueError(f"STORE must be a folder that holds sweep.zarr; got {config.store}")
     out = config.out or folder
     out.mkdir(parents=True, exist_ok=True)
-    print(phase_diagram.report({name: xr.open_zarr(path) for name, path in stores.items()}, out))
+    print(phase_report.report({name: xr.open_zarr(path) for name, path in stores.items()}, out))
 
 
 if __name__ == "__main__":

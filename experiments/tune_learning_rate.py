@@ -70,7 +70,7 @@ def main(tuning: Tuning) -> None:
                 laboratory.made_by(settings_of(config, algorithm)),
                 config.temperatures,
                 config.kl_coefs,
-                range(tuning.seeds),
+                range(config.first_seed, config.first_seed + config.seeds),
                 num_components=8,
             )
             distance = dataset.distance_to_gibbs.sel(stage=["aligned_base", "kd_align"])

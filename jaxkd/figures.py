@@ -97,7 +97,7 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
       dataset: as `results.to_dataset` makes it, or the store opened.
       paths: files to write; their endings choose the formats.
     """
-    dataset = dataset.load()
+    dataset = dataset.sortby("kl_coef").load()
     arms = [name for name in pipelines.arms() if name in dataset.stage.values]
     temperature = float(dataset.temperature.min())
     with plt.rc_context(STYLE):
@@ -131,8 +131,16 @@ def telling_cell(dataset: xr.Dataset) -> tuple[str, float, int]:
     shown = "align_kd" if "align_kd" in dataset.stage.values else str(dataset.stage.values[-1])
     gain = cell.target_mass.sel(stage=shown) - cell.target_mass.sel(stage="kd_align")
     kl_coef = float(gain.mean("seed").fillna(-np.inf).idxmax())
-    ranked = gain.sel(kl_coef=kl_coef).fillna(-np.inf).sortby(gain.sel(kl_coef=kl_coef).fillna(-np.inf))
+    gain = gain.sel(kl_coef=kl_coef)
+    # A seed of which a run failed is shown where there is no other.
+    known = gain.dropna("seed") if gain.notnull().any() else gain.fillna(0.0)
+    ranked = known.sortby(known)
     return algorithm, kl_coef, int(ranked.seed.values[(ranked.size - 1) // 2])
+
+
+def _is_a_density(cell: xr.Dataset) -> bool:
+    """Whether a stored mixture can be drawn: alignments that failed end in parameters that are no numbers."""
+    return all(np.isfinite(cell[f"component_{name}"]).all() for name in ("weight", "mean", "covariance"))
 
 
 def _density(cell: xr.Dataset, x: np.ndarray) -> np.ndarray:
@@ -187,8 +195,9 @@ def _models_of_one_seed(part, dataset: xr.Dataset, arms, temperature) -> None:
     for axis, stage in zip(axes[1:], stages, strict=False):  # an odd number leaves a place
         one = cell.sel(stage=stage)
         _one_model(axis, one, x, LABELS[stage], COLOURS[stage], dataset)
+        mass = float(one.target_mass)
         axis.text(
-            0.03, 0.03, f"target mass {float(one.target_mass):.3f}", transform=axis.transAxes, fontsize=7,
+            0.03, 0.03, "failed" if np.isnan(mass) else f"target mass {mass:.3f}", transform=axis.transAxes, fontsize=7,
             va="bottom", bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5},
         )  # fmt: skip
     for axis in axes[1 + len(stages) :]:
@@ -215,12 +224,12 @@ def _truth_cell(dataset: xr.Dataset) -> xr.Dataset:
 
 def _one_model(axis, cell, x, title, colour, dataset) -> None:
     axis.set_title(title, color=colour)
-    density = _density(cell, x)
-    # Levels a factor of four apart show rare modes beside common ones.
-    levels = 1.6 * 4.0 ** np.arange(-4, 3)
-    axis.contour(x[0], x[1], density, levels=levels, colors=colour, linewidths=0.5, alpha=0.8)
-    draws = _draws(cell, 300, seed=0)
-    axis.scatter(draws[0], draws[1], s=1.5, color=colour, alpha=0.45, linewidths=0)
+    if _is_a_density(cell):
+        # Levels a factor of four apart show rare modes beside common ones.
+        levels = 1.6 * 4.0 ** np.arange(-4, 3)
+        axis.contour(x[0], x[1], _density(cell, x), levels=levels, colors=colour, linewidths=0.5, alpha=0.8)
+        draws = _draws(cell, 300, seed=0)
+        axis.scatter(draws[0], draws[1], s=1.5, color=colour, alpha=0.45, linewidths=0)
     radius = TARGET_RADIUS * np.sqrt(float(dataset.truth_variance))
     for mode in np.flatnonzero(dataset.truth_is_target.values):
         axis.add_patch(
@@ -282,6 +291,12 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
     part.legend(handles=handles, title=within, title_fontsize=7, loc="outside lower center", ncols=4, frameon=False)
 
 
+def _quartiles(values: xr.DataArray) -> np.ndarray:
+    """Over the seeds that did not fail, [3, …]; NaN where all did."""
+    known = values.notnull().any("seed")
+    return values.where(known, 0.0).quantile([0.25, 0.5, 0.75], "seed").where(known).values
+
+
 def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
     _head(
         part,
@@ -308,8 +323,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
             )
         for arm in arms:
             chosen = cell.sel(algorithm=algorithm, stage=arm)
-            kl = chosen.kl_to_base.quantile([0.25, 0.5, 0.75], "seed").values
-            reward = chosen.reward.quantile([0.25, 0.5, 0.75], "seed").values
+            kl, reward = _quartiles(chosen.kl_to_base), _quartiles(chosen.reward)
             axis.plot(kl[1], reward[1], color=COLOURS[arm], lw=0.8, alpha=0.7)
             for i, size in enumerate(sizes):
                 axis.errorbar(

@@ -189,13 +189,18 @@ def _optimum(bench: metrics.Bench, reference: Mixture, reward, key, kl_coefs) ->
         x = mixture.sample(reference, key, 4 * bench.truth_draws.shape[-1])
         log_reference, values, inside = jnp.zeros_like(x[0]), reward(x), on_target(bench.truth, x).astype(x.dtype)
     else:
-        log_reference, values = mixture.log_density(reference, bench.grid.x), bench.grid_field.reward
-        inside = jnp.where(bench.truth.is_target[:, None], bench.grid.inside, 0.0).sum(axis=0)
+        # A Gibbs policy may be narrower than a cell: its standard deviation is sqrt(variance·β / peak).
+        patch, num_points = bench.grid.patch, bench.grid.x.shape[1]
+        log_density = mixture.log_density(reference, jnp.concatenate([bench.grid.x, patch.x], axis=1))
+        log_reference = log_density + jnp.log(jnp.concatenate([patch.rest, patch.window]))
+        values = jnp.concatenate([bench.grid_field.reward, reward(patch.x)])
+        inside = jnp.concatenate([bench.grid.inside, patch.inside], axis=1)
+        inside = jnp.where(bench.truth.is_target[:, None], inside, 0.0).sum(axis=0)
     gibbs = jax.vmap(lambda kl_coef: theory.gibbs(log_reference, values, inside, kl_coef))(kl_coefs)
     optimum = Optimum(gibbs, theory.half_mass_coefficient(log_reference, values, inside))
     if bench.grid is None:
         return optimum
-    holds = metrics.grid_holds(bench, log_reference)
+    holds = metrics.grid_holds(bench, log_density[:num_points])
     return jax.tree.map(lambda leaf: jnp.where(holds, leaf, jnp.nan), optimum)
 
 

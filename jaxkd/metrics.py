@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 import scipy.stats
 
 from jaxkd import mixture, random
@@ -71,6 +72,30 @@ class Metrics(NamedTuple):
     mode_mass: jax.Array
 
 
+class Patch(NamedTuple):
+    """Finer cells around the targets, for what is narrower there than a cell.
+
+    A window that is 1 at a target's mean and falls smoothly to 0 parts every integral in two: within it on the finer
+    points, the rest on the grid. Both parts are smooth, so that each keeps the accuracy of the midpoint rule; finer
+    cells in the place of the grid's own would cost it at the seam.
+
+    Attributes:
+      x: points, [2, fine points].
+      inside: share of each fine cell inside each mode's disc, [modes, fine points].
+      window: times the share of a cell that a fine one is, [fine points].
+      rest: 1 less the window, [points].
+    """
+
+    x: jax.Array
+    inside: jax.Array
+    window: jax.Array
+    rest: jax.Array
+
+
+_WINDOW, _EDGE, _PARTS = 3.0, 1.2, 3
+"""Radius of the window and width of its edge, in cells; in how many parts the side of a cell within it is cut."""
+
+
 class Grid(NamedTuple):
     """A midpoint grid in the plane with what does not depend on the policy.
 
@@ -78,11 +103,13 @@ class Grid(NamedTuple):
       x: points, [2, points].
       cell: area of a cell.
       inside: share of each cell inside each mode's disc, [modes, points].
+      patch: finer cells around the targets; policies are measured without them, their Gibbs optima with them.
     """
 
     x: jax.Array
     cell: jax.Array
     inside: jax.Array
+    patch: Patch
 
 
 def make_grid(truth: Truth, *, extent: float | None = None, points: int = 121, subdivisions: int = 8) -> Grid:
@@ -111,7 +138,30 @@ def make_grid(truth: Truth, *, extent: float | None = None, points: int = 121, s
     inside = jnp.zeros((means.shape[1], x.shape[1]), jnp.float32)
     for shift in np.stack(np.meshgrid(offsets, offsets, indexing="ij")).reshape(2, -1).T:
         inside = inside + discs(truth, jnp.asarray(x + shift[:, None], jnp.float32)).astype(jnp.float32)
-    return Grid(jnp.asarray(x), jnp.float32(step**2), inside / subdivisions**2)
+    inside = inside / subdivisions**2
+    return Grid(jnp.asarray(x), jnp.float32(step**2), inside, _patch(truth, x, step, np.asarray(inside)))
+
+
+def _patch(truth: Truth, x: np.ndarray, step: float, inside: np.ndarray) -> Patch:
+    """Cut the cells around the targets' means; each part lies inside the discs as its cell does."""
+    targets = np.asarray(truth.modes.means, np.float64)[:, np.asarray(truth.is_target)]
+
+    def window(x):
+        apart = np.sqrt(((x[:, :, None] - targets[:, None, :]) ** 2).sum(axis=0).min(axis=1)) / step
+        return np.where(apart < _WINDOW + 3 * _EDGE, scipy.special.erfc((apart - _WINDOW) / _EDGE) / 2, 0.0)
+
+    here = window(x)
+    offsets = ((np.arange(_PARTS) + 0.5) / _PARTS - 0.5) * step
+    shifts = np.stack(np.meshgrid(offsets, offsets, indexing="ij")).reshape(2, 1, -1)
+    # One cell more, for parts of a cell may lie within where its middle does not.
+    cut = np.max([window(x + shift) for shift in shifts.T.reshape(-1, 2, 1)], axis=0) > 0
+    fine = (x[:, cut, None] + shifts).reshape(2, -1)
+    return Patch(
+        *(
+            jnp.asarray(values, jnp.float32)
+            for values in (fine, np.repeat(inside[:, cut], _PARTS**2, axis=1), window(fine) / _PARTS**2, 1 - here)
+        )
+    )
 
 
 class Field(NamedTuple):

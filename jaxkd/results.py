@@ -38,9 +38,16 @@ UNITS = {
     "mode_mass": ("mass of each mode's disc", "1"),
     "from_grid": ("measured by quadrature (else by Monte Carlo)", "1"),
     "failed": ("ended in numbers that are not finite", "1"),
-    "first_hit_step": ("first step that saw a draw on a target (NaN: none did)", "step"),
-    "target_hits": ("draws on a target seen while aligning (of a fixed set, once a pass through it)", "draw"),
-    "clip_fraction": ("share of clipped ratios", "1"),
+    "first_hit_step": (
+        "first step that saw a draw on a target (NaN: none did, or no alignment made this model last)",
+        "step",
+    ),
+    "target_hits": (
+        "draws on a target seen while aligning (of a fixed set, once a pass through it; NaN: no alignment made this "
+        "model last)",
+        "draw",
+    ),
+    "clip_fraction": ("share of clipped ratios (NaN: no alignment made this model last)", "1"),
     "gibbs_reward": ("mean reward of the reference's Gibbs policy", "reward"),
     "gibbs_target_mass": ("target mass of the reference's Gibbs policy", "1"),
     "gibbs_objective": ("objective J* of the reference's Gibbs policy", "reward"),
@@ -120,7 +127,8 @@ def of_runs(
     from `target_mass` and `target_balance`.
 
     Args:
-      outcome: from `laboratory.run_seed`, runs leading.
+      outcome: from `laboratory.run_seed`, runs leading. What Gibbs policies say is NaN for models that were held to a
+        reference without an optimum there.
       names: `laboratory.every_model`.
       temperatures: τ of the distillations, [temperatures].
       kl_coefs: β, [coefficients].
@@ -135,16 +143,15 @@ def of_runs(
     del quantities[_OF_MODES]
     found = _by_point(quantities, names, points)
     # The optimum of an arm is that of the model which its policy was held to.
-    optima = {name: outcome.optima[pipelines.reference_of(name)] for name in names}
+    references = [pipelines.reference_of(name) for name in names]
+    unknown = np.full((len(outcome.base_failed), *lengths.values()), np.nan, np.float32)
 
     def of_reference(value_of, *own_axes):
-        return np.stack(
-            [
-                _spread(value_of(optima[name]), (*pipelines.axes_of(pipelines.reference_of(name)), *own_axes), lengths)
-                for name in names
-            ],
-            axis=3,
-        )
+        of_each = {
+            reference: _spread(value_of(optimum), (*pipelines.axes_of(reference), *own_axes), lengths)
+            for reference, optimum in outcome.optima.items()
+        }
+        return np.stack([of_each.get(reference, unknown) for reference in references], axis=3)
 
     for field in theory.Gibbs._fields:
         found[f"gibbs_{field}"] = of_reference(lambda optimum, f=field: getattr(optimum.gibbs, f), "kl_coef")
@@ -198,7 +205,7 @@ def to_dataset(
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
         outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
         found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
-        beside = _components(whole.model) | {_OF_MODES: np.asarray(whole.metrics.mode_mass)}
+        beside = _components(whole.model) | {_OF_MODES: _quantities(whole)[_OF_MODES]}
         for name, values in (found | _by_point(beside, stages, points)).items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
@@ -264,12 +271,16 @@ def _components(model: mixture.Mixture) -> dict[str, np.ndarray]:
 
 
 def _quantities(measured: Measured) -> dict[str, np.ndarray]:
-    """What was measured and recorded, [seed, point of the stack] each."""
+    """What was measured and recorded, [seed, point of the stack] each; of models that failed nothing was measured."""
     values = {key: np.asarray(value) for key, value in measured.metrics._asdict().items()}
     finite = np.all([np.isfinite(values[key]) for key in ("reward", "target_mass", "kl_to_base")], axis=0)
-    values["from_grid"] = np.asarray(measured.from_grid)
     record = {key: np.asarray(value) for key, value in measured.record._asdict().items()}
-    return values | record | {"failed": ~finite | record["failed"]}
+    failed = ~finite | record["failed"]
+    # Comparisons with NaN are false: masses and shares of what is no number would be 0, as if they had been measured.
+    for key, value in values.items():
+        of_each = failed.reshape(*failed.shape, *[1] * (value.ndim - failed.ndim))
+        values[key] = np.where(of_each, value.dtype.type(np.nan), value)
+    return values | record | {"from_grid": np.asarray(measured.from_grid), "failed": failed}
 
 
 _ALSO_READ = (
@@ -292,7 +303,8 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
     reward differences have a paired bootstrap interval. A pair of which either run failed leaves both; beside them
     stand the same with failures scored as mass 0 and reward 0 (`…_failures_as_0`), of rewards NaN where some model
     earns less than 0, for then 0 is no bound. Where there are several targets, each one's mass has a column of its own
-    (`target_mass_1_median`, …, in the order of the modes).
+    (`target_mass_1_median`, …, in the order of the modes). `bases_failed` is how many bases merge or miss a
+    mode.
     """
     rows, targets = [], _several_targets(dataset)
     zero_is_least = not bool((dataset.reward < 0).any())
@@ -301,7 +313,7 @@ def table(dataset: xr.Dataset, baseline: str = "kd_align", num_resamples: int = 
             for kl_coef in dataset.kl_coef.values:
                 cell = dataset.sel(algorithm=algorithm, temperature=temperature, kl_coef=kl_coef)
                 # Loaded once a cell: the comparisons below read it many times.
-                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ, *([_OF_MODES] if targets else [])]].load()
+                cell = cell[[*TABLE_QUANTITIES, *_ALSO_READ, "base_failed", *([_OF_MODES] if targets else [])]].load()
                 for stage in dataset.stage.values:
                     key = {
                         "algorithm": str(algorithm),
@@ -365,6 +377,7 @@ def _row(cell: xr.Dataset, stage: str, baseline: str, num_resamples: int, zero_i
     shortfall = (1 - arm.objective / arm.gibbs_objective).where(arm.distance_to_gibbs.notnull())
     row["objective_shortfall_median"] = _nanmedian(shortfall.values)
     row["from_grid"] = float(arm.from_grid.values.mean())
+    row["bases_failed"] = int(cell.base_failed.sum())
     comparison = {"recovery_difference": None, "mcnemar_p": None, "reward_difference": None}
     comparison |= {"reward_difference_low": None, "reward_difference_high": None}
     comparison |= {"recovery_difference_failures_as_0": None, "mcnemar_p_failures_as_0": None}

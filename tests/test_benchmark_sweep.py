@@ -181,6 +181,19 @@ def test_a_benchmark_ends_in_json_figure_and_ratios(script, tiny, tmp_path, caps
     assert json.loads(written["provenance"]["configuration"])["workload"]["points"] == 64
 
 
+def test_flags_that_are_given_win_over_quick(script):
+    bench = script("benchmark_sweep")
+    given = {"runs": 40, "chunks": (2, 3), "loop_runs": 9, "torch_runs": 5, "repetitions": 7}
+    for quick in (False, True):
+        chosen = bench.Benchmark(quick=quick, **given).resolved()
+        assert {name: getattr(chosen, name) for name in given} == given
+    quick, whole = (bench.Benchmark(quick=quick).resolved() for quick in (True, False))
+    assert (quick.runs, quick.chunks, quick.loop_runs, quick.torch_runs, quick.repetitions) == (16, (8,), 4, 1, 2)
+    assert (whole.runs, whole.chunks, whole.loop_runs, whole.torch_runs, whole.repetitions) == (
+        64, (1, 4, 16, 32), 8, 2, 5,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -62,6 +62,48 @@ def test_each_algorithm_has_a_marker_of_its_own(drawn):
     assert "abscissae differ" in frontier.get_suptitle()
 
 
+def lost(dataset, **where):
+    """The content with some runs failed: nothing of them is a number."""
+    dataset = dataset.copy(deep=True)
+    for name in ("target_mass", "reward", "kl_to_base", "component_weight", "component_mean", "component_covariance"):
+        dataset[name].loc[where] = np.nan
+    return dataset
+
+
+def test_an_arm_that_failed_in_the_seed_shown_is_said_to_have_failed(drawn):
+    whole = content(["ppo"])
+    # In every seed, so that the seed shown is one of them.
+    figures.mog_order(lost(whole, stage="align_kd_sharpened"))
+    figures.mog_order(whole)
+    panels = [{axis.get_title(): axis for axis in figure.subfigs[0].axes} for figure in drawn]
+    title = figures.LABELS["align_kd_sharpened"]
+    for panel, is_drawn in zip(panels, (False, True), strict=True):
+        told = [text.get_text() for text in panel[title].texts]
+        assert (told == ["failed"]) is not is_drawn and bool(panel[title].collections) is is_drawn
+        assert panel["student"].collections
+
+
+def test_the_telling_seed_is_one_of_those_that_did_not_fail():
+    dataset = content(["ppo"])
+    of_each = xr.where(dataset.stage == "align_kd", 0.1 * (1 + dataset.seed), 0.0)
+    dataset["target_mass"] = (of_each + 0 * dataset.target_mass).transpose(*DIMS)
+    assert figures.telling_cell(dataset)[2] == 2
+    # The median of seeds 3 to 5; were failures the smallest gains it would be among them.
+    assert figures.telling_cell(lost(dataset, stage="kd_align", seed=[0, 1, 2]))[2] == 4
+    assert figures.telling_cell(lost(dataset, stage="align_kd", seed=[3, 4, 5]))[2] == 1
+    assert figures.telling_cell(lost(dataset, stage="align_kd"))[2] in range(6)
+
+
+def test_a_larger_coefficient_has_the_smaller_marker_whatever_the_order_of_flags(drawn):
+    dataset = content(["ppo"])
+    for one in (dataset, dataset.isel(kl_coef=[2, 0, 1])):
+        figures.mog_order(one)
+    first, second = (figure.subfigs[2].axes[0].get_lines() for figure in drawn)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.get_xydata(), b.get_xydata())
+        assert a.get_markersize() == b.get_markersize()
+
+
 def test_one_algorithm_has_nothing_to_differ_from(drawn):
     figures.mog_order(content(["ppo"]))
     assert "abscissae differ" not in drawn[0].subfigs[2].get_suptitle()

@@ -193,8 +193,10 @@ def test_the_gibbs_optimum_bounds_what_an_arm_reaches_against_its_reference(prep
 
 
 def test_the_optimum_of_a_reference_agrees_with_a_sum_in_double_precision(prepared):
-    reward = np.asarray(laboratory.make_reward("density", TRUTH)(GRID.x), np.float64)
-    reference = np.exp(np.asarray(mixture.log_density(prepared[0].models["base"], GRID.x), np.float64))
+    line = (np.arange(601) + 0.5) * 6 / 601 - 3
+    x = jnp.asarray(np.stack(np.meshgrid(line, line)).reshape(2, -1), jnp.float32)
+    reward = np.asarray(laboratory.make_reward("density", TRUTH)(x), np.float64)
+    reference = np.exp(np.asarray(mixture.log_density(prepared[0].models["base"], x), np.float64))
     for i, kl_coef in enumerate(np.asarray(POINTS.kl_coef, np.float64)):
         tilted = reference * np.exp(reward / kl_coef)
         optimum = jax.tree.map(lambda leaf: leaf[i], prepared[0].optima["base"].gibbs)  # noqa: B023
@@ -230,6 +232,28 @@ def test_an_optimum_is_told_only_of_a_reference_that_the_grid_holds(scale, held)
         assert np.isfinite(drawn).all()
     if held:
         np.testing.assert_allclose(by_grid.gibbs.objective, by_draws.gibbs.objective, rtol=0.1)
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_the_optimum_of_the_target_itself_has_its_closed_form_where_it_is_narrower_than_a_cell(num_targets):
+    truth = make_truth(num_targets=num_targets)
+    grid, reward = metrics.make_grid(truth), laboratory.make_reward("density", truth)
+    kl_coefs = np.array([0.03, 0.05, 0.1, 0.3, 1.5])
+
+    @jax.jit
+    def optimum():
+        bench = metrics.make_bench(jax.random.key(0), truth, truth.modes, reward, grid, 16)
+        return laboratory._optimum(bench, truth.target, reward, jax.random.key(1), jnp.asarray(kl_coefs, jnp.float32))
+
+    found = optimum().gibbs
+    assert 0.025 * np.sqrt(2 * np.pi * 0.1) < 0.5 * np.sqrt(grid.cell)
+    # Over its own draws the target's density is uniform between 0 and its peak.
+    peak = 1 / (2 * np.pi * 0.025 * num_targets)
+    scaled = peak / kl_coefs
+    best = kl_coefs * (scaled - np.log(scaled) + np.log1p(-np.exp(-scaled)))
+    # KL(policy ‖ Gibbs) takes its error from J* over β.
+    np.testing.assert_allclose(found.objective / kl_coefs, best / kl_coefs, atol=1e-3)
+    np.testing.assert_allclose(found.reward, peak / -np.expm1(-scaled) - kl_coefs, rtol=1e-3)
 
 
 # --- pairing and traces ----------------------------------------------------------------------------------------------

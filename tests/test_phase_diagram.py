@@ -16,7 +16,7 @@ import xarray as xr
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from jaxkd import phase_diagram, pipelines, statistics
+from jaxkd import phase_figures, phase_report, pipelines, recovery, statistics
 from jaxkd.align import ALGORITHMS, AlignmentSettings
 from jaxkd.sweep import engine
 
@@ -57,12 +57,16 @@ def finished(**axes):
         "target_recall": np.log(mass + 1e-9),
         "bounded_recall": np.full(shape, 0.9),
         "target_balance": np.full(shape, 0.5),
+        "from_grid": np.ones(shape, bool),
         "half_mass_coefficient": 100 * reference,
         "gibbs_target_log_odds": np.log(100 * reference / np.asarray(KL_COEFS)[:, None]),
     }
     dataset = xr.Dataset({name: (dims, values) for name, values in content.items()}, coords=coordinates)
+    if "num_targets" not in axes:
+        dataset["target_balance"] = 1 + blank
     dataset["base_failed"] = ((*axes,), np.zeros([sizes[dim] for dim in axes], bool))
     dataset["done"] = ("block", np.ones(3, np.int8))
+    dataset.attrs["versions"] = json.dumps({"jaxkd": "0.2.0", "jax": "0.10.2"})
     return dataset
 
 
@@ -80,14 +84,14 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def summary(dataset):
-    return phase_diagram.summarise(dataset)
+    return recovery.summarise(dataset)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures as they were when they were to be written."""
     figures = []
-    monkeypatch.setattr(phase_diagram, "save", lambda figure, paths: figures.append(figure))
+    monkeypatch.setattr(phase_figures, "save", lambda figure, paths: figures.append(figure))
     yield figures
     for figure in figures:
         plt.close(figure)
@@ -96,8 +100,8 @@ def drawn(monkeypatch):
 @pytest.fixture
 def few_resamples(monkeypatch):
     """Intervals of critical masses from few resamples, for tests that do not read them."""
-    few = functools.partial(phase_diagram.critical_mass, num_resamples=19)
-    monkeypatch.setattr(phase_diagram, "critical_mass", few)
+    few = functools.partial(recovery.critical_mass, num_resamples=19)
+    monkeypatch.setattr(phase_report, "critical_mass", few)
 
 
 def test_rates_and_tests_are_those_of_each_cell(dataset, summary):
@@ -122,7 +126,7 @@ def test_marks_are_made_over_all_cells_together(summary):
 def test_a_failed_run_takes_its_pair_out_of_both_rates(dataset):
     broken = dataset.copy(deep=True)
     broken.failed.loc[{"stage": "kd_align", "seed": [0, 1], "temperature": 1.0}] = True
-    cell = phase_diagram.summarise(broken).sel(capacity=4, temperature=1.0, kl_coef=0.3).squeeze()
+    cell = recovery.summarise(broken).sel(capacity=4, temperature=1.0, kl_coef=0.3).squeeze()
     kept = dataset.target_mass.sel(capacity=4, temperature=1.0, kl_coef=0.3).squeeze().isel(seed=slice(2, None)) > 0.5
     assert cell.recovery_baseline == pytest.approx(float(kept.sel(stage="kd_align").mean()))
     assert cell.recovery_challenger == pytest.approx(float(kept.sel(stage="align_kd").mean()))
@@ -136,7 +140,7 @@ def test_beside_the_rates_stand_those_with_failures_as_not_recovered(dataset, su
     lost = [0, 1, 2, 5, 9, 11, 12, 20]
     broken.failed.loc[cell | {"stage": "kd_align", "seed": lost}] = True
     broken.failed.loc[cell | {"stage": "align_kd", "seed": [20]}] = True
-    one = phase_diagram.summarise(broken).sel(cell)
+    one = recovery.summarise(broken).sel(cell)
     recovered = dataset.target_mass.sel(cell).transpose("stage", "seed") > 0.5
     first, second = (recovered.sel(stage=arm).values.copy() for arm in ("kd_align", "align_kd"))
     first[lost], second[20] = False, False
@@ -146,13 +150,13 @@ def test_beside_the_rates_stand_those_with_failures_as_not_recovered(dataset, su
     only = [int((a & ~b).sum()) for a, b in ((second, first), (first, second))]
     assert one.p_value_failures_as_0 == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
     assert one.p_value_failures_as_0 < 0.05 < one.p_value
-    row = next(row for row in phase_diagram.rows_of(one.expand_dims([*cell])) if row["arm"] == "kd_align")
+    row = next(row for row in phase_report.rows_of(one.expand_dims([*cell])) if row["arm"] == "kd_align")
     assert row["recovery_failures_as_0"] == pytest.approx(first.mean(), rel=1e-5) != row["recovery"]
     assert row["order_mcnemar_p_failures_as_0"] == pytest.approx(float(one.p_value_failures_as_0), rel=1e-5)
     told = []
     for store in (broken, dataset):
         store = store.assign_attrs(configuration=configuration("rescue"))
-        told.append(phase_diagram.report({"sweep": store}, tmp_path))
+        told.append(phase_report.report({"sweep": store}, tmp_path))
     assert "Models that failed numerically: 9" in told[0] and "With failures as not recovered" in told[0]
     assert "With failures as not recovered" not in told[1]
 
@@ -164,7 +168,7 @@ def test_the_boundary_is_that_of_the_student_as_a_reference(dataset, summary):
 
 
 def test_references_leave_out_one_component_and_count_each_base_once(dataset):
-    points = phase_diagram.references([dataset.isel(algorithm=0)], 0.3)
+    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
     students = 2 * len(TEMPERATURES) * SEEDS
     assert (~points.is_base).sum() == students and points.is_base.sum() == SEEDS
     assert set(points.seed[points.is_base]) == set(range(SEEDS))
@@ -174,8 +178,8 @@ def test_references_leave_out_one_component_and_count_each_base_once(dataset):
 
 def test_the_critical_mass_is_found_where_it_was_put(dataset):
     for kl_coef in KL_COEFS:
-        points = phase_diagram.references([dataset.isel(algorithm=0)], kl_coef)
-        found = phase_diagram.critical_mass(points, kl_coef, num_resamples=99)
+        points = recovery.references([dataset.isel(algorithm=0)], kl_coef)
+        found = recovery.critical_mass(points, kl_coef, num_resamples=99)
         low, high = found.by_mass.critical_interval
         assert 10**found.by_mass.critical == pytest.approx(kl_coef / 100, rel=0.15)
         assert low < np.log10(kl_coef / 100) * 0.97 and high > low
@@ -185,43 +189,43 @@ def test_the_critical_mass_is_found_where_it_was_put(dataset):
 
 
 def test_a_critical_mass_beyond_all_runs_is_said_to_be(dataset):
-    points = phase_diagram.references([dataset.isel(algorithm=0)], 0.3)
-    none = phase_diagram.References(**{**vars(points), "outcome": 0 * points.outcome})
-    assert "no mass seen suffices" in str(phase_diagram.critical_mass(none, 0.3, num_resamples=19))
-    far = phase_diagram.References(**{**vars(points), "half_mass_coefficient": 0 * points.outcome + 5})
-    assert np.isnan(phase_diagram.gibbs_mass(far, 0.3))
+    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
+    none = recovery.References(**{**vars(points), "outcome": 0 * points.outcome})
+    assert "no mass seen suffices" in str(recovery.critical_mass(none, 0.3, num_resamples=19))
+    far = recovery.References(**{**vars(points), "half_mass_coefficient": 0 * points.outcome + 5})
+    assert np.isnan(recovery.gibbs_mass(far, 0.3))
 
 
 def test_the_table_and_the_sentence_are_made_from_the_cells(summary):
-    text = phase_diagram.format_table(summary)
+    text = phase_report.format_table(summary)
     assert len(text.splitlines()) == 2 + len(KL_COEFS) * len(CAPACITIES)
     cell = summary.sel(capacity=2, temperature=0.25, kl_coef=1.0).squeeze()
     assert f"{float(cell.recovery_baseline):.2f}/{float(cell.recovery_challenger):.2f}*" in text
     several, lone = summary.sel(capacity=summary.capacity > 1), summary.sel(capacity=1)
-    told = phase_diagram.verdict(summary)
+    told = phase_report.verdict(summary)
     assert f"in {int(several.significant.sum())} of {several.difference.size} cells" in told
     assert f"K = 1, set apart: more often in {int(lone.significant.sum())} of {lone.difference.size}" in told
 
 
 def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
-    points = phase_diagram.references([dataset.isel(algorithm=0)], 0.3)
-    falling = phase_diagram.References(**{**vars(points), "outcome": (points.mass < np.median(points.mass)) * 0.9})
-    assert "no critical mass (recovery does not rise" in str(phase_diagram.critical_mass(falling, 0.3, 19))
+    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
+    falling = recovery.References(**{**vars(points), "outcome": (points.mass < np.median(points.mass)) * 0.9})
+    assert "no critical mass (recovery does not rise" in str(recovery.critical_mass(falling, 0.3, 19))
     # All but the lightest recover: a curve would place its half far below what was seen.
     rarely = points.mass > np.sort(points.mass)[1]
-    light = phase_diagram.References(**{**vars(points), "outcome": rarely * 0.9, "mass": 0.01 + 0.001 * rarely})
-    found = phase_diagram.critical_mass(light, 0.3, 19)
+    light = recovery.References(**{**vars(points), "outcome": rarely * 0.9, "mass": 0.01 + 0.001 * rarely})
+    found = recovery.critical_mass(light, 0.3, 19)
     assert found.is_seen == (found.seen[0] <= found.by_mass.critical <= found.seen[1])
     # With a small coefficient every optimum lies far on the target: the log-odds still differ.
-    sure = phase_diagram.References(**{**vars(points), "log_odds": points.log_odds + 120})
-    assert np.isfinite(phase_diagram.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
+    sure = recovery.References(**{**vars(points), "log_odds": points.log_odds + 120})
+    assert np.isfinite(recovery.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
 
 
 @pytest.mark.parametrize(("algorithm", "told"), [("ppo", True), ("grpo", False)])
 def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path, drawn, few_resamples):
     dataset = finished(algorithm=[algorithm])
     dataset.attrs["configuration"] = configuration("plane")
-    text = phase_diagram.report({"sweep": dataset}, tmp_path)
+    text = phase_report.report({"sweep": dataset}, tmp_path)
     assert ("Gibbs says" in text) is told and text.count("critical mass") >= 2
 
 
@@ -239,20 +243,44 @@ def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm
     ],
 )
 def test_boundaries_are_those_that_the_algorithm_has(algorithm, label_noise, expected):
-    found = phase_diagram.predictions(AlignmentSettings(algorithm=algorithm), label_noise)
+    found = recovery.predictions(AlignmentSettings(algorithm=algorithm), label_noise)
     assert (found.gibbs, found.draws_a_step, found.draws) == expected
 
 
 def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path, drawn, few_resamples):
-    one, other = finished(), finished()
+    one, other = finished(), finished(target_weight=[0.1])
     one.attrs["configuration"] = configuration("plane", target_weights=[0.03])
     other.attrs["configuration"] = configuration("plane", target_weights=[0.1], rewards=["disc"])
     with pytest.raises(ValueError, match=r"more_weights\.zarr is of another sweep \(rewards"):
-        phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+        phase_report.report({"sweep": one, "more_weights": other}, tmp_path)
     other.attrs["configuration"] = configuration(
         "plane", target_weights=[0.1], **{"axis seed": "0 to 3", "grid fingerprint": "ab", "block shape": [1]}
     )
-    assert "over" in phase_diagram.report({"sweep": one, "more_weights": other}, tmp_path)
+    told = phase_report.report({"sweep": one, "more_weights": other}, tmp_path)
+    assert f"over {4 * len(TEMPERATURES) * SEEDS + 2 * SEEDS} runs" in told
+    strange = other.assign_coords(seed=np.arange(SEEDS) + 1)
+    with pytest.raises(ValueError, match=rf"another sweep \(seed {SEEDS} there, none of the sweep's now"):
+        phase_report.report({"sweep": one, "more_weights": strange}, tmp_path)
+    other.attrs["versions"] = json.dumps({"jaxkd": "0.1.0", "jax": "0.10.2"})
+    with pytest.raises(ValueError, match=r"another sweep \(version of jaxkd: 0\.1\.0 there, 0\.2\.0 now"):
+        phase_report.report({"sweep": one, "more_weights": other}, tmp_path)
+
+
+def test_target_weights_that_the_sweep_holds_are_drawn_from_it_alone(tmp_path):
+    sweep = finished(target_weight=[0.003, 0.03])
+    sweep.attrs["configuration"] = configuration("plane", target_weights=[0.003, 0.03])
+    stale = finished(target_weight=[0.003]).isel(seed=slice(2))
+    # What is left over from another sweep, not even finished, is not looked at.
+    stale.attrs["configuration"] = configuration("plane", target_weights=[0.003], rewards=["disc"])
+    stale["done"] = ("block", np.zeros(3, np.int8))
+    alone = phase_report.report({"sweep": sweep}, tmp_path)
+    assert phase_report.report({"sweep": sweep, "more_weights": stale}, tmp_path) == alone
+    beside = finished(target_weight=[0.003, 0.1]).isel(seed=slice(2))
+    beside.attrs["configuration"] = configuration("plane", target_weights=[0.003, 0.1])
+    told = phase_report.report({"sweep": sweep, "more_weights": beside}, tmp_path)
+    # Of the store beside it only 0.1: two capacities, each base once.
+    count = (2 * (2 * len(TEMPERATURES)) + 2) * SEEDS + (2 * len(TEMPERATURES) + 1) * 2
+    assert f"over {count} runs" in told
 
 
 @pytest.mark.parametrize(
@@ -332,10 +360,30 @@ def test_the_chunk_of_a_store_is_kept_unless_another_is_asked_for(flags, expecte
         return engine.Report(tmp_path, 0, 0, 0, 5, 1, 0, 0, 0.0, 1.0, 0, 1, 0)
 
     monkeypatch.setattr(engine, "run_sweep", run_sweep)
-    monkeypatch.setattr(phase_diagram, "report", lambda *_: "")
+    monkeypatch.setattr(phase_report, "report", lambda *_: "")
     monkeypatch.setattr(xr, "open_zarr", lambda _: None)
     SCRIPT["main"](SCRIPT["Config"]("plane", out=tmp_path, **flags))
     assert calls == expected
+
+
+def test_the_grid_is_that_of_the_settings_and_finer_around_all_targets(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(engine, "run_sweep", lambda *_, shared, **__: given.append(shared))
+    fixed = SCRIPT["fixed_settings"]
+
+    def coarse(*settings):
+        told = fixed(*settings)
+        return told | {"laboratory": told["laboratory"] | {"grid_points": 61}}
+
+    monkeypatch.setitem(SCRIPT["sweep"].__globals__, "fixed_settings", coarse)
+    config = SCRIPT["Config"]("two-targets", out=tmp_path)
+    SCRIPT["sweep"](config, config.settings(), "sweep", 16)
+    [(truths, _, grid)] = given
+    assert grid.x.shape == (2, 61**2)
+    for truth in truths.values():
+        means = np.asarray(truth.target.means)
+        apart = np.abs(np.asarray(grid.patch.x)[:, None, :] - means[:, :, None]).max(axis=0).min(axis=1)
+        assert (apart < np.sqrt(grid.cell) / 3).all()
 
 
 def test_more_seeds_make_larger_calls_possible():
@@ -395,7 +443,7 @@ def quick_and_slow(presets):
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in presets]
 
 
-@pytest.mark.parametrize("preset", quick_and_slow(["plane", *phase_diagram.VIEWS]))
+@pytest.mark.parametrize("preset", quick_and_slow(["plane", *phase_figures.VIEWS]))
 def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     axes = {
         "noise": {"label_noise": [0.0, 0.2]},
@@ -408,7 +456,7 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     }.get(preset, {})
     dataset = finished(**axes)
     dataset.attrs["configuration"] = configuration(preset)
-    told = phase_diagram.report({"sweep": dataset}, tmp_path)
+    told = phase_report.report({"sweep": dataset}, tmp_path)
     assert "Align→KD recovers more often than KD→Align in" in told
     names = ["phase_diagram", "critical_mass"] if preset == "plane" else [preset]
     for name in names:
@@ -416,18 +464,19 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
         assert picture[..., :3].std() > 0.05
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
-    cells = phase_diagram.summarise(dataset).difference.size
+    cells = recovery.summarise(dataset).difference.size
+    assert ("target_balance_median" in rows[0]) is (preset == "two-targets")
     assert len(rows) == cells * 3 and {row["arm"] for row in rows} == {"aligned_base", "kd_align", "align_kd"}
 
 
 def draw(preset, dataset):
-    phase_diagram.draw_along(dataset, phase_diagram.summarise(dataset), phase_diagram.VIEWS[preset])
+    phase_figures.draw_along(dataset, recovery.summarise(dataset), phase_figures.VIEWS[preset])
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_no_marker_hides_another_of_the_same_height(logarithmic):
     x = np.array([1.0, 0.5, 0.35, 0.1])
-    shown = phase_diagram._nudged(x, 12, logarithmic)
+    shown = phase_figures._nudged(x, 12, logarithmic)
     assert shown.shape == (12, 4)
     # Groups around neighbouring values stay apart, and every group is evenly spread around its own.
     groups = [sorted(column) for column in shown.T[np.argsort(x)]]
@@ -437,7 +486,7 @@ def test_no_marker_hides_another_of_the_same_height(logarithmic):
     steps = np.diff(at, axis=0)
     assert (steps > 0.002).all()
     np.testing.assert_allclose(steps, steps[0, 0], rtol=1e-6)
-    assert len(set(phase_diagram._nudged(np.array([4.0]), 3, logarithmic).ravel())) == 3
+    assert len(set(phase_figures._nudged(np.array([4.0]), 3, logarithmic).ravel())) == 3
 
 
 def test_lines_of_two_styles_lie_side_by_side(drawn):
@@ -481,15 +530,15 @@ def test_the_balance_is_that_of_recovered_runs_with_two_targets(drawn):
 
 
 def test_the_title_is_what_all_runs_share(dataset):
-    assert phase_diagram._title(dataset) == f"PPO · target weight 0.03 · {SEEDS} seeds"
+    assert phase_figures.title_of(dataset) == f"PPO · target weight 0.03 · {SEEDS} seeds"
     one = dataset.sel(capacity=[4], temperature=0.5)
-    assert phase_diagram._title(one) == f"PPO · K = 4 · τ = 0.5 · target weight 0.03 · {SEEDS} seeds"
+    assert phase_figures.title_of(one) == f"PPO · K = 4 · τ = 0.5 · target weight 0.03 · {SEEDS} seeds"
 
 
 def test_students_are_drawn_once_and_marks_tell_the_sign(drawn, summary):
     one = summary.isel(algorithm=0, target_weight=0)
     turned = one.assign(difference=xr.where(one.kl_coef == 1.0, -one.difference, one.difference))
-    phase_diagram.draw_plane(turned, phase_diagram.predictions(AlignmentSettings(algorithm="ppo")), title="told")
+    phase_figures.draw_plane(turned, recovery.predictions(AlignmentSettings(algorithm="ppo")), title="told")
     heads = [axis.get_title() for axis in drawn[0].axes]
     assert sum(head.startswith("student") for head in heads) == 2 and drawn[0].get_suptitle() == "told"
     apart = [axis for axis in drawn[0].axes if axis.get_title().startswith("Align→KD −")]
@@ -519,19 +568,114 @@ def test_an_unfinished_or_missing_store_is_refused(dataset, tmp_path):
     half = dataset.copy()
     half["done"] = ("block", np.asarray([1, 0, 1], np.int8))
     with pytest.raises(ValueError, match=r"sweep\.zarr is not finished: repeat the command"):
-        phase_diagram.report({"sweep": half}, tmp_path)
+        phase_report.report({"sweep": half}, tmp_path)
     with pytest.raises(ValueError, match=r"holds no store sweep\.zarr"):
-        phase_diagram.report({}, tmp_path)
+        phase_report.report({}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_orders_on_bases_that_merge_a_mode_and_on_others():
     dataset = finished(starts=[1, 10]).sel(temperature=[1.0, 0.5])
     mass = dataset.target_mass.sel(stage="kd_align", temperature=0.5, kl_coef=0.3, capacity=4, algorithm="ppo")
-    merged = (mass.sel(starts=1, target_weight=0.03) > phase_diagram.RECOVERED_MASS).values
+    merged = (mass.sel(starts=1, target_weight=0.03) > recovery.RECOVERED_MASS).values
     assert 5 <= merged.sum() <= SEEDS - 5
     dataset.base_failed[0, 0, 0, :, :] = merged
-    share, told = phase_diagram.verdict_on_bases(dataset)
+    share, told = phase_report.verdict_on_bases(dataset)
     assert share.startswith(f"Bases that merge or miss a mode: {100 * merged.mean() / 2:.1f} %")
     assert told.startswith(f"starts 1: {merged.sum()} of {SEEDS} bases; recovered at τ = 0.5")
     assert "β = 0.3: KD→Align 1.00 / 0.00, Align→KD 1.00 / 1.00" in told
+
+
+def test_orders_on_merged_bases_are_told_of_every_capacity_and_failed_runs_leave_them():
+    dataset = finished()
+    mass = dataset.target_mass
+    merged = np.arange(SEEDS) < 8
+    dataset.base_failed[..., :] = merged
+    at = {"temperature": 0.25, "kl_coef": 1.0, "stage": "align_kd"}
+    for capacity, count in zip(CAPACITIES, (1, 3, 6), strict=True):
+        mass.loc[at | {"capacity": capacity}] = np.where(np.arange(SEEDS) < count, 0.9, 0.1)
+    _, told = phase_report.verdict_on_bases(dataset)
+    assert told.count(f"8 of {SEEDS} bases") == 1
+    for capacity, rate in zip(CAPACITIES, ("0.12", "0.38", "0.75"), strict=True):
+        assert f"K = {capacity}, β = 1: KD→Align 0.00 / 0.00, Align→KD {rate} / 0.00" in told
+    # Of the eight, two that recovered fail in finite numbers and one that did not in none.
+    dataset.failed.loc[at | {"capacity": 4, "seed": [0, 1]}] = True
+    mass.loc[at | {"capacity": 4, "seed": 7}] = np.nan
+    assert "K = 4, β = 1: KD→Align 0.00 / 0.00, Align→KD 0.80 / 0.00" in phase_report.verdict_on_bases(dataset)[1]
+    dataset.failed.loc[at | {"capacity": 4, "seed": range(8)}] = True
+    assert "Align→KD nan / 0.00" in phase_report.verdict_on_bases(dataset)[1]
+    alone = phase_report.verdict_on_bases(dataset.sel(capacity=[2]))[1]
+    assert "K = " not in alone and "β = 1: KD→Align 0.00 / 0.00, Align→KD 0.38 / 0.00" in alone
+
+
+def test_a_mass_that_no_draw_shows_is_put_at_that_of_one_draw(dataset):
+    drawn = dataset.assign(from_grid=dataset.from_grid.copy())
+    seldom = {"stage": "student", "temperature": 0.25, "capacity": 4}
+    drawn.from_grid.loc[seldom | {"seed": range(20)}] = False
+    mass = drawn.target_mass.copy()
+    mass.loc[seldom | {"seed": range(14)}] = 0.0
+    mass.loc[seldom | {"seed": range(14, 20)}] = 3 / 64
+    mass.loc[seldom | {"seed": [20]}] = 0.0
+    drawn["target_mass"] = mass
+    drawn.attrs["configuration"] = configuration("plane", laboratory={"num_draws": 64})
+    points = recovery.references([drawn.isel(algorithm=0)], 0.3)
+    told = recovery.resolved_mass(drawn).sel(seldom).isel(kl_coef=0).squeeze()
+    np.testing.assert_allclose(told.values[:21], [1 / 64] * 14 + [3 / 64] * 6 + [1e-12])
+    assert (points.mass == 1 / 64).sum() == 14 and (points.mass == 1e-12).sum() == 1
+    median = recovery.summarise(drawn).student_target_mass.sel(capacity=4, temperature=0.25, kl_coef=0.3)
+    np.testing.assert_allclose(median, 1 / 64)
+    xr.testing.assert_equal(recovery.resolved_mass(dataset), np.maximum(dataset.target_mass, 1e-12))
+
+
+def test_each_panel_of_the_critical_mass_says_how_many_runs_it_shows(drawn, dataset):
+    found = {}
+    for kl_coef in KL_COEFS:
+        points = recovery.references([dataset.isel(algorithm=0)], kl_coef)
+        points.log_odds[:50] = np.nan
+        found[kl_coef] = (points, recovery.critical_mass(points, kl_coef, 9))
+    phase_figures.draw_critical_mass(found, recovery.predictions(AlignmentSettings(algorithm="ppo")))
+    runs = (2 * len(TEMPERATURES) + 1) * SEEDS
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert all(f"{runs} runs of {SEEDS} seeds" in title for title in titles[:2])
+    assert all(f"{runs - 50} runs of {SEEDS} seeds" in title for title in titles[2:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "count"),
+    [
+        ("base", 1),
+        ("student", len(CAPACITIES) * len(TEMPERATURES)),
+        ("aligned_base", 2 * len(KL_COEFS)),
+        ("align_kd", 2 * len(KL_COEFS) * len(CAPACITIES)),
+        ("kd_align", 2 * len(KL_COEFS) * len(CAPACITIES) * len(TEMPERATURES)),
+    ],
+)
+def test_a_model_that_failed_is_counted_once(stage, count):
+    store = finished(algorithm=["ppo", "grpo"])
+    assert recovery.failed_models(store) == 0
+    # A store repeats a seed's models over algorithms, capacities, temperatures and coefficients.
+    store.failed.loc[{"stage": stage, "seed": [3]}] = True
+    assert recovery.failed_models(store) == count
+
+
+def test_figures_and_tables_do_not_depend_on_the_order_of_flags(dataset, drawn):
+    turned = dataset.isel(capacity=[2, 0, 1], kl_coef=[1, 0])
+    xr.testing.assert_identical(recovery.summarise(turned), recovery.summarise(dataset))
+    summary = recovery.summarise(turned).isel(algorithm=0, target_weight=0)
+    phase_figures.draw_plane(summary, recovery.predictions(AlignmentSettings(algorithm="ppo")))
+    student = drawn[0].axes[0]
+    assert [tick.get_text() for tick in student.get_yticklabels()] == ["1", "2", "4"]
+    assert student.get_yticks().tolist() == [0.0, 1.4, 2.4]
+
+
+def test_the_table_holds_the_balance_that_the_figure_shows_and_the_bases_that_merge():
+    dataset = finished(num_targets=[1, 2])
+    dataset["target_mass"] = dataset.target_mass.where(dataset.seed < 6, 0.1).transpose(*dataset.target_mass.dims)
+    dataset["target_balance"] = xr.where(dataset.target_mass > 0.5, 0.75, 0.25).transpose(*dataset.target_mass.dims)
+    dataset.base_failed[..., :5] = True
+    rows = phase_report.rows_of(recovery.summarise(dataset))
+    some = {"capacity": 4, "temperature": 0.5, "kl_coef": 0.3, "arm": "kd_align"}
+    one, two = (next(row for row in rows if (some | {"num_targets": count}).items() <= row.items()) for count in (1, 2))
+    assert two["target_balance_median"] == 0.75 and two["target_balance_runs"] == round(two["recovery"] * SEEDS) > 0
+    assert np.isnan(one["target_balance_median"]) and one["target_balance_runs"] == 0
+    assert {row["bases_failed"] for row in rows} == {5}

@@ -16,7 +16,19 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from scipy import stats
 
-from jaxkd import align, figures, laboratory, metrics, mixture, phase_diagram, pipelines, results, theory
+from jaxkd import (
+    align,
+    figures,
+    laboratory,
+    metrics,
+    mixture,
+    phase_figures,
+    phase_report,
+    pipelines,
+    recovery,
+    results,
+    theory,
+)
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.laboratory import LaboratorySettings, Measured, Optimum, Outcome, Points, Prepared
 from jaxkd.sweep import store
@@ -168,6 +180,57 @@ def test_optima_are_those_of_the_reference_that_each_policy_was_held_to(dataset)
             assert dataset[f"gibbs_{name}"].sel(labels) == values[(*own, kl_coef)], (name, labels)
 
 
+def test_nothing_was_measured_of_a_model_that_failed():
+    whole = measured(NAMES)
+    lost = NAMES.index("kd_align") + 1  # a row of the student's, one seed of it without a flag
+    failed, reward = whole.record.failed.copy(), whole.metrics.reward.copy()
+    failed[1, lost], reward[2, lost] = True, np.nan
+    metrics_of = whole.metrics._replace(reward=reward)
+    broken = whole._replace(metrics=metrics_of, record=whole.record._replace(failed=failed))
+    found, kept = results._quantities(broken), results._quantities(whole)
+    where = np.zeros(failed.shape, bool)
+    where[[1, 2], lost] = True
+    np.testing.assert_array_equal(found["failed"], where)
+    for name in metrics.Metrics._fields:
+        assert found[name].dtype == np.float32
+        assert np.isnan(found[name][where]).all()
+        np.testing.assert_array_equal(found[name][~where], kept[name][~where])
+    for name in ("first_hit_step", "target_hits", "from_grid"):
+        np.testing.assert_array_equal(found[name], kept[name])
+
+
+def test_masses_of_modes_of_a_model_that_failed_are_not_told(monkeypatch):
+    whole = measured
+
+    def struck(models):
+        one = whole(models)
+        failed = one.record.failed.copy()
+        failed[1, 0] = True
+        return one._replace(record=one.record._replace(failed=failed))
+
+    monkeypatch.setitem(globals(), "measured", struck)
+    dataset = labelled()
+    assert dataset.failed.any() and not dataset.failed.all()
+    np.testing.assert_array_equal(dataset.mode_mass.isnull().all("mode"), dataset.failed)
+    np.testing.assert_array_equal(dataset.target_mass.isnull(), dataset.failed)
+
+
+def test_what_is_held_to_another_reference_has_no_optimum(monkeypatch):
+    axes = ("kl_coef",)
+    monkeypatch.setitem(pipelines.STAGES, "again", pipelines.Align(start="align_kd", reference="align_kd"))
+    monkeypatch.setitem(MODELS, "again", (axes, "align_kd"))
+    names = (*NAMES, "again")
+    monkeypatch.setitem(globals(), "NAMES", names)
+    found = results.of_runs(
+        Outcome(measured(names), LIKELIHOOD, BASE_FAILED, OPTIMA), names, TEMPERATURES, KL_COEFS, "ppo"
+    )
+    known = of_runs()
+    for name in (*(f"gibbs_{field}" for field in theory.Gibbs._fields), "half_mass_coefficient", "distance_to_gibbs"):
+        assert np.isnan(found[name][..., -1]).all() and found[name].dtype == known[name].dtype, name
+        np.testing.assert_array_equal(found[name][..., :-1], known[name][..., :-1])
+    assert np.isfinite(found["objective"]).all()
+
+
 def test_masses_of_modes_stand_at_their_labels_where_the_targets_are_told(dataset):
     index = QUANTITIES.index("mode_mass")
     for labels, place in everywhere():
@@ -256,7 +319,8 @@ def outcomes(masses, failed=(), rewards=None):
     data["reward"] = np.where(lost, np.nan, 3 * mass if rewards is None else rewards)
     coords = {"algorithm": ["ppo"], "temperature": [0.25], "kl_coef": [0.3, 1.0], "seed": range(count)}
     dims = (*coords, "stage")
-    return xr.Dataset({k: (dims, v) for k, v in data.items()}, coords | {"stage": [*masses]})
+    dataset = xr.Dataset({k: (dims, v) for k, v in data.items()}, coords | {"stage": [*masses]})
+    return dataset.assign(base_failed=("seed", np.arange(count) < 2))
 
 
 MASSES = {
@@ -285,6 +349,7 @@ def test_rates_and_pairs_are_those_of_the_seeds_that_did_not_fail():
     gain = 3 * (np.asarray(MASSES["align_kd"]) - MASSES["kd_align"])[kept]
     assert second["reward_difference"] == pytest.approx(gain.mean())
     assert row_of(rows, "student")["mcnemar_p"] is None and first["mcnemar_p"] is None
+    assert {row["bases_failed"] for row in rows} == {2}
 
 
 def test_beside_them_stand_rates_and_pairs_with_failures_as_nothing():
@@ -409,9 +474,9 @@ def test_the_order_that_the_readme_adds_reaches_results_tables_and_figures(readm
     dims = ("capacity", "seed", *results.INNER_DIMS)
     coords = {"capacity": [4], "seed": [0, 1, 2], "temperature": [1.0, 0.25], "kl_coef": [0.3, 1.0], "stage": [*names]}
     swept = xr.Dataset({name: (dims[: 1 + values.ndim], values[None]) for name, values in found.items()}, coords)
-    summary = phase_diagram.summarise(swept)
-    assert readme_order in {row["arm"] for row in phase_diagram.rows_of(summary)}
-    phase_diagram.draw_along(swept, summary, phase_diagram.VIEWS["rescue"], tmp_path / "along.png")
+    summary = recovery.summarise(swept)
+    assert readme_order in {row["arm"] for row in phase_report.rows_of(summary)}
+    phase_figures.draw_along(swept, summary, phase_figures.VIEWS["rescue"], tmp_path / "along.png")
 
     shared = sum(len(pipelines.places(name, {"temperature": 2, "kl_coef": 2})) for name in laboratory.PREPARED)
     parts = [

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxkd import checks, cli
+from jaxkd import checks, cli, files
 from jaxkd.sweep import hosts
 from jaxkd.sweep import store as stores
 from jaxkd.sweep.cache import CacheUse, use_compile_cache
@@ -244,8 +244,8 @@ def run_sweep(
       coordinates: values along the variables' own dimensions.
       configuration: what the results depend on beside the grid, as plain JSON; a store of another one is refused.
       chunk: runs that a device computes at a time, from as many blocks in a row as share a program; kept in the store,
-        and the store's when not given. On other devices any other goes on with a store, on the same ones a smaller one
-        (for want of memory), or any while nothing is finished.
+        and the store's when not given. On other devices any other goes on with a store, on the same ones only a smaller
+        one (for want of memory).
       default_chunk: that of a new store where `chunk` is not given; measured where neither is.
       devices: how many of this process's devices to use; by default all.
       overwrite: replace a store of another sweep, or begin this one anew.
@@ -259,7 +259,7 @@ def run_sweep(
       ValueError: on a chunk or a number of devices out of range, a larger chunk than the store's, a store in a bucket.
       DeviceMemoryError: when the devices' memory does not hold a chunk.
       FileExistsError: when something else is at `store`.
-      OSError: when the store cannot be written; what was finished stays readable.
+      OSError: when the store cannot be written, or another sweep is writing it; what was finished stays readable.
     """
     begin = time.perf_counter()
     checks.folder("--out", store)
@@ -271,10 +271,11 @@ def run_sweep(
     sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
     template = Template(grid, sweep.variables(), labels or {}, coordinates or {})
     wanted = _Chunk(chunk, default_chunk)
-    opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite)
-    _tell_of_what_is_idle(sweep, wanted, opened.path.stem)
-    with hosts.together("finish the sweep", lambda over: _show_others(opened, over, progress)):
-        runs, before, failed = _compute(sweep, opened, sweep.fitting(chunk), cache, progress)
+    with ExitStack() as claims:
+        opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite, claims)
+        _tell_of_what_is_idle(sweep, wanted, opened.path.stem)
+        with hosts.together("finish the sweep", lambda over: _show_others(opened, over, progress)):
+            runs, before, failed = _compute(sweep, opened, sweep.fitting(chunk), cache, progress)
     return Report(
         path=Path(store),
         runs=runs,
@@ -458,19 +459,33 @@ class _Chunk(NamedTuple):
         return asked
 
 
-def _open(sweep, template, path, configuration, wanted: _Chunk, overwrite) -> tuple[Store, int]:
-    """Go on with the store that is there, or make one: process 0 makes it while the others wait. It and its chunk."""
+def _open(sweep, template, path, configuration, wanted: _Chunk, overwrite, claims: ExitStack) -> tuple[Store, int]:
+    """Go on with the store that is there, or make one: process 0 makes it while the others wait. It and its chunk.
+
+    Process 0 keeps sweeps of others from the store until `claims` ends: their blocks would be mixed with its own.
+    """
     devices = f"{len(sweep.devices)} × {sweep.devices[0].device_kind}"
-    with hosts.together("open the store"):
+
+    def find():
         held = None if overwrite else stores.resume(path, template, configuration)
         if held is not None:
             wanted.going_on(held, devices)
-            stores.check_writable(path)
         elif jax.process_index() == 0:
             stores.check_replaceable(path, overwrite)
+        return held
+
+    with hosts.together("open the store"):
+        held = find()
+        if held is not None or jax.process_index() == 0:
             stores.check_writable(path)
-            attributes = {"chunk": wanted.new(sweep), "devices": devices}
-            stores.create(path, template, configuration, **attributes, overwrite=overwrite)
+        if jax.process_index() == 0:
+            if not claims.enter_context(files.claim(path, wait=False)):
+                raise OSError(f"another process is writing {path}: wait until it ends, or choose another --out")
+            # It may have been made since.
+            held = find()
+            if held is None:
+                attributes = {"chunk": wanted.new(sweep), "devices": devices}
+                stores.create(path, template, configuration, **attributes, overwrite=overwrite)
     with hosts.together("open the store"):
         opened = held or _made_by_process_0(path)
         return opened, wanted.going_on(opened, devices)

@@ -42,6 +42,12 @@ def provenance(configuration: dict) -> dict[str, str]:
     }
 
 
+def versions(attributes: Mapping) -> dict[str, str | None]:
+    """The versions that change numbers, our own and that of jax, as a store's attributes tell them."""
+    found = json.loads(attributes["versions"])
+    return {f"version of {name}": found.get(name) for name in ("jaxkd", "jax")}
+
+
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -132,7 +138,12 @@ class Template:
     coordinates: Mapping[str, Sequence] = field(default_factory=dict)
 
     def __post_init__(self):
-        taken = {*self.grid.dims, *self.grid.axes, *self.coordinates, LEDGER, _BLOCK}
+        of_grid = {*self.grid.dims, *self.grid.axes}
+        if clash := sorted({LEDGER, _BLOCK} & {*of_grid, *self.coordinates}):
+            raise ValueError(f"axis {clash[0]!r} bears a name that is the ledger's: name it otherwise")
+        if clash := sorted(of_grid & {*self.coordinates}):
+            raise ValueError(f"coordinates names {clash[0]!r}, which is an axis of the grid: name it otherwise")
+        taken = {*of_grid, *self.coordinates, LEDGER, _BLOCK}
         if clash := sorted(taken & set(self.variables)):
             raise ValueError(f"variable {clash[0]!r} bears the name of an axis or of the ledger: name it otherwise")
         known = {**self.variables, **self.grid.coordinates(), **self.coordinates}
@@ -141,6 +152,8 @@ class Template:
         lengths = {name: len(values) for name, values in self.coordinates.items()}
         for name, variable in self.variables.items():
             for dim, length in zip(self.own_dims(name), variable.shape, strict=True):
+                if dim in {*of_grid, LEDGER, _BLOCK}:
+                    raise ValueError(f"variable {name!r} has a dimension of its own named {dim!r}, which is taken")
                 if lengths.setdefault(dim, length) != length:
                     raise ValueError(
                         f"variable {name!r} is {length} long along {dim!r}, which has {lengths[dim]} places"
@@ -297,8 +310,8 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
     found = json.loads(attributes["configuration"])
     wanted = json.loads(json.dumps(_resolved(template, configuration), default=str))
     differing = _differences(
-        {"jaxkd_store_version": attributes["jaxkd_store_version"], **_versions(attributes), **found},
-        {"jaxkd_store_version": str(STORE_VERSION), **_versions(provenance({})), **wanted},
+        {"jaxkd_store_version": attributes["jaxkd_store_version"], **versions(attributes), **found},
+        {"jaxkd_store_version": str(STORE_VERSION), **versions(provenance({})), **wanted},
     )
     if differing:
         raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
@@ -327,11 +340,11 @@ def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
       ValueError: when they differ in anything but their seeds, or share one.
     """
     configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
-    versions = [_versions(dataset.attrs) for dataset in datasets]
+    by_versions = [versions(dataset.attrs) for dataset in datasets]
     own = ("axis seed", "grid fingerprint", "block shape")
     first, *others = (
         {key: value for key, value in one.items() if key not in own} | by
-        for one, by in zip(configurations, versions, strict=True)
+        for one, by in zip(configurations, by_versions, strict=True)
     )
     if differing := [told for other in others for told in files.differences(first, other)]:
         raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
@@ -423,12 +436,6 @@ def _is_store(path: Path) -> bool:
 
 def _no_store(path: Path) -> str:
     return "is a store already" if _is_store(path) else "is no store of jaxkd"
-
-
-def _versions(attributes: Mapping) -> dict[str, str]:
-    """The versions that change numbers: our own and that of jax."""
-    found = json.loads(attributes["versions"])
-    return {f"version of {name}": found.get(name) for name in ("jaxkd", "jax")}
 
 
 def _differences(held: Mapping, wanted: Mapping) -> list[str]:

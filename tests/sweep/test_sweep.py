@@ -293,6 +293,34 @@ def test_a_store_of_a_few_blocks_takes_a_chunk_that_something_speaks_for(finishe
     assert_same(finished, path)
 
 
+def contents(folder):
+    """Names in a folder, without the claims beside the stores."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_store_that_another_process_is_writing_is_left_to_it(finished, tmp_path, monkeypatch, overwrite):
+    path, others = tmp_path / "s", []
+    compute = engine._compute
+
+    def meanwhile(*arguments):
+        before = {entry: entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
+        for configuration in ({"steps": 4}, {"steps": 5}) if overwrite else ({"steps": 4},):
+            with pytest.raises(OSError, match=r"another process is writing .*s: wait until it ends, or"):
+                sweep(path, configuration=configuration, overwrite=overwrite)
+            others.append(configuration)
+        assert before == {entry: entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
+        return compute(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_compute", meanwhile)
+        sweep(path)
+    assert others
+    assert_same(finished, path)
+    # Nothing is left of the claim.
+    assert sweep(path, overwrite=overwrite).runs == (GRID.size if overwrite else 0)
+
+
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize("key", ["jaxkd_store_version", "versions"])
 def test_a_store_of_another_version_is_refused(tmp_path, key, is_finished):
@@ -315,7 +343,7 @@ def test_a_store_of_another_version_is_refused(tmp_path, key, is_finished):
         run_sweep(one_value, TINY, path, progress=False)
     run_sweep(one_value, TINY, path, progress=False, overwrite=True)
     assert load(path).done.all()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+    assert contents(tmp_path) == ["s"]
 
 
 TINY = Grid({"a": (1.0, 2.0)}, range(2))
@@ -404,6 +432,17 @@ def test_names_that_clash_or_labels_that_do_not_fit_are_refused(tmp_path):
         sweep(tmp_path / "s", coordinates={"draw": (1, 2)})
     with pytest.raises(ValueError, match="'a' bears the name of an axis"):
         run_sweep(lambda key, h: {"a": h["a"]}, TINY, tmp_path / "s", progress=False)
+    for name in ("block", "done"):
+        with pytest.raises(ValueError, match=f"axis '{name}' bears a name that is the ledger's"):
+            run_sweep(lambda key, h: 0.0, Grid({name: (1, 2)}, [0]), tmp_path / "s", progress=False)
+        with pytest.raises(ValueError, match=f"axis '{name}' bears a name that is the ledger's"):
+            sweep(tmp_path / "s", coordinates={name: (1, 2)})
+        with pytest.raises(ValueError, match=f"'draws' has a dimension of its own named '{name}', which is taken"):
+            sweep(tmp_path / "s", labels={"draws": Label(dims=(name,))})
+    with pytest.raises(ValueError, match="coordinates names 'scale', which is an axis of the grid"):
+        sweep(tmp_path / "s", coordinates={"scale": (1, 2, 3, 4, 5)})
+    with pytest.raises(ValueError, match="'draws' has a dimension of its own named 'seed', which is taken"):
+        sweep(tmp_path / "s", labels={"draws": Label(dims=("seed",))})
     assert not (tmp_path / "s").exists()
 
 
@@ -682,4 +721,4 @@ def test_the_store_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "s").exists()
     monkeypatch.undo()
     run_sweep(one_value, TINY, tmp_path / "s", progress=False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+    assert contents(tmp_path) == ["s"]
