@@ -301,7 +301,7 @@ def test_a_target_of_weight_zero_works_to_the_end():
 
 def at(name, results, axis, place):
     """A model's results at one point of an axis that it depends on."""
-    return jax.tree.map(lambda leaf: np.take(leaf, place, axis=pipelines.axes_of(name).index(axis)), results)
+    return jax.tree.map(lambda leaf: np.asarray(leaf).take(place, pipelines.axes_of(name).index(axis)), results)
 
 
 def test_a_point_that_goes_bad_stays_one_point(prepared, measured):
