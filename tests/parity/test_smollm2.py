@@ -245,9 +245,16 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_are_read_as_trl_reads_them(theirs, ours, row):
-    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+    from trl.data_utils import common_prefix_length, maybe_apply_chat_template, maybe_extract_prompt
 
     expected = maybe_apply_chat_template(maybe_extract_prompt(copy.deepcopy(row)), theirs.tokenizer)
     example = text.to_example(copy.deepcopy(row), ours.tokenizer)
     for name in ("prompt", "completion", "chosen", "rejected"):
         assert getattr(example, name) == expected.get(name)
+    # Tokens as its trainers make them: of both texts at once, with the tokenizer's end after plain ones.
+    alone = theirs.tokenizer(example.prompt)["input_ids"]
+    for name in expected.keys() & {"completion", "chosen", "rejected"}:
+        end = "" if example.from_chat else theirs.tokenizer.eos_token
+        both = theirs.tokenizer(expected["prompt"] + expected[name] + end)["input_ids"]
+        assert common_prefix_length(alone, both) == len(alone)
+        assert text.prompt_ids(ours.tokenizer, example) + text.completion_ids(ours.tokenizer, example, name) == both
