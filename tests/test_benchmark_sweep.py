@@ -246,7 +246,7 @@ def test_torch_has_our_policy_gradient_and_optimiser(script, models):
     points, held = torch.from_numpy(np.array(x)), in_torch(start)
 
     def step_with(optimizer):
-        return align.policy_gradient_step("reinforce", mixture.policy, optimizer, settings, reward, nowhere)
+        return align.make_step(mixture.policy, optimizer, settings, reward, nowhere)
 
     # A plain step of unit rate off a policy that has left its reference tells the gradient itself.
     moved = start._replace(means=start.means + 0.1, logits=start.logits * 1.2)
