@@ -150,7 +150,8 @@ class Info(NamedTuple):
     Attributes:
       loss: at the step's first update, a critic's included.
       reward: mean.
-      kl: mean estimate of KL(π‖π_ref), nats a draw (a whole text).
+      kl: mean of log π − log π_ref, nats a draw (a whole text). Over draws of the policy it estimates KL(π‖π_ref); an
+        offline preference loss takes it over its fixed data, where it estimates no KL.
       clip_fraction: share of clipped ratios, of all updates' steps.
       target_hits: draws on a target.
       value_loss: a critic's, before its coefficient; 0 without a critic.
@@ -467,8 +468,8 @@ def _preference_step(loss_name: str, task: _Task, pairs: Callable[[_Task, Inputs
 
         (value, log_ratio), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         state = _update(state, gradient, task.optimizer, coefficients.learning_rate)
-        mean_log_ratio = log_ratio.mean()
-        return state, Info(value, data.rewards.mean(), mean_log_ratio, jnp.float32(0.0), task.on_target(data.x).sum())
+        kl = log_ratio.mean()
+        return state, Info(value, data.rewards.mean(), kl, jnp.float32(0.0), task.on_target(data.x).sum())
 
     return step
 
@@ -530,6 +531,19 @@ class Algorithm:
     def uses_labels(self) -> bool:
         """Whether it learns from labelled pairs, which noise can flip; KTO takes what is desirable from rewards."""
         return self.kind.endswith("_preference")
+
+    def tends_to_gibbs(self, flip_rate=0.0, label_temperature=1.0):
+        """Whether the Gibbs policy at β itself is its optimum: flipped labels, or T ≠ 1, move that of preferences.
+
+        Args:
+          flip_rate: share of labels flipped; one or an array.
+          label_temperature: T of the labels; one or an array.
+
+        Returns:
+          bool, in the shape of the two.
+        """
+        moved = self.uses_labels & ((np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1))
+        return self.has_gibbs_optimum & ~moved
 
 
 ALGORITHMS: dict[str, Algorithm] = {

@@ -153,9 +153,8 @@ def of_runs(
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
-    moved = (np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1)
-    moved = moved & (ALGORITHMS[algorithm].kind != "policy_gradient")
-    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~moved.reshape(-1, 1, 1, 1)
+    gibbs = ALGORITHMS[algorithm].tends_to_gibbs(flip_rate, label_temperature)
+    meaningful = np.asarray(aligned) & gibbs.reshape(-1, 1, 1, 1)
     shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
     found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
     return found | {
