@@ -18,10 +18,11 @@ from jax import lax
 
 from jaxkd import loops, random
 from jaxkd.losses import policy_gradient, preference
+from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 from jaxkd.rewards import Reward, bradley_terry
 
-Step = Callable[["State", "Inputs"], tuple["State", "Info"]]
+Step = Callable[[State, "Inputs"], tuple[State, "Info"]]
 
 
 class Coefficients(NamedTuple):
@@ -101,13 +102,6 @@ class AlignmentSettings:
     def num_steps(self) -> int:
         """Steps in all: rollouts of an on-policy algorithm, batches of an offline one."""
         return self.num_updates // self.updates_per_step
-
-
-class State(NamedTuple):
-    """Training state: the policy's parameters and the optimiser's."""
-
-    params: Params
-    optimizer_state: optax.OptState
 
 
 class PreferenceData(NamedTuple):
@@ -191,51 +185,6 @@ class _Task:
     reward: Reward
     on_target: Callable[[Draws], jax.Array]
     reference_policy: Policy
-
-
-def make_optimizer(
-    num_updates: int,
-    *,
-    warmup_updates: int = 0,
-    max_gradient_norm: float | None = None,
-    weight_decay: float = 0.0,
-    accumulate: int = 1,
-) -> optax.GradientTransformation:
-    """AdamW on a unit schedule, a linear rise and then a half cosine; `_update` multiplies by the traced learning rate.
-
-    Args:
-      num_updates: updates in all, the rise included.
-      warmup_updates: those in which the learning rate rises.
-      max_gradient_norm: the gradient's global norm is clipped to it.
-      weight_decay: decoupled, a learning rate's worth each update.
-      accumulate: gradients that are averaged to one update; `num_updates` counts updates, not gradients.
-
-    Raises:
-      ValueError: where the rise leaves no update for the fall.
-    """
-    if not 0 <= warmup_updates < num_updates:
-        raise ValueError(
-            f"warmup_updates must be at least 0 and below num_updates = {num_updates}; got {warmup_updates}"
-        )
-    fall = optax.cosine_decay_schedule(1.0, num_updates - warmup_updates)
-    # The first update of a rise from 0 would change nothing.
-    rise = optax.linear_schedule(1 / (warmup_updates + 1), 1.0, warmup_updates)
-    schedule = optax.join_schedules([rise, fall], [warmup_updates]) if warmup_updates else fall
-    chain = [optax.scale_by_adam()]
-    if max_gradient_norm is not None:
-        chain.insert(0, optax.clip_by_global_norm(max_gradient_norm))
-    if weight_decay:
-        chain.append(optax.add_decayed_weights(weight_decay))
-    optimizer = optax.chain(*chain, optax.scale_by_schedule(schedule))
-    if accumulate == 1:
-        return optimizer
-    return optax.MultiSteps(optimizer, every_k_schedule=accumulate).gradient_transformation()
-
-
-def _update(state: State, gradient: Params, optimizer, learning_rate) -> State:
-    direction, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-    return State(params, optimizer_state)
 
 
 # --- policy gradient -------------------------------------------------------------------------------------------------
@@ -381,11 +330,11 @@ def _policy_gradient_step(variant: str, task: _Task, settings: AlignmentSettings
             return loss, _mean_over_steps(acts.astype(jnp.float32), mask)
 
         (loss, (rollout, value_loss)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
-        state = _update(state, gradient, task.optimizer, coefficients.learning_rate)
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
 
         def epoch(state, _):
             (_, acts), gradient = jax.value_and_grad(later_loss, has_aux=True)(state.params, rollout)
-            return _update(state, gradient, task.optimizer, coefficients.learning_rate), acts
+            return update(state, gradient, task.optimizer, coefficients.learning_rate), acts
 
         clip_fraction = jnp.float32(0.0)
         if epochs > 1:
@@ -467,7 +416,7 @@ def _preference_step(loss_name: str, task: _Task, pairs: Callable[[_Task, Inputs
             return PREFERENCE_LOSSES[loss_name](chosen, rejected, coefficients).mean(), log_ratio
 
         (value, log_ratio), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        state = _update(state, gradient, task.optimizer, coefficients.learning_rate)
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
         kl = log_ratio.mean()
         return state, Info(value, data.rewards.mean(), kl, jnp.float32(0.0), task.on_target(data.x).sum())
 
@@ -493,7 +442,7 @@ def _kto_step(task: _Task) -> Step:
             return preference.kto(log_ratio, desirable, reference_point, coefficients.kl_coef).mean()
 
         value, gradient = jax.value_and_grad(loss)(state.params)
-        state = _update(state, gradient, task.optimizer, coefficients.learning_rate)
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
         hits = task.on_target(data.x).sum()
         return state, Info(value, data.rewards.mean(), log_ratio.mean(), jnp.float32(0.0), hits)
 

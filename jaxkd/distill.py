@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkd import checks, random
-from jaxkd.align import State, _update, make_optimizer
 from jaxkd.losses import policy_gradient
+from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 
 Fit = Callable[[jax.Array, Draws], Params]
@@ -49,7 +49,7 @@ def maximum_likelihood_step(policy: Policy, optimizer) -> Callable:
     def step(state: State, inputs):
         x, learning_rate = inputs
         loss, gradient = jax.value_and_grad(lambda params: -policy.sequence_log_prob(params, x).mean())(state.params)
-        return _update(state, gradient, optimizer, learning_rate), loss
+        return update(state, gradient, optimizer, learning_rate), loss
 
     return step
 
@@ -88,7 +88,7 @@ def reverse_kl_step(policy: Policy, optimizer, teacher_log_prob, batch_size: int
             return policy_gradient.reinforce(log_prob, advantages).mean(), log_ratio.mean()
 
         (_, kl), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return _update(state, gradient, optimizer, learning_rate), kl
+        return update(state, gradient, optimizer, learning_rate), kl
 
     return step
 
@@ -161,7 +161,7 @@ def token_level_step(compare: Compare, optimizer) -> Callable:
             return mean, TokenInfo(mean, mean, mean_log_prob, num_tokens)
 
         (_, info), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return _update(state, gradient, optimizer, inputs.learning_rate), info
+        return update(state, gradient, optimizer, inputs.learning_rate), info
 
     return step
 
