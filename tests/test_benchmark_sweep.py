@@ -27,7 +27,7 @@ def script(monkeypatch):
 @pytest.fixture
 def tiny(script):
     """Sizes that compute next to nothing."""
-    return script("benchmark_mixture").Workload(components=2, points=64, iterations=2, steps=2, samples=8, grid=31)
+    return script("reference_workload").Workload(components=2, points=64, iterations=2, steps=2, samples=8, grid=31)
 
 
 def row(milliseconds, runs=10, **more):
@@ -103,7 +103,7 @@ def test_the_figure_is_drawn_from_the_json_alone(results, tmp_path):
 
 
 def test_every_axis_grows_by_a_factor_of_eight_up_to_the_reference(script):
-    reference = script("benchmark_mixture").Workload()
+    reference = script("reference_workload").Workload()
     growth = script("benchmark_sweep").growth_workloads(reference)
     assert {axis: [size for size, _ in sizes] for axis, sizes in growth.items()} == {
         "steps": [50, 100, 200, 400],
@@ -128,10 +128,10 @@ def test_forms_take_turns_and_the_first_call_does_not_count(script):
 @pytest.mark.loose
 def test_the_loop_and_the_engine_make_the_same_runs(script, tiny):
     bench = script("benchmark_sweep")
-    mixtures = script("benchmark_mixture")
+    workloads = script("reference_workload")
     engine_results = bench.engine_form(tiny, runs=3, chunk=2, devices=2).call()
-    truth, grid = mixtures.make_problem(tiny)
-    single = jax.jit(mixtures.run_of(tiny))
+    truth, grid = workloads.make_problem(tiny)
+    single = jax.jit(workloads.run_of(tiny))
     for i, key in enumerate(bench.keys_of(3)):
         alone = single(key, truth, grid)
         np.testing.assert_allclose(engine_results.reward[i], alone.reward, rtol=1e-3, atol=1e-5)
@@ -273,7 +273,7 @@ def test_torch_has_our_policy_gradient_and_optimiser(script, models):
 @pytest.mark.parity
 def test_torch_measures_what_we_measure(script, tiny, models, tmp_path):
     bench, eager = script("benchmark_sweep"), script("eager_torch")
-    truth, grid = script("benchmark_mixture").make_problem(bench.replace(tiny, grid=61))
+    truth, grid = script("reference_workload").make_problem(bench.replace(tiny, grid=61))
     base, model, _ = models
     eager.save(tmp_path / "problem.npz", truth, grid, bench.torch_sizes(tiny))
     measured = eager.measure(eager.load(tmp_path / "problem.npz"), in_torch(base), [in_torch(model)], 0.7)[0]
