@@ -59,11 +59,6 @@ def clipped(reward: Reward, level) -> Reward:
     return lambda x: jnp.minimum(reward(x), level)
 
 
-def mean_under(reward: Reward, target: Mixture, key: jax.Array, n: int = 65536) -> jax.Array:
-    """Mean reward of the target's own draws, by Monte Carlo: the level at which to reflect or clip."""
-    return reward(mixture.sample(target, key, n)).mean()
-
-
 def bradley_terry(key: jax.Array, first: jax.Array, second: jax.Array, temperature=1.0, flip_rate=0.0) -> jax.Array:
     """Preference labels: whether the first of each pair is preferred, bool[pairs].
 

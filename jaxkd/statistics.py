@@ -290,28 +290,23 @@ def paired_difference(
     return PairedDifference(mean, float(limits.low), float(limits.high), float(p_value), pairs)
 
 
-def failure_bound(
-    values: ArrayLike, failed: ArrayLike | None = None, failure_value: float = 0.0
-) -> NDArray[np.float64]:
-    """Give ``values`` with every failed run scored as ``failure_value``, in the same shape.
+def failure_bound(values: ArrayLike, failed: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Give ``values`` with every failed run scored as 0, in the same shape.
 
     What is computed from the result stands beside the estimate that leaves failures out. It is a lower bound of an
-    arm's own mean or rate where ``failure_value`` is the least that a run can have: 0 is that of a mass, of recovery
-    and of a reward that is never negative, not of a reward such as a log-density, which has no least value. Of a
-    difference of two arms it is no bound but one more estimate: failures of the arm that is subtracted raise it.
+    arm's own mean or rate where 0 is the least that a run can have: of a mass, of recovery and of a reward that is
+    never negative, not of a reward such as a log-density, which has no least value. Of a difference of two arms it is
+    no bound but one more estimate: failures of the arm that is subtracted raise it.
 
     Args:
         values: Of any shape and unit; not finite counts as failed.
         failed: In the shape of ``values``, true where a run failed numerically; None where none did.
-        failure_value: Finite, in the unit of ``values``.
 
     Raises:
         ValueError: for other values than these, or shapes that differ.
     """
-    if not np.isfinite(failure_value):
-        raise ValueError(f"failure_value must be finite, got {failure_value}")
     values = np.asarray(values, float)
-    return np.where(_usable(values, failed, "values"), values, failure_value)
+    return np.where(_usable(values, failed, "values"), values, 0.0)
 
 
 def summarise(values: ArrayLike, failed: ArrayLike | None = None) -> Summary:
