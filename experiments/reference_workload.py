@@ -54,7 +54,7 @@ def run_of(workload: Workload):
     import jax
     import jax.numpy as jnp
 
-    from jaxkd import align, distill, loops, metrics, mixture, rewards
+    from jaxkd import align, distill, loops, metrics, mixture, random, rewards
 
     settings = align.AlignmentSettings(algorithm="reinforce", num_updates=workload.steps, batch_size=workload.samples)
 
@@ -69,7 +69,8 @@ def run_of(workload: Workload):
         reward = rewards.target_density(truth.target)
 
         def distilled(teacher, temperature):
-            return distill.sequence_level(mixture.policy, fit_key, teacher, temperature, workload.points, fit)
+            keys = random.keys(fit_key, 2)
+            return distill.sequence_level(mixture.policy, *keys, teacher, temperature, workload.points, fit)
 
         def aligned(model):
             coefficients = align.Coefficients(learning_rate=LEARNING_RATE, kl_coef=KL_COEF)

@@ -8,7 +8,7 @@ student's own (GKD, arXiv 2306.13649, sec. 3). Only a language policy has them, 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jaxkd.losses import policy_gradient
 from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 
-Fit = Callable[[jax.Array, Draws], Params]
-"""`(key, samples) -> parameters`: maximum likelihood by a family's own method."""
+Fit = Callable[[jax.Array, Draws], Any]
+"""`(key, samples) -> parameters`, or more than those: maximum likelihood by a family's own method."""
 
 Compare = Callable[[Params, Params, Draws, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 """`(params, teacher, x, coefficient) -> (divergence, log_prob, mask)`, each [batch, steps]: between the next-token
@@ -28,19 +28,19 @@ distributions of student and teacher (nats), of the step that x takes under the 
 (bool). Gradients flow to `params` alone."""
 
 
-def sequence_level(policy: Policy, key, teacher: Params, temperature, num_samples: int, fit: Fit) -> Params:
-    """Fit a student to samples that the teacher draws at a temperature.
+def sequence_level(policy: Policy, draw_key, fit_key, teacher: Params, temperature, num_samples: int, fit: Fit):
+    """Fit a student to samples that the teacher draws at a temperature; returns what the fit does.
 
     Args:
       policy: the family of the teacher.
-      key: random key.
+      draw_key: random key of the samples.
+      fit_key: random key of the fit.
       teacher: the teacher's parameters.
       temperature: τ of the teacher's draws; below 1 it sharpens.
       num_samples: how many samples (static).
       fit: maximum likelihood, e.g. `mixture.fit` or `fit_by_gradient` with all but key and samples bound.
     """
-    sample_key, fit_key = random.keys(key, 2)
-    return fit(fit_key, policy.sample(teacher, sample_key, num_samples, temperature))
+    return fit(fit_key, policy.sample(teacher, draw_key, num_samples, temperature))
 
 
 def maximum_likelihood_step(policy: Policy, optimizer) -> Callable:

@@ -8,13 +8,14 @@ arms, algorithms, temperatures and coefficients of a seed share the base, the da
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
+from jaxkd import align, distill, loops, metrics, mixture, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, misses_a_mode, on_target
@@ -490,20 +491,24 @@ def _distiller(group, layout, keys, truth, capacity, coefficients, settings):
     student_keys = random.keys(keys["student"], 2)
 
     def operation(is_base, teacher, _, temperature):
-        x = mixture.sample(
-            layout.unpack(teacher), _choose(is_base, keys["data"], student_keys[0]), num_samples, temperature
-        )
-        fit = mixture.fit(
+        fitted = distill.sequence_level(
+            mixture.policy,
+            _choose(is_base, keys["data"], student_keys[0]),
             _choose(is_base, keys["base"], student_keys[1]),
-            x,
-            num_components,
-            jnp.where(is_base, settings.base_components, capacity),
-            starts=jnp.where(is_base, settings.starts, settings.distillation_starts),
-            most_starts=max(settings.starts, settings.distillation_starts),
-            iterations=settings.iterations,
-            covariance_floor=settings.covariance_floor,
+            layout.unpack(teacher),
+            temperature,
+            num_samples,
+            partial(
+                mixture.fit,
+                num_components=num_components,
+                capacity=jnp.where(is_base, settings.base_components, capacity),
+                starts=jnp.where(is_base, settings.starts, settings.distillation_starts),
+                most_starts=max(settings.starts, settings.distillation_starts),
+                iterations=settings.iterations,
+                covariance_floor=settings.covariance_floor,
+            ),
         )
-        return fit.mixture, _NOTHING[0], fit.log_likelihood
+        return fitted.mixture, _NOTHING[0], fitted.log_likelihood
 
     return operation
 

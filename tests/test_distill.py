@@ -11,6 +11,7 @@ pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promo
 TEACHER = mixture.make([0.9, 0.1], [[-1, 0], [1, 0]], np.full((2, 2), 0.05))
 START = mixture.make([0.5, 0.5], [[-0.5, 0.3], [0.5, -0.3]], np.full((2, 2), 0.3))
 X = mixture.sample(TEACHER, jax.random.key(0), 512)
+KEYS = jax.random.split(jax.random.key(0))
 
 
 def test_fit_by_gradient_raises_the_likelihood_nearly_to_that_of_em():
@@ -49,16 +50,15 @@ def test_on_policy_reverse_kl_falls_and_is_the_divergence_it_says():
 def test_sequence_level_distillation_fits_what_the_teacher_draws_at_a_temperature(temperature, share):
     shares = []
     fit = lambda key, x: shares.append(float((x[0] > 0).mean())) or mixture.em(TEACHER, x, 5).mixture  # noqa: E731
-    student = distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, temperature, 8192, fit)
+    student = distill.sequence_level(mixture.policy, *KEYS, TEACHER, temperature, 8192, fit)
     assert abs(shares[0] - share) < 4 * np.sqrt(share / 8192)
     assert mixture.weights(student)[1] == pytest.approx(shares[0], abs=2e-3)
 
 
 def test_sequence_level_distillation_keeps_the_keys_of_draws_and_fit_apart():
-    keys = []
-    distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: keys.append(key) or x)
-    x = distill.sequence_level(mixture.policy, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: x)
-    assert not jnp.array_equal(mixture.sample(TEACHER, keys[0], 16), x)
+    fit_key, x = distill.sequence_level(mixture.policy, *KEYS, TEACHER, 1.0, 16, lambda key, x: (key, x))
+    np.testing.assert_array_equal(mixture.sample(TEACHER, KEYS[0], 16), x)
+    assert fit_key == KEYS[1]
 
 
 def _compare(params, teacher, x, coefficient):
