@@ -113,6 +113,11 @@ class Points(NamedTuple):
     temperature: jax.Array
     kl_coef: jax.Array
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How many points each axis has, by its name."""
+        return {axis: len(values) for axis, values in self._asdict().items()}
+
 
 class Optimum(NamedTuple):
     """What a reference allows: its Gibbs policies, and β_c, its half-mass coefficient.
@@ -221,20 +226,12 @@ def prepare(
     Returns:
       What algorithms share, and the models of `PREPARED`, measured: a stack to be taken apart by `by_stage`.
     """
-    keys = keys_for(seed_key)
-    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed(PREPARED)}
-    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, Coefficients(), settings)
-    base, students = made.base(settings.base_components), made.models("student", settings.student_components)
-    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-    measured = _measure(bench, keys["measure"], made, PREPARED, reward, points)
-    prepared = Prepared(
-        truth=truth,
-        models={"base": base, "student": students},
-        log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
-        base_failed=misses_a_mode(truth, base),
-        optima=_optima(bench, keys["measure"], made, reward, points),
-    )
-    return prepared, measured
+    made, outcome = _from_truth(seed_key, truth, capacity, points, Coefficients(), grid, PREPARED, settings)
+    models = {
+        "base": made.base(settings.base_components),
+        "student": made.models("student", settings.student_components),
+    }
+    return Prepared(truth, models, outcome.log_likelihood, outcome.base_failed, outcome.optima), outcome.measured
 
 
 def updates_for(settings: LaboratorySettings, num_components: int) -> int:
@@ -305,15 +302,7 @@ def run_seed(
 
     Args and results are theirs.
     """
-    keys = keys_for(seed_key)
-    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed((*PREPARED, *settings.arms))}
-    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, coefficients, settings)
-    base = made.base(settings.base_components)
-    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-    measured = _measure(bench, keys["measure"], made, every_model(settings), reward, points)
-    optima = _optima(bench, keys["measure"], made, reward, points)
-    log_likelihood = made.log_likelihood[made.plan.rows["base"].start]
-    return Outcome(measured, log_likelihood, misses_a_mode(truth, base), optima)
+    return _from_truth(seed_key, truth, capacity, points, coefficients, grid, every_model(settings), settings)[1]
 
 
 def every_model(settings: LaboratorySettings) -> tuple[str, ...]:
@@ -339,8 +328,7 @@ def by_stage(
       points: temperatures and KL coefficients.
       runs: lengths of the run axes that lead every array, if it was vmapped.
     """
-    lengths = {axis: len(values) for axis, values in points._asdict().items()}
-    shapes = [tuple(lengths[axis] for axis in pipelines.axes_of(name)) for name in names]
+    shapes = [tuple(points.lengths[axis] for axis in pipelines.axes_of(name)) for name in names]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
 
     def one(shape, begin, end):
@@ -419,11 +407,26 @@ def _num_components(name: str, settings: LaboratorySettings, truth: Truth) -> in
     return _num_components(stage.models[0], settings, truth)
 
 
+def _from_truth(seed_key, truth, capacity, points, coefficients, grid, names, settings) -> tuple[_Made, Outcome]:
+    """Make the named models and what they are made from, measure them and find what each reference allows."""
+    keys = keys_for(seed_key)
+    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed(names)}
+    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, coefficients, settings)
+    base = made.base(settings.base_components)
+    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
+    outcome = Outcome(
+        measured=_measure(bench, keys["measure"], made, names, reward, points),
+        log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
+        base_failed=misses_a_mode(truth, base),
+        optima=_optima(bench, keys["measure"], made, reward, points),
+    )
+    return made, outcome
+
+
 def _make(stages, given: dict[str, Mixture], keys, truth, capacity, points, coefficients, settings) -> _Made:
     """Make all stages from given models, one after another, each operation compiled once."""
     sizes = {name: _num_components(name, settings, truth) for name in {*given, *stages}}
     layout = _Table(max(sizes.values()), truth.modes.dim)
-    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
 
     def group_of(name, stage):
         """What shapes an operation: K of what it makes and reads, and how much work it does."""
@@ -435,7 +438,7 @@ def _make(stages, given: dict[str, Mixture], keys, truth, capacity, points, coef
             return max(sizes[name], least), drawn
         return None
 
-    plan = pipelines.plan(stages, [*given], lengths, group_of)
+    plan = pipelines.plan(stages, [*given], points.lengths, group_of)
     base_row = plan.rows[pipelines.ROOT].start
     make = {pipelines.Align: _aligner, pipelines.Distil: _distiller, pipelines.Sharpen: _sharpener}
 
@@ -540,10 +543,9 @@ def _optima(bench, key, made: _Made, reward, points: Points) -> dict[str, Optimu
 
 def _measure(bench, key, made: _Made, names, reward, points: Points) -> Measured:
     """Measure the named models in one pass; a model's reference is what its alignment was held to."""
-    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
     own = np.concatenate([made.plan.rows[name] for name in names])
-    references = np.concatenate([pipelines.reference_rows(made.plan, name, lengths) for name in names])
-    places = np.concatenate([pipelines.places(name, lengths)[:, 1] for name in names])
+    references = np.concatenate([pipelines.reference_rows(made.plan, name, points.lengths) for name in names])
+    places = np.concatenate([pipelines.places(name, points.lengths)[:, 1] for name in names])
     has_coefficient = np.concatenate(
         [np.full(len(made.plan.rows[name]), "kl_coef" in pipelines.axes_of(name)) for name in names]
     )

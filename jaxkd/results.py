@@ -72,12 +72,11 @@ def _spread(array, own_axes, lengths) -> np.ndarray:
 
 def _by_point(values: dict[str, np.ndarray], names: Sequence[str], points: Points) -> dict[str, np.ndarray]:
     """Values of a stack of models, [seed, row, …] each, as [seed, temperature, kl_coef, stage, …]."""
-    lengths = {axis: len(along) for axis, along in points._asdict().items()}
     seeds = len(next(iter(values.values())))
     per_stage = by_stage(values, names, points, (seeds,))
     return {
         quantity: np.stack(
-            [_spread(per_stage[name][quantity], pipelines.axes_of(name), lengths) for name in names], axis=3
+            [_spread(per_stage[name][quantity], pipelines.axes_of(name), points.lengths) for name in names], axis=3
         )
         for quantity in values
     }
@@ -130,7 +129,7 @@ def of_runs(
         the Gibbs policy at β·T, from which no distance is known here.
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
-    lengths = {axis: len(along) for axis, along in points._asdict().items()}
+    lengths = points.lengths
     quantities = _quantities(outcome.measured)
     del quantities[_OF_MODES]
     found = _by_point(quantities, names, points)
