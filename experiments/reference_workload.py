@@ -54,7 +54,7 @@ def run_of(workload: Workload):
     import jax
     import jax.numpy as jnp
 
-    from jaxkd import align, distill, loops, metrics, mixture, random, rewards
+    from jaxkd import align, distill, loops, metrics, mixture, mixture_rewards, random
 
     settings = align.AlignmentSettings(algorithm="reinforce", num_updates=workload.steps, batch_size=workload.samples)
 
@@ -66,7 +66,7 @@ def run_of(workload: Workload):
 
     def run(key, truth, grid):
         data_key, fit_key, align_key, bench_key = jax.random.split(key, 4)
-        reward = rewards.target_density(truth.target)
+        reward = mixture_rewards.target_density(truth.target)
 
         def distilled(teacher, temperature):
             keys = random.keys(fit_key, 2)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import align, distill, loops, metrics, mixture, pipelines, random, rewards, theory
+from jaxkd import align, distill, loops, metrics, mixture, mixture_rewards, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, misses_a_mode, on_target
@@ -175,16 +175,16 @@ def make_reward(name: str, truth: Truth) -> rewards.Reward:
     """A reward by name. Bump and disc take the target density's scale: its peak, and half of it, as their heights."""
     variance = jnp.exp(2 * truth.modes.log_scales).mean()
     peak = (2 * math.pi * variance) ** (-truth.modes.dim / 2) / truth.is_target.sum().astype(jnp.float32)
-    density = rewards.target_density(truth.target)
+    density = mixture_rewards.target_density(truth.target)
     if name == "density":
         return density
     if name == "bump":
         target_means = jnp.where(truth.is_target[None, :], truth.modes.means, jnp.inf)
-        return rewards.bump(target_means, height=peak, width=2 * jnp.sqrt(variance))
+        return mixture_rewards.bump(target_means, height=peak, width=2 * jnp.sqrt(variance))
     if name == "disc":
-        return rewards.disc(truth.target, height=peak / 2)
+        return mixture_rewards.disc(truth.target, height=peak / 2)
     if name == "log_density":
-        return rewards.log_density(truth.target)
+        return mixture_rewards.log_density(truth.target)
     # The density of a Gaussian averages half its peak in the plane over its own draws, 2^(−dim/2) in general.
     level = peak * 2 ** (-truth.modes.dim / 2)
     return {"reflected": rewards.reflected, "clipped": rewards.clipped}[name](density, level)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import align, metrics, mixture, rewards, theory
+from jaxkd import align, metrics, mixture, mixture_rewards, theory
 from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients, Inputs, State
 from jaxkd.policy import Policy
 from jaxkd.truth import make_truth, on_target
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promo
 
 TRUTH = make_truth(target_weight=0.1)
 BASE = TRUTH.modes
-WIDE_BUMP = rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
+WIDE_BUMP = mixture_rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
 DEFAULTS = Coefficients(*(jnp.float32(value) for value in Coefficients()))
 ON_MIXTURES = [name for name in ALGORITHMS if name != "orpo"]
 PREFERENCES_AT_LOG_TWO = ["online_dpo", "offline_dpo_ref", "offline_dpo_data"]
@@ -119,7 +119,7 @@ def test_a_larger_coefficient_keeps_the_policy_nearer_to_its_reference(algorithm
 @pytest.mark.parametrize(("algorithm", "kl_coef"), [("reinforce", 0.5), ("ppo", 1.0)])
 def test_policy_gradient_reaches_the_gibbs_optimum(algorithm, kl_coef):
     truth = make_truth(target_weight=0.03)
-    reward = rewards.bump(truth.target.means, height=3.0, width=0.5)
+    reward = mixture_rewards.bump(truth.target.means, height=3.0, width=0.5)
     grid = metrics.make_grid(truth)
     log_reference = mixture.log_density(truth.modes, grid.x)
     inside = jnp.where(truth.is_target[:, None], grid.inside, 0.0).sum(axis=0)

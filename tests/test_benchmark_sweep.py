@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import align, metrics, mixture, rewards, throughput
+from jaxkd import align, metrics, mixture, mixture_rewards, throughput
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -241,7 +241,7 @@ def test_torch_has_our_policy_gradient_and_optimiser(script, models):
 
     start, target, x = models
     settings = align.AlignmentSettings(algorithm="reinforce", num_updates=4, batch_size=512)
-    reward, nowhere = rewards.target_density(target), lambda x: jnp.zeros(x.shape[-1], bool)
+    reward, nowhere = mixture_rewards.target_density(target), lambda x: jnp.zeros(x.shape[-1], bool)
     coefficients = align.Coefficients(learning_rate=0.03, kl_coef=0.7)
     points, held = torch.from_numpy(np.array(x)), in_torch(start)
 
@@ -277,7 +277,9 @@ def test_torch_measures_what_we_measure(script, tiny, models, tmp_path):
     base, model, _ = models
     eager.save(tmp_path / "problem.npz", truth, grid, bench.torch_sizes(tiny))
     measured = eager.measure(eager.load(tmp_path / "problem.npz"), in_torch(base), [in_torch(model)], 0.7)[0]
-    made = metrics.make_bench(jax.random.key(0), truth, base, rewards.target_density(truth.target), grid, num_draws=16)
+    made = metrics.make_bench(
+        jax.random.key(0), truth, base, mixture_rewards.target_density(truth.target), grid, num_draws=16
+    )
     ours, _ = metrics.quadrature(made, model, base, 0.7)
     assert set(measured) == set(ours._fields) - {"mode_mass"}
     for name, value in measured.items():
