@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxkd import checks
+from jaxkd.losses.divergence import TERMS
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate
 from jaxkd.smollm2.model import DATA, Model
@@ -386,38 +387,7 @@ target_log_probs.defvjp(_target_forward, _target_backward)
 # --- divergences -----------------------------------------------------------------------------------------------------
 
 
-def _forward_kl(log_p, log_q, coefficient):
-    return jnp.exp(log_p) * (log_p - log_q)
-
-
-def _reverse_kl(log_p, log_q, coefficient):
-    return jnp.exp(log_q) * (log_q - log_p)
-
-
-def _jensen_shannon(log_p, log_q, share):
-    trace = jnp.finfo(jnp.float32).tiny
-    log_share, log_rest = jnp.log(jnp.maximum(share, trace)), jnp.log(jnp.maximum(1 - share, trace))
-    log_mixture = jnp.logaddexp(log_p + log_share, log_q + log_rest)
-    return share * jnp.exp(log_p) * (log_p - log_mixture) + (1 - share) * jnp.exp(log_q) * (log_q - log_mixture)
-
-
-def _skew_kl(log_p, log_q, skew):
-    log_mixture = jnp.logaddexp(log_p + jnp.log(skew), log_q + jnp.log(1 - skew))
-    return jnp.exp(log_p) * (log_p - log_mixture)
-
-
-def _skew_reverse_kl(log_p, log_q, skew):
-    return _skew_kl(log_q, log_p, skew)
-
-
-_TERMS = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "generalized_jensen_shannon": _jensen_shannon,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-}
-DIVERGENCES = tuple(_TERMS)
+DIVERGENCES = tuple(TERMS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -431,7 +401,7 @@ def compare_hidden(hidden, head, teacher_hidden, teacher_head, targets, coeffici
 
 def _term_and_slope(divergence: str, log_p, log_q, coefficient):
     """f(log p, log q) and ∂f/∂log q, elementwise."""
-    return jax.jvp(lambda q: _TERMS[divergence](log_p, q, coefficient), (log_q,), (jnp.ones_like(log_q),))
+    return jax.jvp(lambda q: TERMS[divergence](log_p, q, coefficient), (log_q,), (jnp.ones_like(log_q),))
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
