@@ -210,15 +210,16 @@ def table_policy(*, critic=False, junk=0.0):
         picked = jnp.take_along_axis(steps[None], x["tokens"][..., None], axis=-1)[..., 0]
         return jnp.where(x["mask"], picked, junk * picked)
 
-    def value(params, x):
-        return jnp.where(x["mask"], params["values"][None, :], junk * params["values"][None, :])
+    def log_prob_and_value(params, x):
+        values = jnp.where(x["mask"], params["values"][None, :], junk * params["values"][None, :])
+        return log_prob(params, x), values
 
     return Policy(
         log_prob,
         sample=None,
         num_steps=lambda x: x["mask"].sum(axis=1).astype(jnp.float32),
         step_mask=lambda x: x["mask"],
-        value=value if critic else None,
+        log_prob_and_value=log_prob_and_value if critic else None,
     )
 
 

@@ -114,27 +114,17 @@ def with_value_head(policy: Policy, model: Model) -> Policy:
       The policy whose parameters are those of `add_value_head`.
     """
 
-    def values(params: Params, hidden: jax.Array, x: Texts) -> jax.Array:
-        head = params["value_head"]
-        predicted = jnp.matmul(hidden, head["kernel"]) + head["bias"]
-        return jnp.where(x.completion_mask[:, 1:], predicted, 0.0)
-
-    def hidden_before(params: Params, x: Texts) -> jax.Array:
-        return model.hidden(params["model"], x.tokens, x.mask)[:, :-1]
-
-    def value(params: Params, x: Texts) -> jax.Array:
-        return values(params, hidden_before(params, x), x)
-
     def log_prob_and_value(params: Params, x: Texts) -> tuple[jax.Array, jax.Array]:
-        hidden = hidden_before(params, x)
+        head, scored = params["value_head"], x.completion_mask[:, 1:]
+        hidden = model.hidden(params["model"], x.tokens, x.mask)[:, :-1]
         log_probs = _log_probs_of_hidden(model, params["model"], hidden, x.tokens, x.mask)
-        return jnp.where(x.completion_mask[:, 1:], log_probs, 0.0), values(params, hidden, x)
+        values = jnp.matmul(hidden, head["kernel"]) + head["bias"]
+        return jnp.where(scored, log_probs, 0.0), jnp.where(scored, values, 0.0)
 
     return replace(
         policy,
         log_prob=lambda params, x: policy.log_prob(params["model"], x),
         sample=lambda params, *arguments: policy.sample(params["model"], *arguments),
-        value=value,
         log_prob_and_value=log_prob_and_value,
     )
 
