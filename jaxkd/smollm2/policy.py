@@ -176,7 +176,7 @@ def _log_probs_of_hidden(model: Model, params: Params, hidden: jax.Array, tokens
 
     def streamed(hidden, targets, head):
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return target_log_probs(flat, head, targets.reshape(-1), model.compute_dtype)[0].reshape(targets.shape)
+        return target_log_probs(flat, head, targets.reshape(-1), model.compute_dtype).reshape(targets.shape)
 
     log_probs = _on_own_sequences(model, streamed, (hidden, tokens[:, 1:]), (model.head(params),))
     return log_probs if mask is None else jnp.where(mask[:, 1:] & mask[:, :-1], log_probs, 0.0)
@@ -337,8 +337,8 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of targets under softmax(hidden · headᵀ), and the log-sum-exps.
+def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dtype) -> jax.Array:
+    """Log-probabilities of targets under softmax(hidden · headᵀ).
 
     Args:
       hidden: float32[n, D].
@@ -347,28 +347,26 @@ def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dty
       dtype: of the operands of products, which accumulate in float32.
 
     Returns:
-      Two float32[n].
+      float32[n].
     """
-    normalizer, target = _over_chunks(
-        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
-    )
-    return target - normalizer, normalizer
+    return _target_forward(hidden, head, targets, dtype)[0]
 
 
 def _target_forward(hidden, head, targets, dtype):
-    log_probs, normalizer = target_log_probs(hidden, head, targets, dtype)
-    return (log_probs, normalizer), (hidden, head, targets, normalizer)
+    normalizer, target = _over_chunks(
+        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
+    )
+    return target - normalizer, (hidden, head, targets, normalizer)
 
 
-def _target_backward(dtype, residuals, cotangents):
+def _target_backward(dtype, residuals, cotangent):
     hidden, head, targets, normalizer = residuals
 
-    def toward_logits(logits, block, targets, normalizer, of_target, of_normalizer):
+    def toward_logits(logits, block, targets, normalizer, of_target):
         probs = jnp.exp(logits - normalizer[:, None])
-        return jnp.where(_is_target(targets, block), of_target[:, None], 0.0) + of_normalizer[:, None] * probs
+        return jnp.where(_is_target(targets, block), of_target[:, None], 0.0) - of_target[:, None] * probs
 
-    of_target, of_normalizer = cotangents[0], cotangents[1] - cotangents[0]
-    return *_pull_back(toward_logits, hidden, head, dtype, targets, normalizer, of_target, of_normalizer), None
+    return *_pull_back(toward_logits, hidden, head, dtype, targets, normalizer, cotangent), None
 
 
 target_log_probs.defvjp(_target_forward, _target_backward)
