@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxkd import loops, random
 from jaxkd.losses import policy_gradient, preference
+from jaxkd.losses.divergence import masked_mean
 from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 from jaxkd.rewards import Reward, bradley_terry
@@ -231,13 +232,6 @@ def _counted(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return values if mask is None else jnp.where(mask, values, jnp.zeros_like(values))
 
 
-def _mean_over_steps(values: jax.Array, mask: jax.Array | None, axis=None) -> jax.Array:
-    """Mean over the steps that count: of each draw, where their axis is given, or of all draws."""
-    if mask is None:
-        return values.mean(axis=axis)
-    return _counted(values, mask).sum(axis=axis) / jnp.maximum(mask.sum(axis=axis), 1).astype(values.dtype)
-
-
 def _at_last_step(rewards: jax.Array, mask: jax.Array) -> jax.Array:
     """Each draw's reward at the last of its steps that count, [batch, steps]."""
     still_to_come = lax.cumsum(mask.astype(jnp.int32), axis=1, reverse=True)
@@ -273,7 +267,7 @@ def _surrogate(variant: str, log_prob, rollout: Rollout, coefficients: Coefficie
     if variant != "grpo":
         return _sum_over_steps(loss, rollout.mask)
     loss = loss + coefficients.kl_coef * policy_gradient.kl_k3(log_prob, rollout.reference_log_prob)
-    return _mean_over_steps(loss, rollout.mask, _step_axes(loss))
+    return masked_mean(loss, rollout.mask, _step_axes(loss))
 
 
 def _value_loss(values: jax.Array | None, rollout: Rollout) -> jax.Array | np.float32:
@@ -327,7 +321,7 @@ def _policy_gradient_step(variant: str, task: _Task, settings: AlignmentSettings
             log_prob, values = evaluate(params)
             acts = policy_gradient.clipped(log_prob, rollout.log_prob, rollout.advantages, coefficients.clip_range)
             loss, _ = total(log_prob, values, rollout)
-            return loss, _mean_over_steps(acts.astype(jnp.float32), mask)
+            return loss, masked_mean(acts.astype(jnp.float32), mask)
 
         (loss, (rollout, value_loss)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
         state = update(state, gradient, task.optimizer, coefficients.learning_rate)

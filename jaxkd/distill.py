@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxkd import checks, random
 from jaxkd.losses import policy_gradient
+from jaxkd.losses.divergence import masked_mean
 from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 
@@ -155,10 +156,8 @@ def token_level_step(compare: Compare, optimizer) -> Callable:
     def step(state: State, inputs: TokenInputs) -> tuple[State, TokenInfo]:
         def loss(params):
             divergence, log_prob, mask = compare(params, inputs.teacher, inputs.x, inputs.coefficient)
-            num_tokens = mask.sum()
-            count = jnp.maximum(num_tokens, 1).astype(jnp.float32)
-            mean, mean_log_prob = (jnp.where(mask, array, 0.0).sum() / count for array in (divergence, log_prob))
-            return mean, TokenInfo(mean, mean, mean_log_prob, num_tokens)
+            mean = masked_mean(divergence, mask)
+            return mean, TokenInfo(mean, mean, masked_mean(log_prob, mask), mask.sum())
 
         (_, info), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         return update(state, gradient, optimizer, inputs.learning_rate), info

@@ -144,23 +144,23 @@ def skew_reverse_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array, 
     return skew_kl(teacher_log_probs=student_log_probs, student_log_probs=teacher_log_probs, skew=skew)
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+def masked_mean(values: jax.Array, mask: jax.Array | None, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """The mean of `values` where `mask` is true: padding has no influence, whatever it holds, NaN included.
 
     Args:
       values: float[...].
-      mask: bool[...], the same shape.
+      mask: bool[...], the same shape; None where all count.
       axis: the axes to average over; all by default. With axis=-1, [batch, steps] gives one mean per sequence.
 
     Returns:
-      float[...] without those axes.
+      float[...] without those axes; 0 where the mask leaves nothing to average.
 
     Raises:
-      ValueError: shapes that differ, a mask that is not boolean, or a mask that leaves nothing to average. In traced
-        code the last cannot be raised: the mean of nothing is NaN.
+      ValueError: shapes that differ, or a mask that is not boolean.
     """
+    if mask is None:
+        return values.mean(axis=axis)
     require_same_shape(values=values, mask=mask)
     require_boolean(mask=mask)
-    count = jnp.sum(mask, axis=axis)
-    require(count > 0, "the mask leaves nothing to average")
+    count = jnp.maximum(jnp.sum(mask, axis=axis), 1)
     return jnp.sum(jnp.where(mask, values, 0.0), axis=axis) / count.astype(values.dtype)
