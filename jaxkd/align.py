@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxkd import loops, random
+from jaxkd import checks, loops, random
 from jaxkd.losses import policy_gradient, preference
 from jaxkd.losses.divergence import masked_mean
 from jaxkd.optimisation import State, make_optimizer, update
@@ -80,11 +80,9 @@ class AlignmentSettings:
     dataset_batches: int = 16
 
     def __post_init__(self):
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}")
+        checks.name("algorithm", self.algorithm, ALGORITHMS)
         for name in ("num_updates", "epochs", "dataset_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), least=1)
         if self.batch_size < 4 or self.batch_size % 2:
             raise ValueError(f"batch_size must be even and at least 4, got {self.batch_size}")
         if self.group_size < 2 or (self.algorithm == "grpo" and self.batch_size % self.group_size):

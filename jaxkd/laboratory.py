@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import align, distill, loops, metrics, mixture, mixture_rewards, pipelines, random, rewards, theory
+from jaxkd import align, checks, distill, loops, metrics, mixture, mixture_rewards, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, misses_a_mode, on_target
@@ -77,8 +77,7 @@ class LaboratorySettings:
     uniform_padding: bool = False
 
     def __post_init__(self):
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {self.reward!r}")
+        checks.name("reward", self.reward, REWARDS)
         if not self.arms:
             raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.arms())}")
         if not made_by(self):
@@ -86,20 +85,11 @@ class LaboratorySettings:
                 f"arms must hold more than the base and the student, got {', '.join(self.arms)}: choose from "
                 f"{', '.join(pipelines.arms())}"
             )
-        minima = {
-            "base_components": 1,
-            "student_components": 1,
-            "num_samples": 16,
-            "samples_of_distillation": 16,
-            "starts": 1,
-            "iterations": 1,
-            "distillation_starts": 1,
-        }
-        for name, minimum in {**minima, "num_draws": 16, "grid_points": 16}.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if not (math.isfinite(self.covariance_floor) and self.covariance_floor > 0):
-            raise ValueError(f"covariance_floor must be positive and finite, got {self.covariance_floor}")
+        for name in ("base_components", "student_components", "starts", "distillation_starts", "iterations"):
+            checks.whole(name, getattr(self, name), least=1)
+        for name in ("num_samples", "samples_of_distillation", "num_draws", "grid_points"):
+            checks.whole(name, getattr(self, name), least=16)
+        checks.number("covariance_floor", self.covariance_floor, above=0)
 
     @property
     def samples_of_distillation(self) -> int:

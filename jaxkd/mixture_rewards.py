@@ -3,12 +3,12 @@
 Draws are `x: [dim, n]`, as everywhere in `jaxkd.mixture`.
 """
 
-import math
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 
-from jaxkd import mixture
+from jaxkd import checks, mixture
 from jaxkd.mixture import Mixture
 from jaxkd.rewards import Reward
 
@@ -47,5 +47,5 @@ def log_density(target: Mixture) -> Reward:
 
 def _check_positive(**values) -> None:
     for name, value in values.items():
-        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if isinstance(value, Real):  # others are traced
+            checks.number(name, value, above=0)

@@ -641,9 +641,9 @@ def test_align_serves_a_categorical_policy_and_orpo_there():
     ("arguments", "message"),
     [
         ({"algorithm": "sgd"}, "algorithm must be one of .*'sgd'"),
-        ({"num_updates": 0}, "num_updates must be at least 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"dataset_batches": 0}, "dataset_batches must be at least 1"),
+        ({"num_updates": 0}, "num_updates must be a whole number of at least 1"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1"),
+        ({"dataset_batches": 0}, "dataset_batches must be a whole number of at least 1"),
         ({"batch_size": 2}, "batch_size must be even and at least 4"),
         ({"batch_size": 7}, "batch_size must be even"),
         ({"algorithm": "grpo", "batch_size": 24, "group_size": 16}, "divide batch_size"),

@@ -57,5 +57,5 @@ def test_a_density_averages_half_its_peak_under_its_own_draws():
     ],
 )
 def test_rewards_refuse_sizes_that_are_not_positive(make, value):
-    with pytest.raises(ValueError, match="must be positive and finite"):
+    with pytest.raises(ValueError, match="must be a finite number above 0"):
         make(value)
