@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import tyro
-from benchmark_mixture import (
+from reference_workload import (
     COVARIANCE_FLOOR,
     KL_COEF,
     LEARNING_RATE,

@@ -1,6 +1,6 @@
 """The reference workload in eager PyTorch, for the throughput benchmark to compare with.
 
-The same algorithm as `benchmark_mixture.run_of`, written as one would for PyTorch: everything vectorised over samples
+The same algorithm as `reference_workload.run_of`, written as one would for PyTorch: everything vectorised over samples
 and components, the policy gradient by autograd, fused Adam. It does not import jax.
 
 As a script it is one process of the comparison: `eager_torch.py PROBLEM` prints "ready" after a run that warms it up;

@@ -16,12 +16,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxkd import loops, random
+from jaxkd import checks, loops, random
 from jaxkd.losses import policy_gradient, preference
+from jaxkd.losses.divergence import masked_mean
+from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 from jaxkd.rewards import Reward, bradley_terry
 
-Step = Callable[["State", "Inputs"], tuple["State", "Info"]]
+Step = Callable[[State, "Inputs"], tuple[State, "Info"]]
 
 
 class Coefficients(NamedTuple):
@@ -78,11 +80,9 @@ class AlignmentSettings:
     dataset_batches: int = 16
 
     def __post_init__(self):
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}")
+        checks.name("algorithm", self.algorithm, ALGORITHMS)
         for name in ("num_updates", "epochs", "dataset_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), least=1)
         if self.batch_size < 4 or self.batch_size % 2:
             raise ValueError(f"batch_size must be even and at least 4, got {self.batch_size}")
         if self.group_size < 2 or (self.algorithm == "grpo" and self.batch_size % self.group_size):
@@ -101,13 +101,6 @@ class AlignmentSettings:
     def num_steps(self) -> int:
         """Steps in all: rollouts of an on-policy algorithm, batches of an offline one."""
         return self.num_updates // self.updates_per_step
-
-
-class State(NamedTuple):
-    """Training state: the policy's parameters and the optimiser's."""
-
-    params: Params
-    optimizer_state: optax.OptState
 
 
 class PreferenceData(NamedTuple):
@@ -150,7 +143,8 @@ class Info(NamedTuple):
     Attributes:
       loss: at the step's first update, a critic's included.
       reward: mean.
-      kl: mean estimate of KL(π‖π_ref), nats a draw (a whole text).
+      kl: mean of log π − log π_ref, nats a draw (a whole text). Over draws of the policy it estimates KL(π‖π_ref); an
+        offline preference loss takes it over its fixed data, where it estimates no KL.
       clip_fraction: share of clipped ratios, of all updates' steps.
       target_hits: draws on a target.
       value_loss: a critic's, before its coefficient; 0 without a critic.
@@ -181,49 +175,15 @@ class Record(NamedTuple):
     failed: jax.Array
 
 
-def make_optimizer(
-    num_updates: int,
-    *,
-    warmup_updates: int = 0,
-    max_gradient_norm: float | None = None,
-    weight_decay: float = 0.0,
-    accumulate: int = 1,
-) -> optax.GradientTransformation:
-    """AdamW on a unit schedule, a linear rise and then a half cosine; `_update` multiplies by the traced learning rate.
+@dataclass(frozen=True)
+class _Task:
+    """What every kind of step is made of; the arguments of `make_step`, the family of the reference filled in."""
 
-    Args:
-      num_updates: updates in all, the rise included.
-      warmup_updates: those in which the learning rate rises.
-      max_gradient_norm: the gradient's global norm is clipped to it.
-      weight_decay: decoupled, a learning rate's worth each update.
-      accumulate: gradients that are averaged to one update; `num_updates` counts updates, not gradients.
-
-    Raises:
-      ValueError: where the rise leaves no update for the fall.
-    """
-    if not 0 <= warmup_updates < num_updates:
-        raise ValueError(
-            f"warmup_updates must be at least 0 and below num_updates = {num_updates}; got {warmup_updates}"
-        )
-    fall = optax.cosine_decay_schedule(1.0, num_updates - warmup_updates)
-    # The first update of a rise from 0 would change nothing.
-    rise = optax.linear_schedule(1 / (warmup_updates + 1), 1.0, warmup_updates)
-    schedule = optax.join_schedules([rise, fall], [warmup_updates]) if warmup_updates else fall
-    chain = [optax.scale_by_adam()]
-    if max_gradient_norm is not None:
-        chain.insert(0, optax.clip_by_global_norm(max_gradient_norm))
-    if weight_decay:
-        chain.append(optax.add_decayed_weights(weight_decay))
-    optimizer = optax.chain(*chain, optax.scale_by_schedule(schedule))
-    if accumulate == 1:
-        return optimizer
-    return optax.MultiSteps(optimizer, every_k_schedule=accumulate).gradient_transformation()
-
-
-def _update(state: State, gradient: Params, optimizer, learning_rate) -> State:
-    direction, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-    return State(params, optimizer_state)
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    reward: Reward
+    on_target: Callable[[Draws], jax.Array]
+    reference_policy: Policy
 
 
 # --- policy gradient -------------------------------------------------------------------------------------------------
@@ -270,22 +230,15 @@ def _counted(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return values if mask is None else jnp.where(mask, values, jnp.zeros_like(values))
 
 
-def _mean_over_steps(values: jax.Array, mask: jax.Array | None, axis=None) -> jax.Array:
-    """Mean over the steps that count: of each draw, where their axis is given, or of all draws."""
-    if mask is None:
-        return values.mean(axis=axis)
-    return _counted(values, mask).sum(axis=axis) / jnp.maximum(mask.sum(axis=axis), 1).astype(values.dtype)
-
-
 def _at_last_step(rewards: jax.Array, mask: jax.Array) -> jax.Array:
     """Each draw's reward at the last of its steps that count, [batch, steps]."""
     still_to_come = lax.cumsum(mask.astype(jnp.int32), axis=1, reverse=True)
     return jnp.where(mask & (still_to_come == 1), rewards[:, None], jnp.zeros_like(rewards)[:, None])
 
 
-def _advantages(kind: str, settings, rewards, values, log_prob, reference_log_prob, mask, coefficients) -> jax.Array:
+def _advantages(variant: str, settings, rewards, values, log_prob, reference_log_prob, mask, coefficients) -> jax.Array:
     """Advantages of each step, the KL penalty where it belongs: in the reward (k1), or for GRPO in the loss."""
-    if kind == "grpo":
+    if variant == "grpo":
         grouped = rewards.reshape(-1, settings.group_size)
         advantages = policy_gradient.grpo_advantages(grouped, epsilon=1e-4).reshape(-1)
         return jnp.broadcast_to(jnp.expand_dims(advantages, _step_axes(log_prob)), log_prob.shape)
@@ -299,20 +252,20 @@ def _advantages(kind: str, settings, rewards, values, log_prob, reference_log_pr
     return policy_gradient.gae(_at_last_step(rewards, mask) - penalties, values, mask, 1.0, coefficients.gae_lambda)
 
 
-def _surrogate(kind: str, log_prob, rollout: Rollout, coefficients: Coefficients) -> jax.Array:
+def _surrogate(variant: str, log_prob, rollout: Rollout, coefficients: Coefficients) -> jax.Array:
     """The loss of each draw, [batch].
 
     REINFORCE and PPO sum over a draw's steps, which gives the gradient of the objective J; GRPO takes the mean, as
     its paper does, so that a long text weighs no more than a short one.
     """
-    if kind == "reinforce":
+    if variant == "reinforce":
         loss = policy_gradient.reinforce(log_prob, rollout.advantages)
     else:
         loss = policy_gradient.ppo_clip(log_prob, rollout.log_prob, rollout.advantages, coefficients.clip_range)
-    if kind != "grpo":
+    if variant != "grpo":
         return _sum_over_steps(loss, rollout.mask)
     loss = loss + coefficients.kl_coef * policy_gradient.kl_k3(log_prob, rollout.reference_log_prob)
-    return _mean_over_steps(loss, rollout.mask, _step_axes(loss))
+    return masked_mean(loss, rollout.mask, _step_axes(loss))
 
 
 def _value_loss(values: jax.Array | None, rollout: Rollout) -> jax.Array | np.float32:
@@ -322,15 +275,7 @@ def _value_loss(values: jax.Array | None, rollout: Rollout) -> jax.Array | np.fl
     return _sum_over_steps(0.5 * jnp.square(values - rollout.returns), rollout.mask).mean()
 
 
-def policy_gradient_step(
-    kind: str,
-    policy: Policy,
-    optimizer,
-    settings: AlignmentSettings,
-    reward: Reward,
-    on_target,
-    reference_policy: Policy | None = None,
-) -> Step:
+def _policy_gradient_step(variant: str, task: _Task, settings: AlignmentSettings) -> Step:
     """One rollout of the current policy and one or more updates on it, by steps: a text's tokens.
 
     `reinforce`: one update; the KL penalty of each step in the reward with stopped gradient (k1), rewards to go,
@@ -341,27 +286,27 @@ def policy_gradient_step(
     `grpo`: advantages standardised within groups, the same at every step, k3 of each step in the loss, mean over a
     draw's steps and then over draws (arXiv 2402.03300, eq. 3 and 4).
     """
-    epochs = 1 if kind == "reinforce" else settings.epochs
+    policy, epochs = task.policy, settings.updates_per_step
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         coefficients = inputs.coefficients
         x = inputs.draws
-        rewards = reward(x)
+        rewards = task.reward(x)
         mask = None if policy.step_mask is None else policy.step_mask(x)
-        reference_log_prob = (reference_policy or policy).log_prob(inputs.reference, x)
+        reference_log_prob = task.reference_policy.log_prob(inputs.reference, x)
 
         def evaluate(params):
-            both = policy.evaluate(params, x) if kind == "ppo" else (policy.log_prob(params, x), None)
+            both = policy.evaluate(params, x) if variant == "ppo" else (policy.log_prob(params, x), None)
             return _without_lone_axis(*both, mask)
 
         def roll_out(log_prob, values) -> Rollout:
             reference = reference_log_prob.reshape(log_prob.shape)
-            advantages = _advantages(kind, settings, rewards, values, log_prob, reference, mask, coefficients)
+            advantages = _advantages(variant, settings, rewards, values, log_prob, reference, mask, coefficients)
             returns = None if values is None else advantages + values
             return Rollout(log_prob, reference, advantages, returns, mask)
 
         def total(log_prob, values, rollout):
-            loss, value_loss = _surrogate(kind, log_prob, rollout, coefficients).mean(), _value_loss(values, rollout)
+            loss, value_loss = _surrogate(variant, log_prob, rollout, coefficients).mean(), _value_loss(values, rollout)
             return loss if values is None else loss + coefficients.value_coef * value_loss, value_loss
 
         def first_loss(params):
@@ -374,21 +319,21 @@ def policy_gradient_step(
             log_prob, values = evaluate(params)
             acts = policy_gradient.clipped(log_prob, rollout.log_prob, rollout.advantages, coefficients.clip_range)
             loss, _ = total(log_prob, values, rollout)
-            return loss, _mean_over_steps(acts.astype(jnp.float32), mask)
+            return loss, masked_mean(acts.astype(jnp.float32), mask)
 
         (loss, (rollout, value_loss)), gradient = jax.value_and_grad(first_loss, has_aux=True)(state.params)
-        state = _update(state, gradient, optimizer, coefficients.learning_rate)
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
 
         def epoch(state, _):
             (_, acts), gradient = jax.value_and_grad(later_loss, has_aux=True)(state.params, rollout)
-            return _update(state, gradient, optimizer, coefficients.learning_rate), acts
+            return update(state, gradient, task.optimizer, coefficients.learning_rate), acts
 
         clip_fraction = jnp.float32(0.0)
         if epochs > 1:
             state, acts = lax.scan(epoch, state, length=epochs - 1)
             clip_fraction = acts.sum() / epochs
         kl = _sum_over_steps(rollout.log_prob - rollout.reference_log_prob, mask).mean()
-        return state, Info(loss, rewards.mean(), kl, clip_fraction, on_target(x).sum(), value_loss)
+        return state, Info(loss, rewards.mean(), kl, clip_fraction, task.on_target(x).sum(), value_loss)
 
     return step
 
@@ -434,15 +379,6 @@ def _scores(policy: Policy, params, data: PreferenceData) -> tuple[Scores, Score
     return chosen, rejected, log_ratio
 
 
-def _preference_update(policy, optimizer, loss_name, state, data, coefficients):
-    def loss(params):
-        chosen, rejected, log_ratio = _scores(policy, params, data)
-        return PREFERENCE_LOSSES[loss_name](chosen, rejected, coefficients).mean(), log_ratio
-
-    (value, log_ratio), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return _update(state, gradient, optimizer, coefficients.learning_rate), value, log_ratio.mean()
-
-
 def label_pairs(reference_policy: Policy, key, x: Draws, rewards, reference: Params, coefficients: Coefficients):
     """Pair the first half of a batch with the second, label the pairs and score them under the reference."""
     first, second = rewards.reshape(2, -1)
@@ -450,62 +386,45 @@ def label_pairs(reference_policy: Policy, key, x: Draws, rewards, reference: Par
     return PreferenceData(x, rewards, preferred, reference_policy.log_prob(reference, x))
 
 
-def online_preference_step(
-    loss_name: str,
-    policy: Policy,
-    optimizer,
-    settings: AlignmentSettings,
-    reward: Reward,
-    on_target,
-    reference_policy: Policy | None = None,
-) -> Step:
-    """Pairs drawn from the current policy, labelled by Bradley–Terry, one update of a preference loss."""
+def _online_pairs(task: _Task, inputs: Inputs) -> PreferenceData:
+    """Draws of the current policy, labelled by Bradley–Terry."""
+    x = inputs.draws
+    return label_pairs(task.reference_policy, inputs.key, x, task.reward(x), inputs.reference, inputs.coefficients)
+
+
+def _offline_pairs(task: _Task, inputs: Inputs) -> PreferenceData:
+    """The given batch, which carries the reference's log-probabilities."""
+    return inputs.data
+
+
+def _preference_step(loss_name: str, task: _Task, pairs: Callable[[_Task, Inputs], PreferenceData]) -> Step:
+    """One update of a preference loss on pairs."""
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
-        x = inputs.draws
-        rewards = reward(x)
-        data = label_pairs(reference_policy or policy, inputs.key, x, rewards, inputs.reference, inputs.coefficients)
-        state, loss, kl = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
-        return state, Info(loss, rewards.mean(), kl, jnp.float32(0.0), on_target(x).sum())
+        data, coefficients = pairs(task, inputs), inputs.coefficients
+
+        def loss(params):
+            chosen, rejected, log_ratio = _scores(task.policy, params, data)
+            return PREFERENCE_LOSSES[loss_name](chosen, rejected, coefficients).mean(), log_ratio
+
+        (value, log_ratio), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
+        kl = log_ratio.mean()
+        return state, Info(value, data.rewards.mean(), kl, jnp.float32(0.0), task.on_target(data.x).sum())
 
     return step
 
 
-def offline_preference_step(
-    loss_name: str,
-    policy: Policy,
-    optimizer,
-    settings,
-    reward: Reward,
-    on_target,
-    reference_policy: Policy | None = None,
-) -> Step:
-    """One update of a preference loss on a given batch of pairs, which carries the reference's log-probabilities."""
-
-    def step(state: State, inputs: Inputs) -> tuple[State, Info]:
-        data = inputs.data
-        state, loss, log_ratio = _preference_update(policy, optimizer, loss_name, state, data, inputs.coefficients)
-        return state, Info(loss, data.rewards.mean(), log_ratio, jnp.float32(0.0), on_target(data.x).sum())
-
-    return step
-
-
-def kto_step(
-    policy: Policy,
-    optimizer,
-    settings: AlignmentSettings,
-    reward: Reward,
-    on_target,
-    reference_policy: Policy | None = None,
-) -> Step:
+def _kto_step(task: _Task) -> Step:
     """KTO on a given batch, unpaired; desirable means a reward above the threshold (arXiv 2402.01306, eq. 8).
 
     The reference point z₀ is the mean log-ratio of fresh draws of the current policy, floored at 0.
     """
+    policy = task.policy
 
     def step(state: State, inputs: Inputs) -> tuple[State, Info]:
         data, fresh, coefficients = inputs.data, inputs.draws, inputs.coefficients
-        held_to = (reference_policy or policy).sequence_log_prob(inputs.reference, fresh)
+        held_to = task.reference_policy.sequence_log_prob(inputs.reference, fresh)
         log_ratio = policy.sequence_log_prob(state.params, fresh) - held_to
         reference_point = preference.kto_reference_point(log_ratio)
 
@@ -515,8 +434,8 @@ def kto_step(
             return preference.kto(log_ratio, desirable, reference_point, coefficients.kl_coef).mean()
 
         value, gradient = jax.value_and_grad(loss)(state.params)
-        state = _update(state, gradient, optimizer, coefficients.learning_rate)
-        hits = on_target(data.x).sum()
+        state = update(state, gradient, task.optimizer, coefficients.learning_rate)
+        hits = task.on_target(data.x).sum()
         return state, Info(value, data.rewards.mean(), log_ratio.mean(), jnp.float32(0.0), hits)
 
     return step
@@ -553,6 +472,19 @@ class Algorithm:
     def uses_labels(self) -> bool:
         """Whether it learns from labelled pairs, which noise can flip; KTO takes what is desirable from rewards."""
         return self.kind.endswith("_preference")
+
+    def tends_to_gibbs(self, flip_rate=0.0, label_temperature=1.0):
+        """Whether the Gibbs policy at β itself is its optimum: flipped labels, or T ≠ 1, move that of preferences.
+
+        Args:
+          flip_rate: share of labels flipped; one or an array.
+          label_temperature: T of the labels; one or an array.
+
+        Returns:
+          bool, in the shape of the two.
+        """
+        moved = self.uses_labels & ((np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1))
+        return self.has_gibbs_optimum & ~moved
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -616,14 +548,12 @@ def make_step(
     algorithm = ALGORITHMS[settings.algorithm]
     if algorithm.variant == "orpo" and policy.is_density:
         raise ValueError("orpo needs probabilities below 1: it is undefined on densities such as a Gaussian mixture's")
+    task = _Task(policy, optimizer, reward, on_target, reference_policy or policy)
+    if algorithm.kind == "policy_gradient":
+        return _policy_gradient_step(algorithm.variant, task, settings)
     if algorithm.kind == "kto":
-        return kto_step(policy, optimizer, settings, reward, on_target, reference_policy)
-    make = {
-        "policy_gradient": policy_gradient_step,
-        "online_preference": online_preference_step,
-        "offline_preference": offline_preference_step,
-    }[algorithm.kind]
-    return make(algorithm.variant, policy, optimizer, settings, reward, on_target, reference_policy)
+        return _kto_step(task)
+    return _preference_step(algorithm.variant, task, _online_pairs if algorithm.on_policy else _offline_pairs)
 
 
 def preference_dataset(

@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
 
 def number(flag: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
     """Raise ValueError unless the value is finite and within its bounds."""
     bounds = []
-    fits = isinstance(value, int | float) and math.isfinite(value)
+    fits = isinstance(value, Real) and math.isfinite(value)
     for bound, holds, words in (
         (least, lambda b: value >= b, "at least"),
         (above, lambda b: value > b, "above"),
@@ -25,7 +26,7 @@ def number(flag: str, value: float, *, least=None, above=None, most=None, below=
 
 def whole(flag: str, value: int, *, least: int, most: int | None = None) -> None:
     """Raise ValueError unless the value is a whole number within its bounds."""
-    if not isinstance(value, int) or value < least or (most is not None and value > most):
+    if not isinstance(value, Integral) or value < least or (most is not None and value > most):
         upper = "" if most is None else f" and at most {most}"
         raise ValueError(f"{flag} must be a whole number of at least {least}{upper}; got {value}")
 

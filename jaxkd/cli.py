@@ -4,9 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-class DeviceMemoryError(MemoryError):
-    """A device's memory did not suffice, and the message says what to do about it."""
+from jaxkd.device_memory import DeviceMemoryError, is_out_of_memory
 
 
 @contextmanager
@@ -24,15 +22,6 @@ def exit_on_error() -> Iterator[None]:
             raise
         # A message of jax's own names an allocator, not a flag.
         _exit(f"out of device memory: give a smaller batch or chunk ({str(error).splitlines()[0]})")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory did not suffice."""
-    import jax  # here, since scripts show their help without it
-
-    # What runs behind the host's back is told as INTERNAL, with the cause in the text.
-    told = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and ("resource_exhausted" in told or "out of memory" in told)
 
 
 def _exit(error: object) -> None:

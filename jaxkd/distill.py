@@ -8,19 +8,20 @@ student's own (GKD, arXiv 2306.13649, sec. 3). Only a language policy has them, 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxkd import checks, random
-from jaxkd.align import State, _update, make_optimizer
 from jaxkd.losses import policy_gradient
+from jaxkd.losses.divergence import masked_mean
+from jaxkd.optimisation import State, make_optimizer, update
 from jaxkd.policy import Draws, Params, Policy
 
-Fit = Callable[[jax.Array, Draws], Params]
-"""`(key, samples) -> parameters`: maximum likelihood by a family's own method."""
+Fit = Callable[[jax.Array, Draws], Any]
+"""`(key, samples) -> parameters`, or more than those: maximum likelihood by a family's own method."""
 
 Compare = Callable[[Params, Params, Draws, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 """`(params, teacher, x, coefficient) -> (divergence, log_prob, mask)`, each [batch, steps]: between the next-token
@@ -28,19 +29,19 @@ distributions of student and teacher (nats), of the step that x takes under the 
 (bool). Gradients flow to `params` alone."""
 
 
-def sequence_level(policy: Policy, key, teacher: Params, temperature, num_samples: int, fit: Fit) -> Params:
-    """Fit a student to samples that the teacher draws at a temperature.
+def sequence_level(policy: Policy, draw_key, fit_key, teacher: Params, temperature, num_samples: int, fit: Fit):
+    """Fit a student to samples that the teacher draws at a temperature; returns what the fit does.
 
     Args:
       policy: the family of the teacher.
-      key: random key.
+      draw_key: random key of the samples.
+      fit_key: random key of the fit.
       teacher: the teacher's parameters.
       temperature: τ of the teacher's draws; below 1 it sharpens.
       num_samples: how many samples (static).
       fit: maximum likelihood, e.g. `mixture.fit` or `fit_by_gradient` with all but key and samples bound.
     """
-    sample_key, fit_key = random.keys(key, 2)
-    return fit(fit_key, policy.sample(teacher, sample_key, num_samples, temperature))
+    return fit(fit_key, policy.sample(teacher, draw_key, num_samples, temperature))
 
 
 def maximum_likelihood_step(policy: Policy, optimizer) -> Callable:
@@ -49,7 +50,7 @@ def maximum_likelihood_step(policy: Policy, optimizer) -> Callable:
     def step(state: State, inputs):
         x, learning_rate = inputs
         loss, gradient = jax.value_and_grad(lambda params: -policy.sequence_log_prob(params, x).mean())(state.params)
-        return _update(state, gradient, optimizer, learning_rate), loss
+        return update(state, gradient, optimizer, learning_rate), loss
 
     return step
 
@@ -88,7 +89,7 @@ def reverse_kl_step(policy: Policy, optimizer, teacher_log_prob, batch_size: int
             return policy_gradient.reinforce(log_prob, advantages).mean(), log_ratio.mean()
 
         (_, kl), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return _update(state, gradient, optimizer, learning_rate), kl
+        return update(state, gradient, optimizer, learning_rate), kl
 
     return step
 
@@ -155,13 +156,11 @@ def token_level_step(compare: Compare, optimizer) -> Callable:
     def step(state: State, inputs: TokenInputs) -> tuple[State, TokenInfo]:
         def loss(params):
             divergence, log_prob, mask = compare(params, inputs.teacher, inputs.x, inputs.coefficient)
-            num_tokens = mask.sum()
-            count = jnp.maximum(num_tokens, 1).astype(jnp.float32)
-            mean, mean_log_prob = (jnp.where(mask, array, 0.0).sum() / count for array in (divergence, log_prob))
-            return mean, TokenInfo(mean, mean, mean_log_prob, num_tokens)
+            mean = masked_mean(divergence, mask)
+            return mean, TokenInfo(mean, mean, masked_mean(log_prob, mask), mask.sum())
 
         (_, info), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return _update(state, gradient, optimizer, inputs.learning_rate), info
+        return update(state, gradient, optimizer, inputs.learning_rate), info
 
     return step
 

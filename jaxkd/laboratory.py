@@ -8,13 +8,14 @@ arms, algorithms, temperatures and coefficients of a seed share the base, the da
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import align, loops, metrics, mixture, pipelines, random, rewards, theory
+from jaxkd import align, checks, distill, loops, metrics, mixture, mixture_rewards, pipelines, random, rewards, theory
 from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 from jaxkd.truth import Truth, misses_a_mode, on_target
@@ -76,8 +77,7 @@ class LaboratorySettings:
     uniform_padding: bool = False
 
     def __post_init__(self):
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward must be one of {', '.join(REWARDS)}; got {self.reward!r}")
+        checks.name("reward", self.reward, REWARDS)
         if not self.arms:
             raise ValueError(f"arms must not be empty: choose from {', '.join(pipelines.arms())}")
         if not made_by(self):
@@ -85,20 +85,11 @@ class LaboratorySettings:
                 f"arms must hold more than the base and the student, got {', '.join(self.arms)}: choose from "
                 f"{', '.join(pipelines.arms())}"
             )
-        minima = {
-            "base_components": 1,
-            "student_components": 1,
-            "num_samples": 16,
-            "samples_of_distillation": 16,
-            "starts": 1,
-            "iterations": 1,
-            "distillation_starts": 1,
-        }
-        for name, minimum in {**minima, "num_draws": 16, "grid_points": 16}.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if not (math.isfinite(self.covariance_floor) and self.covariance_floor > 0):
-            raise ValueError(f"covariance_floor must be positive and finite, got {self.covariance_floor}")
+        for name in ("base_components", "student_components", "starts", "distillation_starts", "iterations"):
+            checks.whole(name, getattr(self, name), least=1)
+        for name in ("num_samples", "samples_of_distillation", "num_draws", "grid_points"):
+            checks.whole(name, getattr(self, name), least=16)
+        checks.number("covariance_floor", self.covariance_floor, above=0)
 
     @property
     def samples_of_distillation(self) -> int:
@@ -111,6 +102,11 @@ class Points(NamedTuple):
 
     temperature: jax.Array
     kl_coef: jax.Array
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How many points each axis has, by its name."""
+        return {axis: len(values) for axis, values in self._asdict().items()}
 
 
 class Optimum(NamedTuple):
@@ -169,16 +165,16 @@ def make_reward(name: str, truth: Truth) -> rewards.Reward:
     """A reward by name. Bump and disc take the target density's scale: its peak, and half of it, as their heights."""
     variance = jnp.exp(2 * truth.modes.log_scales).mean()
     peak = (2 * math.pi * variance) ** (-truth.modes.dim / 2) / truth.is_target.sum().astype(jnp.float32)
-    density = rewards.target_density(truth.target)
+    density = mixture_rewards.target_density(truth.target)
     if name == "density":
         return density
     if name == "bump":
         target_means = jnp.where(truth.is_target[None, :], truth.modes.means, jnp.inf)
-        return rewards.bump(target_means, height=peak, width=2 * jnp.sqrt(variance))
+        return mixture_rewards.bump(target_means, height=peak, width=2 * jnp.sqrt(variance))
     if name == "disc":
-        return rewards.disc(truth.target, height=peak / 2)
+        return mixture_rewards.disc(truth.target, height=peak / 2)
     if name == "log_density":
-        return rewards.log_density(truth.target)
+        return mixture_rewards.log_density(truth.target)
     # The density of a Gaussian averages half its peak in the plane over its own draws, 2^(−dim/2) in general.
     level = peak * 2 ** (-truth.modes.dim / 2)
     return {"reflected": rewards.reflected, "clipped": rewards.clipped}[name](density, level)
@@ -225,20 +221,12 @@ def prepare(
     Returns:
       What algorithms share, and the models of `PREPARED`, measured: a stack to be taken apart by `by_stage`.
     """
-    keys = keys_for(seed_key)
-    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed(PREPARED)}
-    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, Coefficients(), settings)
-    base, students = made.base(settings.base_components), made.models("student", settings.student_components)
-    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-    measured = _measure(bench, keys["measure"], made, PREPARED, reward, points)
-    prepared = Prepared(
-        truth=truth,
-        models={"base": base, "student": students},
-        log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
-        base_failed=misses_a_mode(truth, base),
-        optima=_optima(bench, keys["measure"], made, reward, points),
-    )
-    return prepared, measured
+    made, outcome = _from_truth(seed_key, truth, capacity, points, Coefficients(), grid, PREPARED, settings)
+    models = {
+        "base": made.base(settings.base_components),
+        "student": made.models("student", settings.student_components),
+    }
+    return Prepared(truth, models, outcome.log_likelihood, outcome.base_failed, outcome.optima), outcome.measured
 
 
 def updates_for(settings: LaboratorySettings, num_components: int) -> int:
@@ -309,15 +297,7 @@ def run_seed(
 
     Args and results are theirs.
     """
-    keys = keys_for(seed_key)
-    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed((*PREPARED, *settings.arms))}
-    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, coefficients, settings)
-    base = made.base(settings.base_components)
-    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
-    measured = _measure(bench, keys["measure"], made, every_model(settings), reward, points)
-    optima = _optima(bench, keys["measure"], made, reward, points)
-    log_likelihood = made.log_likelihood[made.plan.rows["base"].start]
-    return Outcome(measured, log_likelihood, misses_a_mode(truth, base), optima)
+    return _from_truth(seed_key, truth, capacity, points, coefficients, grid, every_model(settings), settings)[1]
 
 
 def every_model(settings: LaboratorySettings) -> tuple[str, ...]:
@@ -343,8 +323,7 @@ def by_stage(
       points: temperatures and KL coefficients.
       runs: lengths of the run axes that lead every array, if it was vmapped.
     """
-    lengths = {axis: len(values) for axis, values in points._asdict().items()}
-    shapes = [tuple(lengths[axis] for axis in pipelines.axes_of(name)) for name in names]
+    shapes = [tuple(points.lengths[axis] for axis in pipelines.axes_of(name)) for name in names]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
 
     def one(shape, begin, end):
@@ -423,11 +402,26 @@ def _num_components(name: str, settings: LaboratorySettings, truth: Truth) -> in
     return _num_components(stage.models[0], settings, truth)
 
 
+def _from_truth(seed_key, truth, capacity, points, coefficients, grid, names, settings) -> tuple[_Made, Outcome]:
+    """Make the named models and what they are made from, measure them and find what each reference allows."""
+    keys = keys_for(seed_key)
+    stages = {pipelines.ROOT: pipelines.FIT, **pipelines.needed(names)}
+    made = _make(stages, {pipelines.TRUTH: truth.modes}, keys, truth, capacity, points, coefficients, settings)
+    base = made.base(settings.base_components)
+    bench, reward = _bench(keys["bench"], truth, base, grid, settings)
+    outcome = Outcome(
+        measured=_measure(bench, keys["measure"], made, names, reward, points),
+        log_likelihood=made.log_likelihood[made.plan.rows["base"].start],
+        base_failed=misses_a_mode(truth, base),
+        optima=_optima(bench, keys["measure"], made, reward, points),
+    )
+    return made, outcome
+
+
 def _make(stages, given: dict[str, Mixture], keys, truth, capacity, points, coefficients, settings) -> _Made:
     """Make all stages from given models, one after another, each operation compiled once."""
     sizes = {name: _num_components(name, settings, truth) for name in {*given, *stages}}
     layout = _Table(max(sizes.values()), truth.modes.dim)
-    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
 
     def group_of(name, stage):
         """What shapes an operation: K of what it makes and reads, and how much work it does."""
@@ -439,7 +433,7 @@ def _make(stages, given: dict[str, Mixture], keys, truth, capacity, points, coef
             return max(sizes[name], least), drawn
         return None
 
-    plan = pipelines.plan(stages, [*given], lengths, group_of)
+    plan = pipelines.plan(stages, [*given], points.lengths, group_of)
     base_row = plan.rows[pipelines.ROOT].start
     make = {pipelines.Align: _aligner, pipelines.Distil: _distiller, pipelines.Sharpen: _sharpener}
 
@@ -495,20 +489,24 @@ def _distiller(group, layout, keys, truth, capacity, coefficients, settings):
     student_keys = random.keys(keys["student"], 2)
 
     def operation(is_base, teacher, _, temperature):
-        x = mixture.sample(
-            layout.unpack(teacher), _choose(is_base, keys["data"], student_keys[0]), num_samples, temperature
-        )
-        fit = mixture.fit(
+        fitted = distill.sequence_level(
+            mixture.policy,
+            _choose(is_base, keys["data"], student_keys[0]),
             _choose(is_base, keys["base"], student_keys[1]),
-            x,
-            num_components,
-            jnp.where(is_base, settings.base_components, capacity),
-            starts=jnp.where(is_base, settings.starts, settings.distillation_starts),
-            most_starts=max(settings.starts, settings.distillation_starts),
-            iterations=settings.iterations,
-            covariance_floor=settings.covariance_floor,
+            layout.unpack(teacher),
+            temperature,
+            num_samples,
+            partial(
+                mixture.fit,
+                num_components=num_components,
+                capacity=jnp.where(is_base, settings.base_components, capacity),
+                starts=jnp.where(is_base, settings.starts, settings.distillation_starts),
+                most_starts=max(settings.starts, settings.distillation_starts),
+                iterations=settings.iterations,
+                covariance_floor=settings.covariance_floor,
+            ),
         )
-        return fit.mixture, _NOTHING[0], fit.log_likelihood
+        return fitted.mixture, _NOTHING[0], fitted.log_likelihood
 
     return operation
 
@@ -540,10 +538,9 @@ def _optima(bench, key, made: _Made, reward, points: Points) -> dict[str, Optimu
 
 def _measure(bench, key, made: _Made, names, reward, points: Points) -> Measured:
     """Measure the named models in one pass; a model's reference is what its alignment was held to."""
-    lengths = {axis: values.shape[0] for axis, values in points._asdict().items()}
     own = np.concatenate([made.plan.rows[name] for name in names])
-    references = np.concatenate([pipelines.reference_rows(made.plan, name, lengths) for name in names])
-    places = np.concatenate([pipelines.places(name, lengths)[:, 1] for name in names])
+    references = np.concatenate([pipelines.reference_rows(made.plan, name, points.lengths) for name in names])
+    places = np.concatenate([pipelines.places(name, points.lengths)[:, 1] for name in names])
     has_coefficient = np.concatenate(
         [np.full(len(made.plan.rows[name]), "kl_coef" in pipelines.axes_of(name)) for name in names]
     )

@@ -112,12 +112,11 @@ class Grid(NamedTuple):
     patch: Patch
 
 
-def make_grid(truth: Truth, *, extent: float | None = None, points: int = 121, subdivisions: int = 8) -> Grid:
-    """Make a square grid around the truth's modes.
+def make_grid(truth: Truth, *, points: int = 121, subdivisions: int = 8) -> Grid:
+    """Make a square grid that reaches 2 units or 12 of the modes' standard deviations beyond the outermost mean.
 
     Args:
       truth: p*, two-dimensional.
-      extent: half the side; None reaches 2 units or 12 of the modes' standard deviations beyond the outermost mean.
       points: points along each side.
       subdivisions: each cell is cut this often along each side to find how much of it a disc covers, so that the
         discs' sharp edge costs no accuracy.
@@ -130,7 +129,7 @@ def make_grid(truth: Truth, *, extent: float | None = None, points: int = 121, s
     means = np.asarray(truth.modes.means)
     centre = (means.max(axis=1) + means.min(axis=1)) / 2
     widest = float(jnp.exp(truth.modes.log_scales).max())
-    half = np.ptp(means, axis=1).max() / 2 + max(2.0, 12 * widest) if extent is None else extent
+    half = np.ptp(means, axis=1).max() / 2 + max(2.0, 12 * widest)
     step = 2 * half / points
     axis = (np.arange(points) + 0.5) * step - half
     x = (np.stack(np.meshgrid(axis, axis, indexing="ij")).reshape(2, -1) + centre[:, None]).astype(np.float32)

@@ -355,12 +355,10 @@ class Fit(NamedTuple):
     Attributes:
       mixture: the parameters.
       log_likelihood: mean log-likelihood of the data under them (nats a point).
-      last_gain: the mean log-likelihood gained by the last iteration; near 0 where EM has converged.
     """
 
     mixture: Mixture
     log_likelihood: jax.Array
-    last_gain: jax.Array
 
 
 def _cholesky(matrix: list[list[jax.Array]]) -> list[list[jax.Array]]:
@@ -413,13 +411,12 @@ def em(initial: Mixture, x: jax.Array, iterations: int, covariance_floor=1e-6) -
     n = x.shape[-1]
 
     def iteration(mixture, _):
-        log_likelihood, (_, _, unnormalised, total) = _log_density_forward(mixture, x)
+        _, (_, _, unnormalised, total) = _log_density_forward(mixture, x)
         moments = _weighted_moments(mixture, x, unnormalised, 1 / (n * total))
-        return _from_moments(mixture, moments, covariance_floor), log_likelihood.mean()
+        return _from_moments(mixture, moments, covariance_floor), None
 
-    mixture, log_likelihoods = lax.scan(iteration, initial, length=iterations)
-    final = log_density(mixture, x).mean()
-    return Fit(mixture, final, final - log_likelihoods[-1])
+    mixture, _ = lax.scan(iteration, initial, length=iterations)
+    return Fit(mixture, log_density(mixture, x).mean())
 
 
 def kmeans_plus_plus(key: jax.Array, x: jax.Array, num_components: int) -> jax.Array:

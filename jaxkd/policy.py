@@ -28,9 +28,8 @@ class Policy:
       num_steps: `(x) -> float[batch]`, the number of steps that count in each draw, for per-step means.
       is_density: whether `log_prob` is a log-density, which may exceed 0; losses that need probabilities refuse it.
       step_mask: `(x) -> bool[batch, steps]`, the steps that count; None where every step does.
-      value: `(params, x) -> float[batch, steps]`, a critic's prediction, made before each step, of the reward still to
-        come; 0 at padding. None where there is no critic.
-      log_prob_and_value: both from one pass, where that is cheaper than one after the other.
+      log_prob_and_value: `(params, x) -> two float[batch, steps]` from one pass: `log_prob`, and what a critic predicts
+        before each step of the reward still to come; 0 at padding. None where there is no critic.
     """
 
     log_prob: Callable[[Params, Draws], jax.Array]
@@ -38,7 +37,6 @@ class Policy:
     num_steps: Callable[[Draws], jax.Array]
     is_density: bool = False
     step_mask: Callable[[Draws], jax.Array] | None = None
-    value: Callable[[Params, Draws], jax.Array] | None = None
     log_prob_and_value: Callable[[Params, Draws], tuple[jax.Array, jax.Array]] | None = None
 
     def sequence_log_prob(self, params: Params, x: Draws) -> jax.Array:
@@ -47,8 +45,6 @@ class Policy:
 
     def evaluate(self, params: Params, x: Draws) -> tuple[jax.Array, jax.Array | None]:
         """Log-probabilities and a critic's values, float[batch, steps] each; None in place of values without one."""
-        if self.value is None:
-            return self.log_prob(params, x), None
         if self.log_prob_and_value is None:
-            return self.log_prob(params, x), self.value(params, x)
+            return self.log_prob(params, x), None
         return self.log_prob_and_value(params, x)

@@ -296,7 +296,7 @@ class Predictions:
 def predictions(alignment: AlignmentSettings, label_noise: float = 0.0) -> Predictions:
     """Of an algorithm. Flipped labels move the optimum of those that learn from preferences."""
     algorithm = ALGORITHMS[alignment.algorithm]
-    gibbs = algorithm.has_gibbs_optimum and not (label_noise > 0 and algorithm.kind != "policy_gradient")
+    gibbs = bool(algorithm.tends_to_gibbs(label_noise))
     if algorithm.data == "truth":
         return Predictions(gibbs, 0, 0)
     # A fixed set is gone through again and again.

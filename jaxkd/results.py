@@ -79,12 +79,11 @@ def _spread(array, own_axes, lengths) -> np.ndarray:
 
 def _by_point(values: dict[str, np.ndarray], names: Sequence[str], points: Points) -> dict[str, np.ndarray]:
     """Values of a stack of models, [seed, row, …] each, as [seed, temperature, kl_coef, stage, …]."""
-    lengths = {axis: len(along) for axis, along in points._asdict().items()}
     seeds = len(next(iter(values.values())))
     per_stage = by_stage(values, names, points, (seeds,))
     return {
         quantity: np.stack(
-            [_spread(per_stage[name][quantity], pipelines.axes_of(name), lengths) for name in names], axis=3
+            [_spread(per_stage[name][quantity], pipelines.axes_of(name), points.lengths) for name in names], axis=3
         )
         for quantity in values
     }
@@ -138,7 +137,7 @@ def of_runs(
         the Gibbs policy at β·T, from which no distance is known here.
     """
     points = Points(np.asarray(temperatures), np.asarray(kl_coefs, np.float32))
-    lengths = {axis: len(along) for axis, along in points._asdict().items()}
+    lengths = points.lengths
     quantities = _quantities(outcome.measured)
     del quantities[_OF_MODES]
     found = _by_point(quantities, names, points)
@@ -160,9 +159,8 @@ def of_runs(
     kl_coef = points.kl_coef[:, None]
     found["objective"] = found["reward"] - kl_coef * found["kl_to_reference"]
     aligned = [isinstance(pipelines.STAGES.get(name), pipelines.Align) for name in names]
-    moved = (np.asarray(flip_rate) > 0) | (np.asarray(label_temperature) != 1)
-    moved = moved & (ALGORITHMS[algorithm].kind != "policy_gradient")
-    meaningful = np.asarray(aligned) & ALGORITHMS[algorithm].has_gibbs_optimum & ~moved.reshape(-1, 1, 1, 1)
+    gibbs = ALGORITHMS[algorithm].tends_to_gibbs(flip_rate, label_temperature)
+    meaningful = np.asarray(aligned) & gibbs.reshape(-1, 1, 1, 1)
     shortfall = (found["gibbs_objective"] - found["objective"]) / kl_coef
     found["distance_to_gibbs"] = np.where(meaningful, shortfall, np.float32(np.nan))
     return found | {

@@ -1,52 +1,18 @@
-"""Oracle rewards, wrappers of rewards, and preference labels made from them.
+"""What a reward is, wrappers of rewards, and preference labels made from them.
 
 A reward is a function of draws, `(x) -> float[batch]`; larger is better. It carries no unit of its own: a KL
 coefficient converts between reward and nats.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxkd import mixture, random
-from jaxkd.mixture import Mixture
+from jaxkd import random
 from jaxkd.policy import Draws
 
 Reward = Callable[[Draws], jax.Array]
-
-
-def target_density(target: Mixture) -> Reward:
-    """The density of the target at x (arXiv 2509.23667): peak 1/(2π·variance) in the plane for one target."""
-    return lambda x: jnp.exp(mixture.log_density(target, x))
-
-
-def bump(centres: jax.Array, height=1.0, width=0.3) -> Reward:
-    """A Gaussian hill of a height and width (standard deviation) around the nearest of `centres: [dim, targets]`."""
-    _check_positive(height=height, width=width)
-
-    def reward(x):
-        squared = ((x[:, None, :] - centres[:, :, None]) ** 2).sum(axis=0).min(axis=0)
-        return height * jnp.exp(-0.5 * squared / width**2)
-
-    return reward
-
-
-def disc(target: Mixture, height=1.0, radius: float = 3.0) -> Reward:
-    """Two-valued: `height` within a Mahalanobis radius of an active component of the target, 0 elsewhere."""
-    _check_positive(height=height, radius=radius)
-
-    def reward(x):
-        inside = (mixture.mahalanobis(target, x) < radius) & mixture.is_active(target)[:, None]
-        return height * inside.any(axis=0).astype(jnp.float32)
-
-    return reward
-
-
-def log_density(target: Mixture) -> Reward:
-    """The log-density of the target at x (nats): unbounded below."""
-    return lambda x: mixture.log_density(target, x)
 
 
 def reflected(reward: Reward, level) -> Reward:
@@ -57,11 +23,6 @@ def reflected(reward: Reward, level) -> Reward:
 def clipped(reward: Reward, level) -> Reward:
     """`min(reward, level)`: nothing is gained beyond the level."""
     return lambda x: jnp.minimum(reward(x), level)
-
-
-def mean_under(reward: Reward, target: Mixture, key: jax.Array, n: int = 65536) -> jax.Array:
-    """Mean reward of the target's own draws, by Monte Carlo: the level at which to reflect or clip."""
-    return reward(mixture.sample(target, key, n)).mean()
 
 
 def bradley_terry(key: jax.Array, first: jax.Array, second: jax.Array, temperature=1.0, flip_rate=0.0) -> jax.Array:
@@ -80,9 +41,3 @@ def bradley_terry(key: jax.Array, first: jax.Array, second: jax.Array, temperatu
     chance, flip_chance = random.uniforms(key, 2, first.shape[0])
     preferred = chance < jax.nn.sigmoid((first - second) / temperature)
     return preferred ^ (flip_chance < flip_rate)
-
-
-def _check_positive(**values) -> None:
-    for name, value in values.items():
-        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")

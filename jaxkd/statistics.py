@@ -8,13 +8,14 @@ the other would compare two different sets of seeds. Rates of two arms taken eac
 something else than their paired difference. `failure_bound` gives the bound to set beside such an estimate.
 """
 
-import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
+
+from jaxkd import checks
 
 __all__ = [
     "Interval",
@@ -160,10 +161,9 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> Interva
     Raises:
         ValueError: unless 0 <= count <= total, both whole numbers, and 0 < confidence < 1.
     """
-    count, total = _whole(count, "count", 0), _whole(total, "total", 0)
-    if count > total:
-        raise ValueError(f"count must lie between 0 and total = {total}, got {count}")
-    _check_open_unit(confidence, "confidence")
+    checks.whole("total", total, least=0)
+    checks.whole("count", count, least=0, most=total)
+    checks.number("confidence", confidence, above=0, below=1)
     if total == 0:
         return Interval(np.nan, np.nan)
     limits = stats.binomtest(count, total).proportion_ci(confidence, method="wilson")
@@ -212,7 +212,7 @@ def mcnemar(
     Raises:
         ValueError: for other values than these, or shapes that differ.
     """
-    _check_open_unit(confidence, "confidence")
+    checks.number("confidence", confidence, above=0, below=1)
     a, usable_a = _outcomes(recovered_a, failed_a, "recovered_a")
     b, usable_b = _outcomes(recovered_b, failed_b, "recovered_b")
     a, b = _complete_pairs(a, usable_a, b, usable_b, "recovered")
@@ -253,8 +253,8 @@ def paired_difference(
     Raises:
         ValueError: for other values than these, or shapes that differ.
     """
-    _check_open_unit(confidence, "confidence")
-    num_resamples = _whole(num_resamples, "num_resamples", 1)
+    checks.number("confidence", confidence, above=0, below=1)
+    checks.whole("num_resamples", num_resamples, least=1)
     a, usable_a = _values(values_a, failed_a, "values_a")
     b, usable_b = _values(values_b, failed_b, "values_b")
     a, b = _complete_pairs(a, usable_a, b, usable_b, "values")
@@ -290,28 +290,23 @@ def paired_difference(
     return PairedDifference(mean, float(limits.low), float(limits.high), float(p_value), pairs)
 
 
-def failure_bound(
-    values: ArrayLike, failed: ArrayLike | None = None, failure_value: float = 0.0
-) -> NDArray[np.float64]:
-    """Give ``values`` with every failed run scored as ``failure_value``, in the same shape.
+def failure_bound(values: ArrayLike, failed: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Give ``values`` with every failed run scored as 0, in the same shape.
 
     What is computed from the result stands beside the estimate that leaves failures out. It is a lower bound of an
-    arm's own mean or rate where ``failure_value`` is the least that a run can have: 0 is that of a mass, of recovery
-    and of a reward that is never negative, not of a reward such as a log-density, which has no least value. Of a
-    difference of two arms it is no bound but one more estimate: failures of the arm that is subtracted raise it.
+    arm's own mean or rate where 0 is the least that a run can have: of a mass, of recovery and of a reward that is
+    never negative, not of a reward such as a log-density, which has no least value. Of a difference of two arms it is
+    no bound but one more estimate: failures of the arm that is subtracted raise it.
 
     Args:
         values: Of any shape and unit; not finite counts as failed.
         failed: In the shape of ``values``, true where a run failed numerically; None where none did.
-        failure_value: Finite, in the unit of ``values``.
 
     Raises:
         ValueError: for other values than these, or shapes that differ.
     """
-    if not np.isfinite(failure_value):
-        raise ValueError(f"failure_value must be finite, got {failure_value}")
     values = np.asarray(values, float)
-    return np.where(_usable(values, failed, "values"), values, failure_value)
+    return np.where(_usable(values, failed, "values"), values, 0.0)
 
 
 def summarise(values: ArrayLike, failed: ArrayLike | None = None) -> Summary:
@@ -348,7 +343,7 @@ def t_interval(values: ArrayLike, confidence: float = 0.95, failed: ArrayLike | 
     Raises:
         ValueError: unless one-dimensional, if the shapes differ, or unless 0 < confidence < 1.
     """
-    _check_open_unit(confidence, "confidence")
+    checks.number("confidence", confidence, above=0, below=1)
     summary = summarise(values, failed)
     if summary.count < 2:
         return MeanInterval(summary.mean, np.nan, np.nan, summary.count)
@@ -371,7 +366,7 @@ def false_discovery(p_values: ArrayLike, rate: float = 0.05) -> NDArray[np.bool_
     Raises:
         ValueError: unless the p-values are NaN or within [0, 1], and 0 < rate < 1.
     """
-    _check_open_unit(rate, "rate")
+    checks.number("rate", rate, above=0, below=1)
     p_values = np.asarray(p_values, float)
     tested = ~np.isnan(p_values)
     outside = tested & ~((p_values >= 0) & (p_values <= 1))
@@ -417,8 +412,8 @@ def recovery_curve(
         ValueError: for other values than these; for shapes that differ; for an infinite abscissa (dropping a mass of
             zero would favour recovery: floor it); for fewer than two distinct abscissae among runs that did not fail.
     """
-    _check_open_unit(confidence, "confidence")
-    num_resamples = _whole(num_resamples, "num_resamples", 1)
+    checks.number("confidence", confidence, above=0, below=1)
+    checks.whole("num_resamples", num_resamples, least=1)
     outcome, usable = _outcomes(recovered, failed, "recovered")
     x, labels = np.asarray(abscissa, float), np.asarray(cluster)
     for name, array in (("abscissa", x), ("cluster", labels)):
@@ -615,18 +610,3 @@ def _usable(values, failed, name):
     if not np.isin(failed, (0, 1)).all():
         raise ValueError(f"failed must hold true and false (or 1 and 0), got {failed[~np.isin(failed, (0, 1))][0]}")
     return usable & ~failed.astype(bool)
-
-
-def _whole(number, name, least):
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
-
-
-def _check_open_unit(number, name):
-    if not 0 < number < 1:
-        raise ValueError(f"{name} must lie strictly between 0 and 1, got {number}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import mixture
+from jaxkd import checks, mixture
 from jaxkd.mixture import INACTIVE_LOGIT, Mixture
 
 TARGET_RADIUS = 3.0
@@ -60,8 +60,8 @@ def make_truth(
       ValueError: on an unknown layout or target, a number out of range, or targets whose discs overlap: a draw on both
         would count twice.
     """
-    if not (isinstance(variance, int | float) and math.isfinite(variance) and variance > 0):
-        raise ValueError(f"variance must be positive and finite, got {variance}")
+    checks.number("variance", variance, above=0)
+    checks.number("target_weight", target_weight, least=0, below=1)
     means = _layout_means(layout, num_modes, variance, seed)
     indices = _target_indices(layout, targets, num_targets, means)
     is_target = np.isin(np.arange(len(means)), indices)
@@ -72,15 +72,7 @@ def make_truth(
         np.ones(len(means)), means, np.full(means.shape + means.shape[1:], 0.0) + variance * np.eye(means.shape[1])
     )
     target = Mixture(*(leaf[..., np.flatnonzero(is_target)] for leaf in modes))
-    truth = Truth(modes, target, jnp.asarray(is_target))
-    check_target_weight(target_weight)
-    return with_target_weight(truth, jnp.float32(target_weight))
-
-
-def check_target_weight(weight: float) -> None:
-    """Raise ValueError unless the weight lies in [0, 1)."""
-    if not (math.isfinite(weight) and 0 <= weight < 1):
-        raise ValueError(f"target_weight must lie in [0, 1), got {weight}")
+    return with_target_weight(Truth(modes, target, jnp.asarray(is_target)), jnp.float32(target_weight))
 
 
 def with_target_weight(truth: Truth, target_weight: jax.Array) -> Truth:

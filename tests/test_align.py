@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import align, metrics, mixture, rewards, theory
+from jaxkd import align, metrics, mixture, mixture_rewards, theory
 from jaxkd.align import ALGORITHMS, AlignmentSettings, Coefficients, Inputs, State
 from jaxkd.policy import Policy
 from jaxkd.truth import make_truth, on_target
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.loose  # optax's Adam does not stand strict dtype promo
 
 TRUTH = make_truth(target_weight=0.1)
 BASE = TRUTH.modes
-WIDE_BUMP = rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
+WIDE_BUMP = mixture_rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
 DEFAULTS = Coefficients(*(jnp.float32(value) for value in Coefficients()))
 ON_MIXTURES = [name for name in ALGORITHMS if name != "orpo"]
 PREFERENCES_AT_LOG_TWO = ["online_dpo", "offline_dpo_ref", "offline_dpo_data"]
@@ -139,7 +139,7 @@ def test_every_algorithm_raises_the_reward_and_less_so_at_a_larger_coefficient_i
 @pytest.mark.parametrize(("algorithm", "kl_coef"), [("reinforce", 0.5), ("ppo", 1.0)])
 def test_policy_gradient_reaches_the_gibbs_optimum(algorithm, kl_coef):
     truth = make_truth(target_weight=0.03)
-    reward = rewards.bump(truth.target.means, height=3.0, width=0.5)
+    reward = mixture_rewards.bump(truth.target.means, height=3.0, width=0.5)
     grid = metrics.make_grid(truth)
     log_reference = mixture.log_density(truth.modes, grid.x)
     inside = jnp.where(truth.is_target[:, None], grid.inside, 0.0).sum(axis=0)
@@ -229,15 +229,16 @@ def table_policy(*, critic=False, junk=0.0):
         picked = jnp.take_along_axis(steps[None], x["tokens"][..., None], axis=-1)[..., 0]
         return jnp.where(x["mask"], picked, junk * picked)
 
-    def value(params, x):
-        return jnp.where(x["mask"], params["values"][None, :], junk * params["values"][None, :])
+    def log_prob_and_value(params, x):
+        values = jnp.where(x["mask"], params["values"][None, :], junk * params["values"][None, :])
+        return log_prob(params, x), values
 
     return Policy(
         log_prob,
         sample=None,
         num_steps=lambda x: x["mask"].sum(axis=1).astype(jnp.float32),
         step_mask=lambda x: x["mask"],
-        value=value if critic else None,
+        log_prob_and_value=log_prob_and_value if critic else None,
     )
 
 
@@ -645,9 +646,9 @@ def test_align_serves_a_categorical_policy_and_orpo_there():
     ("arguments", "message"),
     [
         ({"algorithm": "sgd"}, "algorithm must be one of .*'sgd'"),
-        ({"num_updates": 0}, "num_updates must be at least 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"dataset_batches": 0}, "dataset_batches must be at least 1"),
+        ({"num_updates": 0}, "num_updates must be a whole number of at least 1"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1"),
+        ({"dataset_batches": 0}, "dataset_batches must be a whole number of at least 1"),
         ({"batch_size": 2}, "batch_size must be even and at least 4"),
         ({"batch_size": 7}, "batch_size must be even"),
         ({"algorithm": "grpo", "batch_size": 24, "group_size": 16}, "divide batch_size"),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import align, metrics, mixture, rewards, throughput
+from jaxkd import align, metrics, mixture, mixture_rewards, throughput
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -27,7 +27,7 @@ def script(monkeypatch):
 @pytest.fixture
 def tiny(script):
     """Sizes that compute next to nothing."""
-    return script("benchmark_mixture").Workload(components=2, points=64, iterations=2, steps=2, samples=8, grid=31)
+    return script("reference_workload").Workload(components=2, points=64, iterations=2, steps=2, samples=8, grid=31)
 
 
 def row(milliseconds, runs=10, **more):
@@ -103,7 +103,7 @@ def test_the_figure_is_drawn_from_the_json_alone(results, tmp_path):
 
 
 def test_every_axis_grows_by_a_factor_of_eight_up_to_the_reference(script):
-    reference = script("benchmark_mixture").Workload()
+    reference = script("reference_workload").Workload()
     growth = script("benchmark_sweep").growth_workloads(reference)
     assert {axis: [size for size, _ in sizes] for axis, sizes in growth.items()} == {
         "steps": [50, 100, 200, 400],
@@ -148,8 +148,8 @@ def test_the_loop_and_the_engine_make_the_same_runs(script, tiny, monkeypatch):
 
 @pytest.mark.loose
 def test_a_run_ends_in_the_metrics_of_five_models(script, tiny):
-    mixtures = script("benchmark_mixture")
-    found = jax.eval_shape(mixtures.run_of(tiny), jax.random.key(0), *mixtures.make_problem(tiny))
+    workloads = script("reference_workload")
+    found = jax.eval_shape(workloads.run_of(tiny), jax.random.key(0), *workloads.make_problem(tiny))
     assert isinstance(found, metrics.Metrics)
     assert all(leaf.shape[0] == 5 for leaf in found)
 
@@ -269,12 +269,12 @@ def test_torch_has_our_policy_gradient_and_optimiser(script, models):
 
     start, target, x = models
     settings = align.AlignmentSettings(algorithm="reinforce", num_updates=4, batch_size=512)
-    reward, nowhere = rewards.target_density(target), lambda x: jnp.zeros(x.shape[-1], bool)
+    reward, nowhere = mixture_rewards.target_density(target), lambda x: jnp.zeros(x.shape[-1], bool)
     coefficients = align.Coefficients(learning_rate=0.03, kl_coef=0.7)
     points, held = torch.from_numpy(np.array(x)), in_torch(start)
 
     def step_with(optimizer):
-        return align.policy_gradient_step("reinforce", mixture.policy, optimizer, settings, reward, nowhere)
+        return align.make_step(mixture.policy, optimizer, settings, reward, nowhere)
 
     # A plain step of unit rate off a policy that has left its reference tells the gradient itself.
     moved = start._replace(means=start.means + 0.1, logits=start.logits * 1.2)
@@ -301,11 +301,13 @@ def test_torch_has_our_policy_gradient_and_optimiser(script, models):
 @pytest.mark.parity
 def test_torch_measures_what_we_measure(script, tiny, models, tmp_path):
     bench, eager = script("benchmark_sweep"), script("eager_torch")
-    truth, grid = script("benchmark_mixture").make_problem(bench.replace(tiny, grid=61))
+    truth, grid = script("reference_workload").make_problem(bench.replace(tiny, grid=61))
     base, model, _ = models
     eager.save(tmp_path / "problem.npz", truth, grid, bench.torch_sizes(tiny))
     measured = eager.measure(eager.load(tmp_path / "problem.npz"), in_torch(base), [in_torch(model)], 0.7)[0]
-    made = metrics.make_bench(jax.random.key(0), truth, base, rewards.target_density(truth.target), grid, num_draws=16)
+    made = metrics.make_bench(
+        jax.random.key(0), truth, base, mixture_rewards.target_density(truth.target), grid, num_draws=16
+    )
     ours, _ = metrics.quadrature(made, model, base, 0.7)
     assert set(measured) == set(ours._fields) - {"mode_mass"}
     for name, value in measured.items():

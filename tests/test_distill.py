@@ -24,6 +24,11 @@ def points():
     return sample(TEACHER, jax.random.key(0), 512)
 
 
+@cache
+def keys():
+    return jax.random.split(jax.random.key(0))
+
+
 def test_fit_by_gradient_raises_the_likelihood_nearly_to_that_of_em():
     x = points()
     fitted = jax.jit(lambda: distill.fit_by_gradient(mixture.policy, START, x, 0.1, 200))()
@@ -62,15 +67,15 @@ def test_on_policy_reverse_kl_falls_and_is_the_divergence_it_says():
 def test_sequence_level_distillation_fits_what_the_teacher_draws_at_a_temperature(temperature, share):
     shares = []
     fit = lambda key, x: shares.append(float((x[0] > 0).mean())) or em(TEACHER, x, 5).mixture  # noqa: E731
-    student = distill.sequence_level(POLICY, jax.random.key(0), TEACHER, temperature, 8192, fit)
+    student = distill.sequence_level(POLICY, *keys(), TEACHER, temperature, 8192, fit)
     assert abs(shares[0] - share) < 4 * np.sqrt(share / 8192)
     assert mixture.weights(student)[1] == pytest.approx(shares[0], abs=2e-3)
 
 
 def test_sequence_level_distillation_keeps_the_keys_of_draws_and_fit_apart():
-    keys = []
-    x = distill.sequence_level(POLICY, jax.random.key(0), TEACHER, 1.0, 16, lambda key, x: keys.append(key) or x)
-    assert not jnp.array_equal(sample(TEACHER, keys[0], 16), x)
+    fit_key, x = distill.sequence_level(POLICY, *keys(), TEACHER, 1.0, 16, lambda key, x: (key, x))
+    np.testing.assert_array_equal(sample(TEACHER, keys()[0], 16), x)
+    assert fit_key == keys()[1]
 
 
 def _compare(params, teacher, x, coefficient):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxkd import metrics, mixture, rewards
+from jaxkd import metrics, mixture, mixture_rewards
 from jaxkd.truth import make_truth
 
 TRUTH = make_truth(target_weight=0.1)
-REWARD = rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
+REWARD = mixture_rewards.bump(TRUTH.target.means, height=2.0, width=0.5)
 BASE = mixture.make(
     [0.1, 0.12, 0.13, 0.15, 0.1, 0.2, 0.14, 0.06], np.asarray(TRUTH.modes.means.T) * 1.02, np.full((8, 2), 0.03)
 )
@@ -167,7 +167,7 @@ def test_coverage_counts_the_modes_that_hold_a_tenth_of_their_mass():
 
 def test_balance_is_the_smallest_over_the_largest_target():
     truth = make_truth(num_targets=2, target_weight=0.2)
-    reward = rewards.target_density(truth.target)
+    reward = mixture_rewards.target_density(truth.target)
     make = jax.jit(lambda key, grid: metrics.make_bench(key, truth, truth.modes, reward, grid, 64))
     bench = make(jax.random.key(0), metrics.make_grid(truth, points=61))
     weights = np.where(np.asarray(truth.is_target), 0.0, 0.1)
@@ -213,7 +213,7 @@ def test_quadrature_is_refused_outside_the_plane_and_monte_carlo_serves_there():
     truth = make_truth(np.eye(3), targets=[0], target_weight=0.2)
     with pytest.raises(ValueError, match="use Monte Carlo"):
         metrics.make_grid(truth)
-    reward = rewards.target_density(truth.target)
+    reward = mixture_rewards.target_density(truth.target)
 
     @jax.jit
     def measured(key):

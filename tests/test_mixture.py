@@ -320,14 +320,13 @@ def test_one_iteration_of_em_agrees_with_scikit_learn_closely():
     np.testing.assert_allclose(mixture.covariances(ours).transpose(2, 0, 1), theirs.covariances_, atol=1e-4)
 
 
-def test_em_never_lowers_the_likelihood_and_reports_its_last_gain():
+def test_em_never_lowers_the_likelihood():
     x = draws_of(random_parts(2, 4), 400)
     state = mixture.make(*random_parts(2, 4, seed=7))
     previous = log_density(state, x).mean()
     for _ in range(15):
         fit = em(state, x, 1, 0.0)
         assert fit.log_likelihood >= previous - 1e-5
-        assert fit.last_gain == pytest.approx(float(fit.log_likelihood - previous), abs=1e-5)
         state, previous = fit.mixture, fit.log_likelihood
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from jaxkd import metrics, mixture, rewards, theory
+from jaxkd import metrics, mixture, mixture_rewards, theory
 from jaxkd.truth import make_truth
 
 TRUTH = make_truth(target_weight=0.03)
 GRID = metrics.make_grid(TRUTH)
 INSIDE = jnp.where(TRUTH.is_target[:, None], GRID.inside, 0.0).sum(axis=0)
 LOG_REFERENCE = mixture.log_density(TRUTH.modes, GRID.x)
-DENSITY = rewards.target_density(TRUTH.target)(GRID.x)
+DENSITY = mixture_rewards.target_density(TRUTH.target)(GRID.x)
 PEAK = 1 / (2 * np.pi * 0.025)
 gibbs = jax.jit(theory.gibbs)
 half_mass = jax.jit(theory.half_mass_coefficient)
@@ -104,7 +104,7 @@ def test_half_mass_coefficient_says_where_there_is_none():
 
 def test_target_density_ratio_is_the_mean_over_draws_of_the_target():
     x = sample(TRUTH.target, jax.random.key(0), 200_000)
-    tilted = np.exp(np.asarray(rewards.target_density(TRUTH.target)(x), np.float64) / 3.0)
+    tilted = np.exp(np.asarray(mixture_rewards.target_density(TRUTH.target)(x), np.float64) / 3.0)
     error = tilted.std() / np.sqrt(len(tilted))
     assert abs(tilted.mean() - float(theory.target_density_ratio(PEAK, 3.0))) < 4 * error
 

@@ -9,6 +9,8 @@ An outcome of probability zero (log-probability −∞) adds nothing to a diverg
 it, and makes one *to* it infinite where the other has mass. Gradients flow into both arguments: stop the teacher's.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -22,7 +24,7 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     log_p, log_q = jnp.where(has_mass, log_p, 0.0), jnp.where(has_mass, log_q, 0.0)
     # A mass that underflows to 0 would make 0 · ∞ where q is 0.
     mass = jnp.maximum(jnp.exp(log_p), jnp.finfo(log_p.dtype).tiny)
-    return jnp.sum(jnp.where(has_mass, mass * (log_p - log_q), 0.0), axis=-1)
+    return jnp.where(has_mass, mass * (log_p - log_q), 0.0)
 
 
 def _log_mixture(p_share: ArrayLike, log_p: jax.Array, q_share: ArrayLike, log_q: jax.Array) -> jax.Array:
@@ -31,6 +33,28 @@ def _log_mixture(p_share: ArrayLike, log_p: jax.Array, q_share: ArrayLike, log_q
     possible = jnp.maximum(log_p, log_q) > -jnp.inf
     log_sum = jnp.logaddexp(jnp.where(possible, log_p, 0.0), jnp.where(possible, log_q, 0.0))
     return jnp.where(possible, log_sum, -jnp.inf)
+
+
+def _jensen_shannon(log_p: jax.Array, log_q: jax.Array, share: ArrayLike) -> jax.Array:
+    # A mixture that keeps a trace of each stays finite: at an end one divergence might be infinite and its weight 0.
+    trace = jnp.finfo(log_q.dtype).tiny
+    log_mixture = _log_mixture(jnp.maximum(share, trace), log_p, jnp.maximum(1 - share, trace), log_q)
+    return share * _kl(log_p, log_mixture) + (1 - share) * _kl(log_q, log_mixture)
+
+
+def _skew_kl(log_p: jax.Array, log_q: jax.Array, skew: ArrayLike) -> jax.Array:
+    return _kl(log_p, _log_mixture(skew, log_p, 1 - skew, log_q))
+
+
+TERMS: dict[str, Callable[[jax.Array, jax.Array, ArrayLike], jax.Array]] = {
+    "forward_kl": lambda log_p, log_q, _: _kl(log_p, log_q),
+    "reverse_kl": lambda log_p, log_q, _: _kl(log_q, log_p),
+    "generalized_jensen_shannon": _jensen_shannon,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": lambda log_p, log_q, skew: _skew_kl(log_q, log_p, skew),
+}
+"""What each outcome adds, `(log P, log Q, coefficient) -> float[..., outcomes]`, by the name of the divergence; for
+sums over outcomes that are never all held at once."""
 
 
 def forward_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array) -> jax.Array:
@@ -44,7 +68,7 @@ def forward_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array) -> ja
       float[...], nats.
     """
     require_same_shape(teacher=teacher_log_probs, student=student_log_probs)
-    return _kl(teacher_log_probs, student_log_probs)
+    return _kl(teacher_log_probs, student_log_probs).sum(axis=-1)
 
 
 def reverse_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array) -> jax.Array:
@@ -58,7 +82,7 @@ def reverse_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array) -> ja
       float[...], nats.
     """
     require_same_shape(teacher=teacher_log_probs, student=student_log_probs)
-    return _kl(student_log_probs, teacher_log_probs)
+    return _kl(student_log_probs, teacher_log_probs).sum(axis=-1)
 
 
 def generalized_jensen_shannon(
@@ -83,13 +107,7 @@ def generalized_jensen_shannon(
     """
     require_same_shape(teacher=teacher_log_probs, student=student_log_probs)
     require((teacher_share >= 0) & (teacher_share <= 1), f"teacher_share must be in [0, 1], got {teacher_share}")
-    # A mixture that keeps a trace of each stays finite: at an end one divergence might be infinite and its weight 0.
-    trace = jnp.finfo(student_log_probs.dtype).tiny
-    log_mixture = _log_mixture(
-        jnp.maximum(teacher_share, trace), teacher_log_probs, jnp.maximum(1 - teacher_share, trace), student_log_probs
-    )
-    from_teacher, from_student = _kl(teacher_log_probs, log_mixture), _kl(student_log_probs, log_mixture)
-    return teacher_share * from_teacher + (1 - teacher_share) * from_student
+    return _jensen_shannon(teacher_log_probs, student_log_probs, teacher_share).sum(axis=-1)
 
 
 def skew_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array, skew: ArrayLike) -> jax.Array:
@@ -107,7 +125,7 @@ def skew_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array, skew: Ar
     """
     require_same_shape(teacher=teacher_log_probs, student=student_log_probs)
     require((skew >= 0) & (skew <= 1), f"skew must be in [0, 1], got {skew}")
-    return _kl(teacher_log_probs, _log_mixture(skew, teacher_log_probs, 1 - skew, student_log_probs))
+    return _skew_kl(teacher_log_probs, student_log_probs, skew).sum(axis=-1)
 
 
 def skew_reverse_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array, skew: ArrayLike) -> jax.Array:
@@ -126,23 +144,23 @@ def skew_reverse_kl(teacher_log_probs: jax.Array, student_log_probs: jax.Array, 
     return skew_kl(teacher_log_probs=student_log_probs, student_log_probs=teacher_log_probs, skew=skew)
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+def masked_mean(values: jax.Array, mask: jax.Array | None, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """The mean of `values` where `mask` is true: padding has no influence, whatever it holds, NaN included.
 
     Args:
       values: float[...].
-      mask: bool[...], the same shape.
+      mask: bool[...], the same shape; None where all count.
       axis: the axes to average over; all by default. With axis=-1, [batch, steps] gives one mean per sequence.
 
     Returns:
-      float[...] without those axes.
+      float[...] without those axes; 0 where the mask leaves nothing to average.
 
     Raises:
-      ValueError: shapes that differ, a mask that is not boolean, or a mask that leaves nothing to average. In traced
-        code the last cannot be raised: the mean of nothing is NaN.
+      ValueError: shapes that differ, or a mask that is not boolean.
     """
+    if mask is None:
+        return values.mean(axis=axis)
     require_same_shape(values=values, mask=mask)
     require_boolean(mask=mask)
-    count = jnp.sum(mask, axis=axis)
-    require(count > 0, "the mask leaves nothing to average")
+    count = jnp.maximum(jnp.sum(mask, axis=axis), 1)
     return jnp.sum(jnp.where(mask, values, 0.0), axis=axis) / count.astype(values.dtype)

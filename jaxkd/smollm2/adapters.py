@@ -175,7 +175,7 @@ def adapt(policy: Policy, lora: LoRA) -> Policy:
     """A language policy with adapters for parameters; its draws are `WithFrozen`.
 
     It has no `sample`, for the frozen weights come with draws alone: draw from `policy` with merged parameters, which
-    are then merged once for all tokens. Nor has it a `value`: a critic's parameters are no kernel's.
+    are then merged once for all tokens. Nor has it a critic, whose parameters are no kernel's.
     """
 
     def log_prob(adapters: Adapters, x: WithFrozen) -> jax.Array:

@@ -162,7 +162,7 @@ def log_prob_flops(config: Config, batch: int, length: int, *, differentiate: bo
         return _counted(model.hidden, differentiate, model.shapes(), tokens)
 
     def head(hidden, rows, targets):
-        return target_log_probs(hidden, rows, targets, jnp.dtype(dtype))[0]
+        return target_log_probs(hidden, rows, targets, jnp.dtype(dtype))
 
     positions = batch * (length - 1)
     chunk = min(TOKEN_CHUNK, positions)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxkd import checks
+from jaxkd.losses.divergence import TERMS
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate
 from jaxkd.smollm2.model import DATA, Model
@@ -113,27 +114,17 @@ def with_value_head(policy: Policy, model: Model) -> Policy:
       The policy whose parameters are those of `add_value_head`.
     """
 
-    def values(params: Params, hidden: jax.Array, x: Texts) -> jax.Array:
-        head = params["value_head"]
-        predicted = jnp.matmul(hidden, head["kernel"]) + head["bias"]
-        return jnp.where(x.completion_mask[:, 1:], predicted, 0.0)
-
-    def hidden_before(params: Params, x: Texts) -> jax.Array:
-        return model.hidden(params["model"], x.tokens, x.mask)[:, :-1]
-
-    def value(params: Params, x: Texts) -> jax.Array:
-        return values(params, hidden_before(params, x), x)
-
     def log_prob_and_value(params: Params, x: Texts) -> tuple[jax.Array, jax.Array]:
-        hidden = hidden_before(params, x)
+        head, scored = params["value_head"], x.completion_mask[:, 1:]
+        hidden = model.hidden(params["model"], x.tokens, x.mask)[:, :-1]
         log_probs = _log_probs_of_hidden(model, params["model"], hidden, x.tokens, x.mask)
-        return jnp.where(x.completion_mask[:, 1:], log_probs, 0.0), values(params, hidden, x)
+        values = jnp.matmul(hidden, head["kernel"]) + head["bias"]
+        return jnp.where(scored, log_probs, 0.0), jnp.where(scored, values, 0.0)
 
     return replace(
         policy,
         log_prob=lambda params, x: policy.log_prob(params["model"], x),
         sample=lambda params, *arguments: policy.sample(params["model"], *arguments),
-        value=value,
         log_prob_and_value=log_prob_and_value,
     )
 
@@ -185,7 +176,7 @@ def _log_probs_of_hidden(model: Model, params: Params, hidden: jax.Array, tokens
 
     def streamed(hidden, targets, head):
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return target_log_probs(flat, head, targets.reshape(-1), model.compute_dtype)[0].reshape(targets.shape)
+        return target_log_probs(flat, head, targets.reshape(-1), model.compute_dtype).reshape(targets.shape)
 
     log_probs = _on_own_sequences(model, streamed, (hidden, tokens[:, 1:]), (model.head(params),))
     return log_probs if mask is None else jnp.where(mask[:, 1:] & mask[:, :-1], log_probs, 0.0)
@@ -346,8 +337,8 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of targets under softmax(hidden · headᵀ), and the log-sum-exps.
+def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dtype) -> jax.Array:
+    """Log-probabilities of targets under softmax(hidden · headᵀ).
 
     Args:
       hidden: float32[n, D].
@@ -356,28 +347,26 @@ def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dty
       dtype: of the operands of products, which accumulate in float32.
 
     Returns:
-      Two float32[n].
+      float32[n].
     """
-    normalizer, target = _over_chunks(
-        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
-    )
-    return target - normalizer, normalizer
+    return _target_forward(hidden, head, targets, dtype)[0]
 
 
 def _target_forward(hidden, head, targets, dtype):
-    log_probs, normalizer = target_log_probs(hidden, head, targets, dtype)
-    return (log_probs, normalizer), (hidden, head, targets, normalizer)
+    normalizer, target = _over_chunks(
+        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
+    )
+    return target - normalizer, (hidden, head, targets, normalizer)
 
 
-def _target_backward(dtype, residuals, cotangents):
+def _target_backward(dtype, residuals, cotangent):
     hidden, head, targets, normalizer = residuals
 
-    def toward_logits(logits, block, targets, normalizer, of_target, of_normalizer):
+    def toward_logits(logits, block, targets, normalizer, of_target):
         probs = jnp.exp(logits - normalizer[:, None])
-        return jnp.where(_is_target(targets, block), of_target[:, None], 0.0) + of_normalizer[:, None] * probs
+        return jnp.where(_is_target(targets, block), of_target[:, None], 0.0) - of_target[:, None] * probs
 
-    of_target, of_normalizer = cotangents[0], cotangents[1] - cotangents[0]
-    return *_pull_back(toward_logits, hidden, head, dtype, targets, normalizer, of_target, of_normalizer), None
+    return *_pull_back(toward_logits, hidden, head, dtype, targets, normalizer, cotangent), None
 
 
 target_log_probs.defvjp(_target_forward, _target_backward)
@@ -386,38 +375,7 @@ target_log_probs.defvjp(_target_forward, _target_backward)
 # --- divergences -----------------------------------------------------------------------------------------------------
 
 
-def _forward_kl(log_p, log_q, coefficient):
-    return jnp.exp(log_p) * (log_p - log_q)
-
-
-def _reverse_kl(log_p, log_q, coefficient):
-    return jnp.exp(log_q) * (log_q - log_p)
-
-
-def _jensen_shannon(log_p, log_q, share):
-    trace = jnp.finfo(jnp.float32).tiny
-    log_share, log_rest = jnp.log(jnp.maximum(share, trace)), jnp.log(jnp.maximum(1 - share, trace))
-    log_mixture = jnp.logaddexp(log_p + log_share, log_q + log_rest)
-    return share * jnp.exp(log_p) * (log_p - log_mixture) + (1 - share) * jnp.exp(log_q) * (log_q - log_mixture)
-
-
-def _skew_kl(log_p, log_q, skew):
-    log_mixture = jnp.logaddexp(log_p + jnp.log(skew), log_q + jnp.log(1 - skew))
-    return jnp.exp(log_p) * (log_p - log_mixture)
-
-
-def _skew_reverse_kl(log_p, log_q, skew):
-    return _skew_kl(log_q, log_p, skew)
-
-
-_TERMS = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "generalized_jensen_shannon": _jensen_shannon,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-}
-DIVERGENCES = tuple(_TERMS)
+DIVERGENCES = tuple(TERMS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -431,7 +389,7 @@ def compare_hidden(hidden, head, teacher_hidden, teacher_head, targets, coeffici
 
 def _term_and_slope(divergence: str, log_p, log_q, coefficient):
     """f(log p, log q) and ∂f/∂log q, elementwise."""
-    return jax.jvp(lambda q: _TERMS[divergence](log_p, q, coefficient), (log_q,), (jnp.ones_like(log_q),))
+    return jax.jvp(lambda q: TERMS[divergence](log_p, q, coefficient), (log_q,), (jnp.ones_like(log_q),))
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):

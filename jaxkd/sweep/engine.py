@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxkd import checks, cli, files
+from jaxkd import checks, device_memory, files
 from jaxkd.sweep import hosts
 from jaxkd.sweep import store as stores
 from jaxkd.sweep.cache import CacheUse, use_compile_cache
@@ -543,10 +543,10 @@ def _memory(chunk: int) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not cli.is_out_of_memory(error):
+        if not device_memory.is_out_of_memory(error):
             raise
         told = f"out of memory with {chunk} run{'s' if chunk > 1 else ''} a device"
-        raise cli.DeviceMemoryError(f"{told}: give a smaller --chunk" if chunk > 1 else told) from error
+        raise device_memory.DeviceMemoryError(f"{told}: give a smaller --chunk" if chunk > 1 else told) from error
 
 
 _CHUNKS = (2, 8, 32, 128, 512, 2048)
@@ -567,7 +567,7 @@ def _measure_chunk(sweep: _Sweep) -> int:
                 program = sweep.program(block, chunk).result()
                 sweep.first_compile_seconds = sweep.first_compile_seconds or program.seconds
                 seconds = _seconds_a_run(sweep, program, block, chunk)
-        except cli.DeviceMemoryError:
+        except device_memory.DeviceMemoryError:
             if not best:
                 raise
             break

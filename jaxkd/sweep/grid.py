@@ -1,7 +1,6 @@
 """Grids of runs: named axes, multiplied or zipped, seeds apart, and the rectangles in which they are computed."""
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -216,17 +215,6 @@ class Grid:
     def blocks(self) -> Iterator[Block]:
         """All blocks, row by row; they tile the grid and depend on nothing but the grid."""
         return (self.block(index) for index in range(self.num_blocks))
-
-    def points(self) -> Iterator[dict]:
-        """Every run's coordinates by axis name, row by row."""
-        by_dim = self._axes_by_dim()
-        along = [
-            [{SEED: seed} for seed in self.seeds]
-            if dim == SEED
-            else [dict(zip(names, point, strict=True)) for point in zip(*map(self.axes.get, names), strict=True)]
-            for dim, names in by_dim.items()
-        ]
-        return ({k: v for part in parts for k, v in part.items()} for parts in itertools.product(*along))
 
 
 def as_array(values: Sequence) -> np.ndarray:

@@ -220,11 +220,11 @@ def test_padding_has_no_influence():
     np.testing.assert_allclose(mean(jnp.asarray(VALUES)), 3.0)
 
 
-def test_mean_of_nothing_is_nan_in_traced_code():
+def test_mean_of_nothing_is_zero():
     empty = MASK.copy()
     empty[1] = False
     mean = jax.jit(functools.partial(divergence.masked_mean, axis=-1))
-    np.testing.assert_array_equal(mean(jnp.asarray(VALUES), jnp.asarray(empty)), [1.5, np.nan])
+    np.testing.assert_array_equal(mean(jnp.asarray(VALUES), jnp.asarray(empty)), [1.5, 0])
 
 
 P, Q = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.1, 0.9]], np.float32))
@@ -241,8 +241,6 @@ P, Q = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.1, 0.9]],
         (lambda: divergence.skew_reverse_kl(P, Q, float("nan")), "skew .* got nan"),
         (lambda: divergence.masked_mean(VALUES, MASK[0]), "agree in shape"),
         (lambda: divergence.masked_mean(VALUES, MASK.astype(int)), "mask must be boolean"),
-        (lambda: divergence.masked_mean(VALUES, np.zeros_like(MASK)), "nothing to average"),
-        (lambda: divergence.masked_mean(VALUES, np.array([[True] * 3, [False] * 3]), axis=-1), "nothing to average"),
     ],
 )
 def test_bad_input_is_refused(call, message):

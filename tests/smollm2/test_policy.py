@@ -301,29 +301,28 @@ def test_the_prompt_s_own_log_probs_and_values_do_not_enter():
 def test_a_value_reads_the_hidden_state_before_its_token():
     ours, params, _ = _critic_policy(critic=True)
     model = _model()[0]
-    values = jax.jit(ours.value)(params, RAGGED)
+    values_of = jax.jit(lambda params, x: ours.evaluate(params, x)[1])
+    values = values_of(params, RAGGED)
     hidden = model.hidden(params["model"], RAGGED.tokens, RAGGED.mask)
     expected = (hidden * params["value_head"]["kernel"].reshape(1, 1, -1)).sum(axis=-1)[:, :-1] + 0.5
     np.testing.assert_allclose(values, jnp.where(RAGGED.completion_mask[:, 1:], expected, 0.0), rtol=1e-4, atol=1e-5)
     # Another last token changes no value of its text: there is none after it.
     changed = RAGGED._replace(tokens=RAGGED.tokens.at[0, -1].set(9))
-    np.testing.assert_array_equal(jax.jit(ours.value)(params, changed), values)
+    np.testing.assert_array_equal(values_of(params, changed), values)
     earlier = RAGGED._replace(tokens=RAGGED.tokens.at[0, -2].set(9))
-    moved = jax.jit(ours.value)(params, earlier)[0] != values[0]
+    moved = values_of(params, earlier)[0] != values[0]
     assert moved.tolist() == [False] * 6 + [True]
 
 
-def test_log_probs_and_values_come_from_one_pass_and_are_the_separate_ones():
+def test_log_probs_and_values_come_from_one_pass():
     ours, params, _ = _critic_policy(critic=True)
-    together = jax.jit(ours.evaluate)(params, RAGGED)
-    apart = jax.jit(lambda p: (ours.log_prob(p, RAGGED), ours.value(p, RAGGED)))(params)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), together, apart)
+    log_probs, _ = jax.jit(ours.evaluate)(params, RAGGED)
+    np.testing.assert_allclose(log_probs, jax.jit(ours.log_prob)(params, RAGGED), rtol=1e-5, atol=1e-5)
 
     def scans(function):
-        return str(jax.make_jaxpr(function)(params)).count("scan[")
+        return str(jax.make_jaxpr(function)(params, RAGGED)).count("scan[")
 
-    passes = scans(lambda p: ours.log_prob(p, RAGGED))
-    assert scans(lambda p: ours.evaluate(p, RAGGED)) == passes < passes + scans(lambda p: ours.value(p, RAGGED))
+    assert scans(ours.evaluate) == scans(ours.log_prob) > 0
 
 
 def test_a_fresh_value_head_predicts_nothing_and_its_policy_draws_as_before():
@@ -333,7 +332,7 @@ def test_a_fresh_value_head_predicts_nothing_and_its_policy_draws_as_before():
     x = plain.sample(params, jax.random.key(0), 3, 1.0)
     jax.tree.map(np.testing.assert_array_equal, ours.sample(with_head, jax.random.key(0), 3, 1.0), x)
     np.testing.assert_array_equal(ours.log_prob(with_head, x), plain.log_prob(params, x))
-    assert not ours.value(with_head, x).any()
+    assert not ours.evaluate(with_head, x)[1].any()
     assert jax.tree.map(jnp.shape, with_head["value_head"]) == {"kernel": (model.config.hidden_size,), "bias": ()}
 
 

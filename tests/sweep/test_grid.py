@@ -15,6 +15,13 @@ def grid(**changes):
     return Grid(**(settings | changes))
 
 
+def points_of(whole):
+    """Every run's coordinates by axis name, row by row."""
+    for place in itertools.product(*map(range, whole.shape)):
+        at = dict(zip(whole.dims, place, strict=True))
+        yield {axis: values[at[dim]] for axis, (dim, values) in whole.coordinates().items()}
+
+
 def test_axes_multiply_and_zips_share_a_dimension():
     assert grid().dims == ("algorithm", "capacity", "temperature", "kl_coef", "seed")
     assert grid().shape == (2, 3, 3, 2, 5)
@@ -24,7 +31,7 @@ def test_axes_multiply_and_zips_share_a_dimension():
     assert zipped.shape == (2, 3, 2, 5)
     assert zipped.coordinates()["temperature"] == ("student", [1.0, 0.5, 0.25])
     assert zipped.coordinates()["seed"] == ("seed", [0, 1, 2, 3, 4])
-    pairs = {(point["capacity"], point["temperature"]) for point in zipped.points()}
+    pairs = {(point["capacity"], point["temperature"]) for point in points_of(zipped)}
     assert pairs == {(1, 1.0), (2, 0.5), (4, 0.25)}
     # A value may stand twice in a zip, a pair may not.
     assert Grid({"a": (1, 1), "b": (1, 2)}, [0], zips={"ab": ("a", "b")}).size == 2
@@ -38,7 +45,7 @@ def test_blocks_tile_the_grid_once_and_carry_its_values(runs_per_block, changes)
     whole = grid(runs_per_block=runs_per_block, **changes)
     seen = np.zeros(whole.shape, int)
     points = np.empty(whole.size, object)
-    points[:] = list(whole.points())
+    points[:] = list(points_of(whole))
     points = points.reshape(whole.shape)
     for index, block in enumerate(whole.blocks()):
         assert block.index == index
