@@ -28,7 +28,6 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
         ("tune_learning_rate", "--learning-rates 0.1 0", "--learning-rates must be a finite number above 0"),
         ("tune_learning_rate", "--seeds 0", "--seeds must be a whole number of at least 1"),
         ("tune_learning_rate", "--out gs://bucket", "--out must be a folder"),
-        ("benchmark_mixture", "--batch-sizes 4 0", "--batch-sizes must be a finite number at least 1"),
         ("benchmark_sweep", "--chunks 4 4", "--chunks names a value twice"),
         ("benchmark_smollm2", "--repetitions 0", "--repetitions must be a whole number of at least 1"),
         ("benchmark_smollm2", "--decode-batches", "--decode-batches must name at least one value"),
