@@ -6,7 +6,6 @@ import json
 import os
 import random
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -207,29 +206,6 @@ def test_report(finished, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_a_report_is_made_again_from_what_was_kept(finished, tmp_path, monkeypatch, capsys):
-    order, out, _ = finished
-    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
-    # As the script would have begun it; its flags do not reach so small an order.
-    kept = shutil.copytree(out, tmp_path / "run")
-    durable.write_json(kept / "config.json", json.loads((kept / "config.json").read_text()) | {"dtype": "float32"})
-    monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags: order)
-    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
-    for maker in ("prepare", "run"):
-        monkeypatch.setattr(orders.Laboratory, maker, None)
-    before = {path: path.read_bytes() for path in _files(kept)}
-    script["main"](script["Flags"](report=True, out=kept))
-    assert {path: path.read_bytes() for path in before} == before
-    expected = report.table(order, out)
-    assert report.format_table(expected) in capsys.readouterr().out
-    with (kept / "table.csv").open(newline="") as file:
-        assert [row["arm"] for row in csv.DictReader(file)] == [row["arm"] for row in expected]
-    with xr.open_zarr(kept / "smollm2_order.zarr") as found:
-        xr.testing.assert_equal(found.load(), report.to_dataset(order, out))
-    assert plt.imread(kept / "smollm2_order.png")[..., :3].std() > 0.05
-
-
 def write_measurements(order, out):
     """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
     rows = orders.rows_of(order, out)
@@ -297,6 +273,31 @@ def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     assert "never, τ 0.6" in {text.get_text() for text in panel.texts}
     assert "never shown: at its upper limit" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert all(y > 0 for line in panel.get_lines() for y in line.get_ydata())
+
+
+def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
+    order, out = tiny_order.make(), tmp_path / "run"
+    # As the script would have begun it; its flags do not reach so small an order.
+    durable.check_configuration(out, tiny_order.laboratory(order, out).configuration() | {"dtype": "float32"})
+    for row in write_measurements(order, out):
+        durable.finish(row.folder, {"cost": Cost(tokens_trained=1 + row.seed).to_dict()})
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags: order)
+    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
+    for maker in ("prepare", "run"):
+        monkeypatch.setattr(orders.Laboratory, maker, None)
+    before = {path: path.read_bytes() for path in _files(out)}
+    script["main"](script["Flags"](report=True, out=out))
+    assert {path: path.read_bytes() for path in before} == before
+    run = report.read(order, out)
+    expected = report.table(run)
+    assert report.format_table(expected) in capsys.readouterr().out
+    with (out / "table.csv").open(newline="") as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == [row["arm"] for row in expected]
+    with xr.open_zarr(out / "smollm2_order.zarr") as found:
+        xr.testing.assert_equal(found.load(), report.to_dataset(run))
+        assert found.behaviour_frequency.notnull().any()
+    assert plt.imread(out / "smollm2_order.png")[..., :3].std() > 0.05
 
 
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
