@@ -229,6 +229,23 @@ def smollm2_order() -> str:
     return _table(head, body)
 
 
+def smollm2_comparisons() -> str:
+    """The orders on SmolLM2, seed by seed."""
+    body = []
+    for row in _rows("smollm2_order_comparisons.csv"):
+        names = [ARMS[row["arm"]], ARMS[row["other"]]]
+        each = [
+            " ".join(f"{100 * float(point):.1f}" for point in row[key].split()) for key in ("points", "other_points")
+        ]
+        each.append(" ".join(f"{100 * float(point):+.1f}" for point in row["difference_points"].split()))
+        low, high = (100 * float(row[f"difference_{end}"]) for end in ("low", "high"))
+        interval = "–" if low != low else f"{low:+.0f} to {high:+.0f}"
+        mean = f"{100 * float(row['difference']):+.1f}"
+        body.append([f"{float(row['other_temperature']):g}", *names, *each, mean, interval])
+    head = ["τ", "A", "B", "A, every seed (%)", "B, every seed (%)", "A − B (points)", "mean", "95 % t interval"]
+    return _table(head, body)
+
+
 def _number(values: dict, key: str, form: str) -> str:
     """A number that may not have been measured."""
     return form.format(values[key]) if key in values else "–"
@@ -240,6 +257,7 @@ _MADE = (
     smollm2_speed,
     smollm2_training_speed,
     smollm2_order,
+    smollm2_comparisons,
     sharpened,
     control,
     two_by_two,
