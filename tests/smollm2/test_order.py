@@ -210,7 +210,8 @@ def write_measurements(order, out):
     """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
     rows = orders.rows_of(order, out)
     numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
-    durable.write_json(out / "behaviour.json", {"spec": "digit", "chosen": "digit"})
+    held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
+    durable.write_json(out / orders.BEHAVIOUR, held)
     for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
         share = 0.01 + 0.001 * place
         own = {f"behaviour_frequency{end}": share * (1 + by) for end, by in (("", 0), ("_low", -0.1), ("_high", 0.1))}
