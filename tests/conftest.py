@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -77,3 +78,13 @@ def run(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def drawn(request, monkeypatch):
+    """Figures as they were when they were to be written, of the module that a test file calls `DRAWN_BY`."""
+    figures = []
+    monkeypatch.setattr(request.module.DRAWN_BY, "save", lambda figure, paths: figures.append(figure))
+    yield figures
+    for figure in figures:
+        plt.close(figure)

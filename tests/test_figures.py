@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib import pyplot as plt
 
 from jaxkd import figures, pipelines
 
 pytestmark = pytest.mark.loose
+DRAWN_BY = figures
 
 ALGORITHMS = ["ppo", "online_dpo", "offline_dpo_ref", "offline_dpo_data"]
 DIMS = ("algorithm", "temperature", "kl_coef", "seed", "stage")
@@ -39,16 +39,6 @@ def content(algorithms=ALGORITHMS, seeds=6):
     dataset["truth_variance"] = (), 0.025
     dataset["truth_is_target"] = "mode", [False, True]
     return dataset
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they were when they were to be written."""
-    kept = []
-    monkeypatch.setattr(figures, "save", lambda figure, paths: kept.append(figure))
-    yield kept
-    for figure in kept:
-        plt.close(figure)
 
 
 def test_each_algorithm_has_a_marker_of_its_own(drawn):

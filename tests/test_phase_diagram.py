@@ -13,7 +13,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import phase_figures, phase_report, pipelines, recovery, statistics
@@ -21,6 +20,7 @@ from jaxkd.align import ALGORITHMS, AlignmentSettings
 from jaxkd.sweep import engine
 
 pytestmark = pytest.mark.loose
+DRAWN_BY = phase_figures
 
 STAGES = ["base", "student", "aligned_base", "kd_align", "align_kd"]
 TEMPERATURES, KL_COEFS, CAPACITIES, SEEDS = [1.0, 0.5, 0.25], [0.3, 1.0], [1, 2, 4], 24
@@ -85,16 +85,6 @@ def dataset():
 @pytest.fixture(scope="module")
 def summary(dataset):
     return recovery.summarise(dataset)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they were when they were to be written."""
-    figures = []
-    monkeypatch.setattr(phase_figures, "save", lambda figure, paths: figures.append(figure))
-    yield figures
-    for figure in figures:
-        plt.close(figure)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from tests.smollm2 import by_hand, tiny_order
 
 # Orbax, optax and the host loop are not ours to be strict about.
 pytestmark = pytest.mark.loose
+DRAWN_BY = order_figure
 ROOT = Path(__file__).parents[2]
 
 
@@ -220,16 +221,6 @@ def write_measurements(order, out):
         entries = [{"step": step, "reward": share, "loss": 1.0, "target_hits": 0} for step in range(4)]
         (folder / durable.METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return rows
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they were when they were to be written."""
-    figures = []
-    monkeypatch.setattr(order_figure, "save", lambda figure, paths: figures.append(figure))
-    yield figures
-    for figure in figures:
-        plt.close(figure)
 
 
 def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
