@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from tyro.conf import OmitArgPrefixes
+
+from jaxkd.cli import Training, exit_on_error
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 EPOCHS = 4
@@ -76,14 +79,9 @@ class Align:
     """Train adapters of this rank instead of all parameters; they are merged into the checkpoint."""
     seed: int = 0
     """Seed of draws, labels and order."""
-    dtype: str = "float32"
-    """Number format of products: float32 or bfloat16."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
-    wandb: str | None = None
-    """Project of Weights & Biases that metrics go to as well."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well."""
+    training: OmitArgPrefixes[Training] = Training()
 
     def __post_init__(self):
         from jaxkd import checks
@@ -97,7 +95,6 @@ class Align:
         if self.algorithm is None:
             object.__setattr__(self, "algorithm", "dpo" if self.preferences else "reinforce")
         checks.name("--algorithm", self.algorithm, with_pairs() if self.preferences else with_reward())
-        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         if self.algorithm == "orpo" and self.kl_coef is not None:
             raise ValueError("--kl-coef must be left away: orpo has no KL coefficient")
         if self.algorithm in WITHOUT_REFERENCE and self.reference is not None:
@@ -114,9 +111,10 @@ class Align:
         alignment_of(self)
 
     def results_depend_on(self) -> dict:
-        """All but where results and metrics go."""
-        elsewhere = ("out", "wandb", "tensorboard", *(() if self.label_noise else ("label_noise",)))
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
+        """All but where results and metrics go, and how they are computed."""
+        apart = ("out", "training", *(() if self.label_noise else ("label_noise",)))
+        kept = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in apart}
+        return kept | {"dtype": self.training.dtype}
 
 
 def alignment_of(config: Align):
@@ -175,7 +173,7 @@ def main(config: Align) -> None:
     import jax
 
     from jaxkd import durable
-    from jaxkd.smollm2 import preferences, sharding, stages, text
+    from jaxkd.smollm2 import preferences, stages, text
     from jaxkd.smollm2.network import Setting, fingerprint, shortest_context
     from jaxkd.sweep.cache import use_compile_cache
 
@@ -187,9 +185,8 @@ def main(config: Align) -> None:
         length = min(config.max_length, shortest_context(sources))
         pairs = preferences.read(config.preferences, tokenizer, length)
         preferences.check_enough(pairs, config.batch_size)
-    mesh = sharding.mesh_of_all_devices()
     setting = Setting.of_prompt(
-        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=mesh
+        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.training.layout()
     )
     for other in (config.reference, config.target):
         if other is not None:
@@ -216,14 +213,12 @@ def main(config: Align) -> None:
         config.out,
         config.results_depend_on() | held,
         {"source": start, "reference": reference} | ({} if target is None else {"target": target}),
-        lambda: durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config)),
+        lambda: durable.sinks(config.training.wandb, config.training.tensorboard, config.out, asdict(config)),
         make,
     )
 
 
 if __name__ == "__main__":
-    from jaxkd.cli import exit_on_error
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Align, description=__doc__))

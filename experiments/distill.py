@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from tyro.conf import OmitArgPrefixes
+
+from jaxkd.cli import Training, exit_on_error
 
 DEFAULTS = {"samples": 1024, "temperature": 1.0, "prompt": "The", "max_new_tokens": 64}
 """Of what the teacher's samples depend on."""
@@ -65,14 +68,9 @@ class Distill:
     """Looks without a better student after which it stops."""
     seed: int = 0
     """Seed of draws and order."""
-    dtype: str = "float32"
-    """Number format of products: float32 or bfloat16."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
-    wandb: str | None = None
-    """Project of Weights & Biases that metrics go to as well."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well."""
+    training: OmitArgPrefixes[Training] = Training()
 
     def __post_init__(self):
         from jaxkd import checks
@@ -82,7 +80,6 @@ class Distill:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         checks.folder("--out", self.out)
-        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--temperature", self.temperature, above=0)
         checks.whole("--max-length", self.max_length, least=2)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
@@ -103,9 +100,10 @@ class Distill:
             raise ValueError(f"{flags} must be left away with --data, whose texts are learned from as they are")
 
     def results_depend_on(self) -> dict:
-        """All but where results and metrics go."""
-        elsewhere = ("out", "wandb", "tensorboard")
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in elsewhere}
+        """All but where results and metrics go, and how they are computed."""
+        apart = ("out", "training")
+        kept = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in apart}
+        return kept | {"dtype": self.training.dtype}
 
 
 def distillation_of(config: Distill):
@@ -162,7 +160,7 @@ def main(config: Distill) -> None:
     import jax
 
     from jaxkd import durable
-    from jaxkd.smollm2 import sharding, stages, text
+    from jaxkd.smollm2 import stages, text
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.smollm2.students import Start
     from jaxkd.sweep.cache import use_compile_cache
@@ -172,9 +170,8 @@ def main(config: Distill) -> None:
     if student.source is not None:
         text.check_same_vocabulary(tokenizer, text.load_tokenizer(student.source))
     samples = None if config.data is None else read_texts(config, tokenizer)
-    mesh = sharding.mesh_of_all_devices()
     setting = Setting.of_prompt(
-        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.dtype, mesh=mesh
+        tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.training.layout()
     )
     teacher = setting.load(config.teacher)
     start = student.of(teacher)
@@ -188,14 +185,12 @@ def main(config: Distill) -> None:
         config.out,
         config.results_depend_on() | held,
         {"teacher": teacher, "student": start},
-        lambda: durable.sinks(config.wandb, config.tensorboard, config.out, asdict(config)),
+        lambda: durable.sinks(config.training.wandb, config.training.tensorboard, config.out, asdict(config)),
         make,
     )
 
 
 if __name__ == "__main__":
-    from jaxkd.cli import exit_on_error
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Distill, description=__doc__))

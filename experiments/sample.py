@@ -45,6 +45,9 @@ class Config:
     """Seed of the draws."""
     dtype: str = "float32"
     """Number format of weights and products: float32 or bfloat16."""
+    tensor_parallel: int = 1
+    """Devices that share the model's heads, MLP and vocabulary; it must divide the devices and the heads of keys. Over
+    what is left of the devices sequences are spread."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
     batch_size: int = 64
@@ -80,11 +83,12 @@ class Config:
             checks.number("--min-p", self.min_p, least=0.0, most=1.0)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
         checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
+        checks.whole("--tensor-parallel", self.tensor_parallel, least=1)
         checks.name("--format", self.format, corpus.FORMATS)
 
     def results_depend_on(self) -> dict:
         """All but what changes only where and how fast the samples are made."""
-        apart = ("out", "overwrite", "batch_size", "show_example")
+        apart = ("out", "overwrite", "batch_size", "show_example", "tensor_parallel")
         return {key: value for key, value in asdict(self).items() if key not in apart} | {
             "prompt": list(self.prompt),
             "prompts": None if self.prompts is None else str(self.prompts),
@@ -115,7 +119,7 @@ def versions() -> dict:
     return {"jaxkd": __version__, **{name: version(name) for name in ("jax", "flax", "tokenizers", "gguf")}}
 
 
-def make_sampler(config: Config, tokenizer, model_config, params, prompts):
+def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=None):
     """A function from numbers of samples to their rows.
 
     Sample i is number i % samples of prompt i // samples, and its key comes from these two and the seed alone. Every
@@ -125,11 +129,13 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts):
     import numpy as np
 
     from jaxkd.smollm2 import generate
-    from jaxkd.smollm2.model import make_model
+    from jaxkd.smollm2.network import Layout
 
-    model = make_model(replace(model_config, eos_ids=tokenizer.eos_ids), compute_dtype=config.dtype)
+    layout = Layout(config.dtype, mesh=mesh)
+    model = layout.model(replace(model_config, eos_ids=tokenizer.eos_ids))
     sampling = generate.Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     size = min(config.batch_size, config.samples_per_shard, len(prompts.tokens) * config.samples)
+    size = -(-size // layout.shards) * layout.shards
 
     cache = generate.make_cache(model, size, prompts.tokens.shape[1], config.max_new_tokens)
 
@@ -191,7 +197,7 @@ def write_missing(shards, draw, size: int, examples: list) -> float:
 def main(config: Config) -> None:
     """Sample what is missing, shard by shard."""
     from jaxkd import files
-    from jaxkd.smollm2 import corpus, text, weights
+    from jaxkd.smollm2 import corpus, sharding, text, weights
     from jaxkd.smollm2.network import fingerprint
 
     model_config = weights.load_config(config.source, config.revision)
@@ -210,11 +216,12 @@ def main(config: Config) -> None:
     with files.claim(config.out, wait=False) as mine:
         if not mine:
             raise ValueError(f"another process is writing to {config.out}: choose another --out, or wait")
-        _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision)
+        mesh = sharding.mesh_of_all_devices(config.tensor_parallel)
+        _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision, mesh=mesh)
         # A source of the same name may have other weights by now.
         settings |= {"weights": fingerprint(params), "ends": list(tokenizer.eos_ids)}
         corpus.begin(shards, settings, versions(), overwrite=config.overwrite)
-        speed = write_missing(shards, *make_sampler(config, tokenizer, model_config, params, prompts), examples)
+        speed = write_missing(shards, *make_sampler(config, tokenizer, model_config, params, prompts, mesh), examples)
     told = f" at {speed:.0f} tokens/s" if speed else ""
     print(f"{shards.total} samples are in {config.out}{told}", file=sys.stderr)
 

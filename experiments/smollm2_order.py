@@ -22,6 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
+from tyro.conf import OmitArgPrefixes
+
+from jaxkd.cli import Training, exit_on_error
 
 PRESETS = ("laptop", "paper")
 HUB = "HuggingFaceTB/SmolLM2-"
@@ -96,12 +99,7 @@ class Flags:
     """Completions by which each model is measured."""
     batch_size: int | None = None
     """Sequences drawn or scored at a time; changes speed, not results beyond rounding."""
-    dtype: str = "float32"
-    """Number format of products: float32 or bfloat16."""
-    wandb: str | None = None
-    """Project of Weights & Biases that metrics go to as well."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well."""
+    training: OmitArgPrefixes[Training] = Training()
     device_flops: float = 4e14
     """Peak FLOP/s of a device, for the times of --dry-run."""
     utilisation: float = 0.4
@@ -112,7 +110,6 @@ class Flags:
 
         checks.folder("--out", self.out)
         checks.name("--preset", self.preset, PRESETS)
-        checks.name("--dtype", self.dtype, ["float32", "bfloat16"])
         checks.number("--device-flops", self.device_flops, above=0)
         checks.number("--utilisation", self.utilisation, above=0, most=1)
         if self.quick and self.preset != "laptop":
@@ -256,7 +253,7 @@ def budget(order, rows) -> str:
 def main(flags: Flags) -> None:
     """Run, measure, draw."""
     from jaxkd import durable
-    from jaxkd.smollm2 import dry_run, sharding
+    from jaxkd.smollm2 import dry_run
     from jaxkd.smollm2 import order as orders
     from jaxkd.smollm2.stages import Workshop
     from jaxkd.sweep.cache import use_compile_cache
@@ -265,19 +262,19 @@ def main(flags: Flags) -> None:
     order = order_of(flags)
     use_compile_cache()
     if flags.dry_run:
-        print(dry_run.report(order, flags.dtype, flags.device_flops, flags.utilisation))
+        print(dry_run.report(order, flags.training.layout(), flags.device_flops, flags.utilisation))
         return
-    resolved = asdict(order) | {"dtype": flags.dtype}
-    mesh = sharding.mesh_of_all_devices()
+    dtype = flags.training.dtype
+    resolved, layout = asdict(order) | {"dtype": dtype}, flags.training.layout()
     workshop = Workshop(durable.Progress())
     if flags.report and not (flags.out / "base" / orders.EVALUATION).exists():
         raise ValueError(f"--report: {flags.out} holds no run that has begun to measure")
-    laboratory = orders.Laboratory(order, flags.out, workshop, mesh, flags.dtype)
-    laboratory.check_folder(dtype=flags.dtype)
+    laboratory = orders.Laboratory(order, flags.out, workshop, layout)
+    laboratory.check_folder(dtype=dtype)
     if flags.report:
         print(write_results(order, flags.out, resolved))
         return
-    workshop.sinks = durable.sinks(flags.wandb, flags.tensorboard, flags.out, resolved)
+    workshop.sinks = durable.sinks(flags.training.wandb, flags.training.tensorboard, flags.out, resolved)
     rows = orders.rows_of(order, flags.out)
     print(budget(order, rows), file=sys.stderr)
     laboratory.prepare()
@@ -310,8 +307,6 @@ def write_results(order, out: Path, configuration: dict) -> str:
 
 
 if __name__ == "__main__":
-    from jaxkd.cli import exit_on_error
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Flags, description=__doc__))

@@ -22,7 +22,7 @@ from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.distillation import make_comparison
 from jaxkd.smollm2.model import make_model
-from jaxkd.smollm2.network import REMAT, ScoredTexts
+from jaxkd.smollm2.network import Layout, ScoredTexts
 from jaxkd.smollm2.order import CEILING, Order, Row
 from jaxkd.smollm2.policy import Texts, make_policy, token_log_probs
 from jaxkd.smollm2.students import Start
@@ -49,9 +49,10 @@ def config_of(source: str) -> tuple[Config, str]:
         raise
 
 
-def report(order: Order, dtype: str, device_flops: float, utilisation: float) -> str:
+def report(order: Order, layout: Layout, device_flops: float, utilisation: float) -> str:
     """Shapes, shards, memory a device and time of every kind of step of an order."""
-    mesh = sharding.mesh_of_all_devices() or sharding.make_mesh(1)
+    layout = layout if layout.mesh is not None else replace(layout, mesh=sharding.make_mesh(1))
+    mesh = layout.mesh
     roles = {"truth": order.truth}
     roles["base"] = order.truth if order.base == "truth" else order.base.removeprefix("fit:")
     starts = {f"student {student}": Start.parse(student) for student in order.students}
@@ -59,7 +60,7 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     own_target = order.target is not None and not order.target.startswith("distil:")
     if own_target:
         roles["target"] = order.target
-    lines = [f"{len(jax.devices())} devices ({jax.devices()[0].platform}), data-parallel with sharded parameters"]
+    lines = [f"{mesh.size} devices ({jax.devices()[0].platform}), {_parallel(mesh)}"]
     configs = {}
     for role, source in roles.items():
         configs[role], told = config_of(source)
@@ -71,7 +72,7 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
         configs["target"] = configs["base"]
     lines += ["", _behaviour(order), ""]
     seconds = {}
-    for name, steps, compiled, flops, by_xla in _steps(order, configs, mesh, dtype):
+    for name, steps, compiled, flops, by_xla in _steps(order, configs, layout):
         memory = compiled.memory_analysis()
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         used -= memory.alias_size_in_bytes
@@ -92,6 +93,11 @@ def report(order: Order, dtype: str, device_flops: float, utilisation: float) ->
     )
     lines.append("and masked scores as well, but in an alignment not the sampling")
     return "\n".join(lines)
+
+
+def _parallel(mesh: Mesh) -> str:
+    told = "data-parallel with sharded parameters"
+    return told if mesh.shape[sharding.MODEL] == 1 else f"{told}, {mesh.shape[sharding.MODEL]} sharing a model's heads"
 
 
 def _behaviour(order: Order) -> str:
@@ -116,12 +122,12 @@ def _shards(config: Config, mesh: Mesh) -> list[str]:
     return lines
 
 
-def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
+def _steps(order: Order, configs: dict[str, Config], layout: Layout):
     """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
     length, batch = 1 + order.max_new_tokens, order.batch_size
     rows = orders.rows_of(order, _OUT)
     scored = -(-len(rows) * order.evaluation.num_scored // batch)
-    yield _scoring("truth: score a batch", scored, configs["truth"], mesh, dtype, batch, length)
+    yield _scoring("truth: score a batch", scored, configs["truth"], layout, batch, length)
     # An offline algorithm's step is the same without its sampling.
     algorithm = next((name for name in order.algorithms if name in _SAMPLING), _SAMPLING[0])
     settings = replace(order.alignment.settings, algorithm=algorithm)
@@ -131,13 +137,13 @@ def _steps(order: Order, configs: dict[str, Config], mesh: Mesh, dtype: str):
     for (role, held_to), times in Counter(pairs).items():
         name = f"align {role}" if held_to == role else f"align {role}, held to {held_to}"
         both = configs[role], configs[held_to]
-        yield _aligning(name, times * settings.num_steps, both, mesh, dtype, order, settings, length)
+        yield _aligning(name, times * settings.num_steps, both, layout, order, settings, length)
     distilled = [row for row in rows if type(row.stage) is Distil]
     for (role, teacher, method), times in Counter(_distillation(row, made, order) for row in distilled).items():
         steps = times * order.distillation.num_updates
         both = configs[role], configs[teacher]
         told = f"distil {role}" if method == "sequence" else f"distil {role} from {teacher} ({method})"
-        yield _distilling(told, steps, both, mesh, dtype, order, method, length)
+        yield _distilling(told, steps, both, layout, order, method, length)
 
 
 def _distillation(row: Row, made: dict[Path, Row], order: Order) -> tuple[str, str, str]:
@@ -220,24 +226,29 @@ def _batch(mesh: Mesh, kind: Callable, n: int, length: int):
     return kind(*texts) if kind is Texts else kind(*texts, of(jnp.float32, n), of(jnp.bool_, n))
 
 
-def _policy(config: Config, dtype: str, order: Order, mesh: Mesh):
-    model = make_model(config, compute_dtype=dtype, remat=REMAT, mesh=mesh)
-    return make_policy(model, [[0]], [[True]], max_new_tokens=order.max_new_tokens)
+def _policy(config: Config, layout: Layout, order: Order):
+    return make_policy(layout.model(config), [[0]], [[True]], max_new_tokens=order.max_new_tokens)
 
 
-def _scoring(name, steps, config, mesh, dtype, batch, length):
-    model = make_model(config, compute_dtype=dtype, mesh=mesh)
+def _flops_by_xla(config: Config, layout: Layout, batch: int, length: int, *, differentiate: bool) -> float:
+    return cost.log_prob_flops(
+        config, batch, length, differentiate=differentiate, dtype=layout.compute_dtype, remat=layout.remat
+    )
+
+
+def _scoring(name, steps, config, layout: Layout, batch, length):
+    model, mesh = layout.model(config), layout.mesh
     program = jax.jit(lambda params, x: token_log_probs(model, params, x.tokens, x.mask))
     compiled = program.lower(_abstract(config, mesh), _batch(mesh, Texts, batch, length)).compile()
-    by_xla = cost.log_prob_flops(config, batch, length, differentiate=False, dtype=dtype)
+    by_xla = _flops_by_xla(config, layout, batch, length, differentiate=False)
     return name, steps, compiled, cost.forward_flops(config, batch * length, length / 2), by_xla
 
 
-def _aligning(name, steps, configs, mesh, dtype, order: Order, settings: AlignmentSettings, length):
-    config, reference = configs
+def _aligning(name, steps, configs, layout: Layout, order: Order, settings: AlignmentSettings, length):
+    (config, reference), mesh = configs, layout.mesh
     optimisation = order.alignment.optimisation
     optimizer = optimisation.make(settings.num_updates)
-    policies = [_policy(one, dtype, order, mesh) for one in configs]
+    policies = [_policy(one, layout, order) for one in configs]
     step = align.make_step(policies[0], optimizer, settings, lambda x: x.reward, lambda x: x.hit, policies[1])
     draws = _batch(mesh, ScoredTexts, settings.batch_size, length)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
@@ -246,30 +257,30 @@ def _aligning(name, steps, configs, mesh, dtype, order: Order, settings: Alignme
     )
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
     forward, scored = (cost.forward_flops(one, settings.batch_size * length, length / 2) for one in configs)
-    by_xla = cost.log_prob_flops(reference, settings.batch_size, length, differentiate=False, dtype=dtype)
-    trained = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
+    by_xla = _flops_by_xla(reference, layout, settings.batch_size, length, differentiate=False)
+    trained = _flops_by_xla(config, layout, settings.batch_size, length, differentiate=True)
     by_xla += settings.updates_per_step * trained
     # Sampling, the reference, and a pass forward and back for each update.
     model_flops = scored + (1 + 3 * settings.updates_per_step) * forward
     return f"{name} ({settings.algorithm})", steps, compiled, model_flops, by_xla
 
 
-def _distilling(name, steps, configs, mesh, dtype, order: Order, method: str, length):
-    config, teacher = configs
+def _distilling(name, steps, configs, layout: Layout, order: Order, method: str, length):
+    (config, teacher), mesh = configs, layout.mesh
     settings = order.distillation
     optimizer = settings.optimisation.make(settings.num_updates)
     batch, scalar = _batch(mesh, Texts, settings.batch_size, length), jax.ShapeDtypeStruct((), jnp.float32)
     tokens = settings.batch_size * length
     model_flops = cost.training_flops(config, tokens, length / 2)
-    by_xla = cost.log_prob_flops(config, settings.batch_size, length, differentiate=True, dtype=dtype, remat=REMAT)
+    by_xla = _flops_by_xla(config, layout, settings.batch_size, length, differentiate=True)
     if method == "sequence":
-        step = distill.maximum_likelihood_step(_policy(config, dtype, order, mesh), optimizer)
+        step = distill.maximum_likelihood_step(_policy(config, layout, order), optimizer)
         inputs = (batch, scalar)
     else:
-        models = (make_model(one, compute_dtype=dtype, remat=REMAT, mesh=mesh) for one in configs)
+        models = (layout.model(one) for one in configs)
         step = distill.token_level_step(make_comparison(*models, method), optimizer)
         inputs = distill.TokenInputs(batch, _abstract(teacher, mesh), scalar, scalar)
         model_flops += cost.forward_flops(teacher, tokens, length / 2)
-        by_xla += cost.log_prob_flops(teacher, settings.batch_size, length, differentiate=False, dtype=dtype)
+        by_xla += _flops_by_xla(teacher, layout, settings.batch_size, length, differentiate=False)
     compiled = jax.jit(step, donate_argnums=0).lower(_state(config, mesh, optimizer), inputs).compile()
     return name, steps, compiled, model_flops, by_xla

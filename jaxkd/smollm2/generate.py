@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd import checks
 from jaxkd.policy import Params
-from jaxkd.smollm2.model import Model, positions_of
+from jaxkd.smollm2.model import DATA, MODEL, Model, positions_of
 
 BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
 """Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
@@ -95,7 +96,14 @@ def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int
       prompt_length: the most tokens of a prompt, with padding.
       max_new_tokens: the most tokens of a completion.
     """
-    return _empty(model, batch, bucket(prompt_length) + bucket(max_new_tokens))
+    cache, mesh = _empty(model, batch, bucket(prompt_length) + bucket(max_new_tokens)), model.mesh
+    if mesh is None or batch % mesh.shape[DATA]:
+        return cache
+    # As the compiled program returns it: laid out otherwise, the first call would have a program of its own.
+    axes = [axis if mesh.shape[axis] > 1 else None for axis in (DATA, MODEL)]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return jax.device_put(cache, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def _empty(model: Model, batch: int, width: int) -> Cache:
@@ -148,9 +156,8 @@ def generate(
         raise ValueError(f"there must be one key a sequence, [{tokens.shape[0]}]; got {list(keys.shape)}")
     if cache is not None:
         _check_cache(model, cache, tokens.shape, max_new_tokens)
-    return continue_prompts(
-        model, params, jnp.asarray(tokens), jnp.asarray(mask), keys, max_new_tokens, at_temperature(sampling), cache
-    )
+    prompts = model.spread((jnp.asarray(tokens), jnp.asarray(mask), keys))
+    return continue_prompts(model, params, *prompts, max_new_tokens, at_temperature(sampling), cache)
 
 
 def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling, cache=None):

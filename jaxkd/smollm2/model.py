@@ -325,6 +325,12 @@ class Model:
         rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(DATA, *rest)))
 
+    def spread(self, batch: Any) -> Any:
+        """A pytree of arrays with the batch leading, laid out over `data` where that divides it."""
+        if self.mesh is None or any(leaf.shape[0] % self.mesh.shape[DATA] for leaf in jax.tree.leaves(batch)):
+            return batch
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(DATA)))
+
     def gathered(self, params: Params) -> Params:
         """The same parameters for a loop that needs all of them at every step: whole on every device along `data`."""
         if self.mesh is None or self.mesh.shape[MODEL] > 1:

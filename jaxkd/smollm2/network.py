@@ -42,8 +42,33 @@ class ScoredTexts(NamedTuple):
     hit: Any
 
 
-REMAT = "products"
-"""What training keeps of a forward pass: `Model.remat`."""
+@dataclass(frozen=True)
+class Layout:
+    """How models are computed: speed and memory depend on it, results but for the rounding of products.
+
+    Attributes:
+      compute_dtype: of products.
+      remat: what the backward pass computes again: `Model.remat`.
+      mesh: where several devices are used.
+    """
+
+    compute_dtype: str = "float32"
+    remat: str = "products"
+    mesh: Any = None
+
+    def model(self, config: Config) -> Model:
+        """The functions of a model of this shape; programs are compiled once for each."""
+        return _model(config, self)
+
+    @property
+    def shards(self) -> int:
+        """Parts that a batch is cut in."""
+        return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
+
+
+@lru_cache
+def _model(config: Config, layout: Layout) -> Model:
+    return make_model(config, compute_dtype=layout.compute_dtype, remat=layout.remat, mesh=layout.mesh)
 
 
 @dataclass(frozen=True)
@@ -55,22 +80,18 @@ class Setting:
       prompt_tokens: int32[1, P], what every completion follows.
       max_new_tokens: C.
       batch_size: sequences that are drawn or scored at a time; changes speed, not results.
-      compute_dtype: of products.
-      remat: what the backward pass computes again.
-      mesh: where several devices are used.
+      layout: how models are computed.
     """
 
     tokenizer: Tokenizer
     prompt_tokens: np.ndarray
     max_new_tokens: int
     batch_size: int = 32
-    compute_dtype: str = "float32"
-    remat: str = REMAT
-    mesh: Any = None
+    layout: Layout = Layout()
 
     @classmethod
     def of_prompt(
-        cls, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, batch_size: int, compute_dtype: str, *, mesh: Any
+        cls, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, batch_size: int, layout: Layout
     ) -> "Setting":
         """The setting in which everything follows one prompt.
 
@@ -80,7 +101,7 @@ class Setting:
         ids = tokenizer.encode(prompt, add_special_tokens=True)
         if not ids:
             raise ValueError(f"the prompt must have at least one token; got {prompt!r}")
-        return cls(tokenizer, np.asarray([ids], np.int32), max_new_tokens, batch_size, compute_dtype, mesh=mesh)
+        return cls(tokenizer, np.asarray([ids], np.int32), max_new_tokens, batch_size, layout)
 
     @property
     def prompt_mask(self) -> np.ndarray:
@@ -89,7 +110,7 @@ class Setting:
 
     def model(self, config: Config) -> Model:
         """The functions of a model of this shape."""
-        return _model(replace(config, eos_ids=self.tokenizer.eos_ids), self.compute_dtype, self.remat, self.mesh)
+        return self.layout.model(replace(config, eos_ids=self.tokenizer.eos_ids))
 
     def policy(self, config: Config) -> Policy:
         """The model as a policy over completions; its draws are made by `Network.draw`."""
@@ -97,14 +118,14 @@ class Setting:
 
     def on_devices(self, batch: Any) -> Any:
         """A batch, laid out over the mesh where there is one; what can't be divided is whole on every device."""
-        batch = jax.tree.map(jnp.asarray, batch)
-        if self.mesh is None:
+        batch, mesh = jax.tree.map(jnp.asarray, batch), self.layout.mesh
+        if mesh is None:
             return batch
 
         def placed(leaf):
-            if leaf.shape[0] % self._shards == 0:
-                return sharding.shard_batch(self.mesh, leaf)
-            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec()))
+            if leaf.shape[0] % self.layout.shards == 0:
+                return sharding.shard_batch(mesh, leaf)
+            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
 
         return jax.tree.map(placed, batch)
 
@@ -113,20 +134,17 @@ class Setting:
 
         A step that is given it otherwise is compiled twice.
         """
-        if self.mesh is None:
+        if self.layout.mesh is None:
             return state
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        everywhere = NamedSharding(self.layout.mesh, PartitionSpec())
         return jax.tree.map(
             lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere), state
         )
 
-    @property
-    def _shards(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
-
     def size_of_batches(self, n: int, most: int | None = None) -> int:
         """Sequences at a time, of n: at most `most` (by default `batch_size`), and as many on every device."""
-        return -(-min(most or self.batch_size, n) // self._shards) * self._shards
+        shards = self.layout.shards
+        return -(-min(most or self.batch_size, n) // shards) * shards
 
     def load(self, source: str | Path, dtype: str = "float32") -> "Network":
         """A checkpoint from any source that `weights.load` takes.
@@ -134,7 +152,7 @@ class Setting:
         Raises:
           ValueError: where it has another vocabulary than the tokenizer, or can't continue the prompt.
         """
-        config, params = weights.load(source, dtype=dtype, mesh=self.mesh)
+        config, params = weights.load(source, dtype=dtype, mesh=self.layout.mesh)
         check_vocabulary(self.tokenizer, config.vocab_size)
         generate.check_prompts(self.model(config), self.prompt_tokens, self.prompt_mask, self.max_new_tokens)
         return Network(config, params, self)
@@ -148,14 +166,8 @@ class Setting:
 
 
 @lru_cache
-def _model(config: Config, compute_dtype: str, remat: str, mesh: Any) -> Model:
-    """One `Model` a shape: programs are compiled once for each."""
-    return make_model(config, compute_dtype=compute_dtype, remat=remat, mesh=mesh)
-
-
-@lru_cache
 def _policy(model: Model, max_new_tokens: int) -> Policy:
-    """One policy a model, for the same reason; log-probabilities do not depend on its prompt."""
+    """One policy a model, for one program each; log-probabilities do not depend on its prompt."""
     return make_policy(model, [[0]], [[True]], max_new_tokens=max_new_tokens)
 
 

@@ -28,7 +28,7 @@ from jaxkd.align import ALGORITHMS, PreferenceData, check_label_noise, label_coe
 from jaxkd.pipelines import Align, Distil, Sharpen
 from jaxkd.smollm2 import behaviours, oracles, preferences, stages, text, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
-from jaxkd.smollm2.network import Network, Setting, fingerprint, shortest_context, take
+from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
 from jaxkd.smollm2.stages import Alignment, Coster, Distillation, Workshop
@@ -264,7 +264,7 @@ def _row(order: Order, out: Path, name, place, seed, student, algorithm, models,
 class Laboratory:
     """Carries the rows of an order out, one after another."""
 
-    def __init__(self, order: Order, out: Path, workshop: Workshop, mesh: Any = None, dtype: str = "float32"):
+    def __init__(self, order: Order, out: Path, workshop: Workshop, layout: Layout):
         """Check what can be checked before any computation, and load tokenizers.
 
         Raises:
@@ -274,9 +274,7 @@ class Laboratory:
         workshop.root = out
         tokenizer = text.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
-        self.setting = Setting.of_prompt(
-            tokenizer, order.prompt, order.max_new_tokens, order.batch_size, dtype, mesh=mesh
-        )
+        self.setting = Setting.of_prompt(tokenizer, order.prompt, order.max_new_tokens, order.batch_size, layout)
         self._pairs = self._held_out_pairs = None
         if order.preferences is not None:
             length = min(order.preferences.max_length, _context(order))

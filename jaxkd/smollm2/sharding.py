@@ -46,9 +46,16 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Any = None) -> M
     return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def mesh_of_all_devices() -> Mesh | None:
-    """A mesh with every device on `data`; None where there is one."""
-    return make_mesh() if jax.device_count() > 1 else None
+def mesh_of_all_devices(tensor_parallel: int = 1) -> Mesh | None:
+    """A mesh with so many devices on `model` and the rest on `data`; None where there is one device.
+
+    Raises:
+      ValueError: where their number does not divide that of the devices.
+    """
+    devices = jax.device_count()
+    if devices % tensor_parallel:
+        raise ValueError(f"--tensor-parallel must divide the number of devices, {devices}; got {tensor_parallel}")
+    return make_mesh(model=tensor_parallel) if devices > 1 else None
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

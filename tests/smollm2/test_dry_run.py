@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxkd.smollm2 import cost, dry_run, sharding
+from jaxkd.smollm2.network import Layout
 from tests.smollm2 import tiny_order
 
 
@@ -33,7 +34,7 @@ def test_a_token_level_step_is_compiled_with_its_teacher(monkeypatch):
     teacher = replace(config, num_layers=2)
     configs = {"truth": teacher, "base": teacher, "student same": config}
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
-    steps = {one[0]: one[1:] for one in dry_run._steps(order, configs, mesh, "float32")}
+    steps = {one[0]: one[1:] for one in dry_run._steps(order, configs, Layout(mesh=mesh))}
     assert {name for name in steps if name.startswith("distil")} == {
         "distil student same",
         "distil student same from base (forward_kl)",

@@ -6,7 +6,7 @@ from random_params import random_params
 from jaxkd.smollm2 import students, text, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
-from jaxkd.smollm2.network import Network, Setting
+from jaxkd.smollm2.network import Layout, Network, Setting
 
 
 def test_spacing_keeps_the_ends_and_is_even():
@@ -56,7 +56,7 @@ def test_fresh_has_any_shape():
 @pytest.mark.loose
 def test_a_students_start_is_what_its_specification_says(tmp_path):
     config, params = weights.load("random:tiny")
-    base = Network(config, params, Setting.of_prompt(text.byte_tokenizer(), "T", 8, 8, "float32", mesh=None))
+    base = Network(config, params, Setting.of_prompt(text.byte_tokenizer(), "T", 8, 8, Layout()))
     assert students.Start.parse("same").of(base) is base
     cut = students.Start.parse("layers:2").of(base)
     expected = students.keep_layers(config, params, 2)

@@ -15,6 +15,7 @@ from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2 import sharding
 from jaxkd.smollm2.evaluate import Evaluation
+from jaxkd.smollm2.network import Layout
 from jaxkd.smollm2.order import Order
 from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation, Workshop
 
@@ -43,8 +44,8 @@ def make(**changes) -> Order:
 
 def laboratory(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
     """Nothing is computed yet."""
-    mesh = sharding.mesh_of_all_devices() if meshed else None
-    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), mesh)
+    layout = Layout(mesh=sharding.mesh_of_all_devices() if meshed else None)
+    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), layout)
 
 
 def run(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
