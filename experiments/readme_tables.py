@@ -123,7 +123,8 @@ def shortfalls() -> str:
 
 
 def robustness() -> str:
-    """KD→Align and Align→KD in the default run and in the checks."""
+    """The orders, and KD→Align held to the base, in the default run and in the checks."""
+    arms = ("kd_align", "align_kd", "kd_align_anchored")
     runs = {
         "default": ["mog_order.csv"],
         "matched on component evaluations": ["mog_order_matched.csv"],
@@ -132,16 +133,13 @@ def robustness() -> str:
     found = {}
     for label, names in runs.items():
         for row in (row for name in names for row in _rows(name)):
-            if float(row["temperature"]) == 0.25 and row["arm"] in ("kd_align", "align_kd"):
+            if float(row["temperature"]) == 0.25 and row["arm"] in arms:
                 key = (row["algorithm"], float(row["kl_coef"]))
                 found.setdefault(key, {})[label, row["arm"]] = f"{float(row['recovery']):.2f}"
-    head = ["algorithm", "β", *(f"{label}: KD→Align / Align→KD" for label in runs)]
+    head = ["algorithm", "β", *(f"{label}: KD→Align / Align→KD / anchored" for label in runs)]
     body = []
     for (algorithm, kl_coef), cells in found.items():
-        pairs = [
-            " / ".join(cells[label, arm] for arm in ("kd_align", "align_kd")) if (label, "kd_align") in cells else "–"
-            for label in runs
-        ]
+        pairs = [" / ".join(cells[label, arm] for arm in arms) if (label, arms[0]) in cells else "–" for label in runs]
         body.append([f"`{algorithm}`", f"{kl_coef:g}", *pairs])
     return _table(head, body)
 
