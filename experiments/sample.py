@@ -210,13 +210,15 @@ def main(config: Config) -> None:
     if config.show_example:
         print(text.show_example(tokenizer, prompts.tokens[0], prompts.mask[0]))
         return
+    mesh = sharding.mesh_of_all_devices(config.tensor_parallel)
+    if mesh is not None:
+        sharding.check_mesh(model_config, mesh)
     shards = corpus.Corpus(config.out, len(examples) * config.samples, config.samples_per_shard, config.format)
     settings = config.results_depend_on() | {"prompts_digest": digest(prompts)}
     corpus.check(shards, settings, overwrite=config.overwrite, later=("weights", "ends"))
     with files.claim(config.out, wait=False) as mine:
         if not mine:
             raise ValueError(f"another process is writing to {config.out}: choose another --out, or wait")
-        mesh = sharding.mesh_of_all_devices(config.tensor_parallel)
         _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision, mesh=mesh)
         # A source of the same name may have other weights by now.
         settings |= {"weights": fingerprint(params), "ends": list(tokenizer.eos_ids)}
