@@ -660,13 +660,13 @@ def convert(source: str, folder: str) -> dict:
 def _convert(connection, source: str, folder: str) -> None:
     import jax
 
-    from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2 import tokenization, weights
 
     seconds = {}
     begin = time.perf_counter()
     config, params = weights.load(source)
     seconds["from_source"] = time.perf_counter() - begin
-    weights.save_pretrained(folder, config, params, text.load_tokenizer(source))
+    weights.save_pretrained(folder, config, params, tokenization.load_tokenizer(source))
     del params
     begin = time.perf_counter()
     jax.block_until_ready(weights.load(folder))

@@ -21,7 +21,7 @@ from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import Model, make_model
 from jaxkd.smollm2.policy import Texts, make_policy
-from jaxkd.smollm2.text import Tokenizer, check_vocabulary
+from jaxkd.smollm2.tokenization import Tokenizer, check_vocabulary
 
 
 class ScoredTexts(NamedTuple):

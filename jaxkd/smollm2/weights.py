@@ -589,7 +589,7 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
         where one is given.
       config: the model's shape.
       params: nested dict as of `Model.init`, all of one dtype, which the files keep.
-      tokenizer: anything with `save_pretrained(directory)`, such as `text.Tokenizer`; it writes its files and
+      tokenizer: anything with `save_pretrained(directory)`, such as `tokenization.Tokenizer`; it writes its files and
         generation_config.json. Without one, generation_config.json names the ids of `config`.
 
     Raises:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkd.smollm2 import policy, sharding, text, weights
+from jaxkd.smollm2 import policy, sharding, tokenization, weights
 from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import Layout, Setting
 from jaxkd.sweep import hosts
@@ -28,7 +28,7 @@ def main(folder, *cluster):
     config, params = weights.load(folder, mesh=mesh)
     cut = params["layers"]["mlp"]["gate_up"]
     assert cut.addressable_shards[0].data.size * jax.device_count() == cut.size, "the parameters are not cut"
-    weights.save_pretrained(f"{folder}-again", config, params, text.byte_tokenizer())
+    weights.save_pretrained(f"{folder}-again", config, params, tokenization.byte_tokenizer())
     try:
         weights.save_pretrained(f"{folder}/config.json/below", config, params)
     except OSError as error:

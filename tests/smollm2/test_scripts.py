@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from jaxkd.smollm2 import network, sharding, text, weights
+from jaxkd.smollm2 import example_files, network, sharding, tokenization, weights
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SAMPLE = EXPERIMENTS / "sample.py"
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
     """A folder with a tiny model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     config, params = weights.load("random:tiny")
-    weights.save_pretrained(folder, config, params, text.byte_tokenizer())
+    weights.save_pretrained(folder, config, params, tokenization.byte_tokenizer())
     return folder
 
 
@@ -65,7 +65,7 @@ def test_samples_are_written_and_read_back(run, tmp_path):
     ]
     rows = rows_of(tmp_path / "out")
     assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [(i // 5, i % 5) for i in range(10)]
-    tokenizer = text.byte_tokenizer()
+    tokenizer = tokenization.byte_tokenizer()
     for row in rows:
         assert row["prompt"] == ["ab", "c"][row["prompt_index"]]
         ids = row["completion_ids"]
@@ -75,7 +75,7 @@ def test_samples_are_written_and_read_back(run, tmp_path):
         # A fresh model draws from nearly uniform distributions.
         assert row["log_prob"] / len(ids) == pytest.approx(-np.log(264), rel=0.1)
     assert len({tuple(row["completion_ids"]) for row in rows}) == 10
-    read = text.read_examples(tmp_path / "out", tokenizer)
+    read = example_files.read_examples(tmp_path / "out", tokenizer)
     assert [example.completion for example in read] == [row["completion"] for row in rows]
     # As training data again they are the very tokens, though a fresh model's bytes are seldom UTF-8.
     assert "\ufffd" in "".join(row["completion"] for row in rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cluster import run_cluster
 
-from jaxkd.smollm2 import generate, policy, sharding, text, weights
+from jaxkd.smollm2 import generate, policy, sharding, tokenization, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -29,7 +29,7 @@ def test_eight_devices_give_the_single_devices_results():
 def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
     config = Config.tiny(hidden_size=64, num_layers=2)
     params = make_model(config).init(jax.random.key(0))
-    weights.save_pretrained(tmp_path / "model", config, params, text.byte_tokenizer())
+    weights.save_pretrained(tmp_path / "model", config, params, tokenization.byte_tokenizer())
     script = [sys.executable, str(Path(__file__).with_name("on_two_hosts.py")), str(tmp_path / "model")]
 
     def start(*cluster):
@@ -58,7 +58,7 @@ def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
 def test_a_checkpoint_is_loaded_in_its_shards(tmp_path):
     config = Config.tiny()
     params = make_model(config).init(jax.random.key(0))
-    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+    weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
     mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     _, loaded = weights.load(tmp_path, mesh=mesh)
     wanted = sharding.param_shardings(config, mesh)

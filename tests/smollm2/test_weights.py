@@ -12,7 +12,7 @@ import pytest
 from random_params import random_params
 from safetensors.numpy import load_file, save_file
 
-from jaxkd.smollm2 import sharding, text, weights
+from jaxkd.smollm2 import sharding, tokenization, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -213,13 +213,13 @@ def _serve(monkeypatch, hub):
 
 
 def test_no_weights_are_fetched_for_a_configuration_or_a_tokenizer(tmp_path, monkeypatch):
-    hub, tokenizer = tmp_path / "hub", text.byte_tokenizer()
+    hub, tokenizer = tmp_path / "hub", tokenization.byte_tokenizer()
     config, params = weights.load("random:tiny")
     weights.save_pretrained(hub, config, params, tokenizer)
     cache = _serve(monkeypatch, hub)
     assert weights.load_config("nobody/tiny", "v1") == config
     assert [path.name for path in cache.iterdir()] == ["config.json"]
-    loaded = text.load_tokenizer("nobody/tiny", "v1")
+    loaded = tokenization.load_tokenizer("nobody/tiny", "v1")
     assert loaded.eos_ids == tokenizer.eos_ids and loaded.chat_template == tokenizer.chat_template
     assert loaded.encode("a b") == tokenizer.encode("a b")
     assert {path.name for path in hub.iterdir()} - {path.name for path in cache.iterdir()} == {"model.safetensors"}
@@ -366,9 +366,9 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("of the checkpoint before")
     (tmp_path / "tokenizer_notes").mkdir()
-    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
-    tokenizer = text.load_tokenizer(tmp_path)
-    assert (tokenizer.chat_template, tokenizer.other_templates) == (text.byte_tokenizer().chat_template, {})
+    weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
+    tokenizer = tokenization.load_tokenizer(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.other_templates) == (tokenization.byte_tokenizer().chat_template, {})
     assert (tmp_path / "tokenizer_notes").is_dir()
     assert not list(tmp_path.glob(".saving-*"))
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
 
     monkeypatch.setattr(weights.shutil, "move", stop)
     with pytest.raises(KeyboardInterrupt):
-        weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+        weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
     with pytest.raises(ValueError, match=r"has no config\.json"):
         weights.load(tmp_path)
 
