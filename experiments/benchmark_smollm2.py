@@ -759,13 +759,15 @@ def _described(row: dict, *, between: str) -> str:
 
 def _seconds(axes, rows: list[dict]) -> None:
     """A line a task, the first on top, its sides one above the other."""
-    for i, side in enumerate(COLORS):
-        points = [(row["seconds"][side], j + (i - 1) * 0.28) for j, row in enumerate(rows) if side in row["seconds"]]
-        if not points:
-            continue
+    sides = [side for side in COLORS if any(side in row["seconds"] for row in rows)]
+    for i, side in enumerate(sides):
+        shift = (i - (len(sides) - 1) / 2) * 0.28
+        points = [(row["seconds"][side], j + shift) for j, row in enumerate(rows) if side in row["seconds"]]
         axes.plot(*zip(*points, strict=True), linestyle="none", color=COLORS[side], label=side, **POINTS[side])
         for seconds, y in points:
-            axes.annotate(f"{seconds:.2f}", (seconds, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
+            axes.annotate(
+                f"{seconds:#.3g}".rstrip("."), (seconds, y), (6, 0), textcoords="offset points", va="center", fontsize=7
+            )
     axes.set_yticks(range(len(rows)), [_described(row, between=", ") for row in rows], fontsize=7)
     axes.set(xscale="log", xlabel="seconds (less is better)", ylim=(len(rows) - 0.5, -0.5))
     axes.margins(x=0.15)
@@ -817,8 +819,9 @@ def _memory(axes, rows: list[dict]) -> None:
 def _plain_ticks(axis) -> None:
     """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
     low, high = axis.get_view_interval()
-    ticks = [t * 10**power for power in range(6) for t in (1, 2, 5) if low <= t * 10**power <= high]
-    axis.set_ticks(ticks, [f"{t:,}" for t in ticks])
+    ticks = [float(f"{t}e{power}") for power in range(-6, 7) for t in (1, 2, 5)]
+    ticks = [t for t in ticks if low <= t <= high]
+    axis.set_ticks(ticks, [f"{t:,.9g}" for t in ticks])
     axis.minorticks_off()
 
 
