@@ -332,7 +332,9 @@ def refused(run, message, *call):
         (["--source", "wheel:no-such-wheel"], "not installed"),
     ],
 )
-def test_bad_arguments_of_sample_are_refused(run, tmp_path, arguments, message):
+def test_bad_arguments_of_sample_are_refused(run, tmp_path, monkeypatch, arguments, message):
+    # Of a hub id they would be fetched.
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("the weights are not needed for this"))
     refused(run, message, SAMPLE, *TINY, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
