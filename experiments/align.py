@@ -173,12 +173,12 @@ def main(config: Align) -> None:
     import jax
 
     from jaxkd import durable
-    from jaxkd.smollm2 import preferences, stages, text
+    from jaxkd.smollm2 import preferences, stages, tokenization
     from jaxkd.smollm2.network import Setting, fingerprint, shortest_context
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
-    tokenizer, alignment = text.load_tokenizer(config.source), alignment_of(config)
+    tokenizer, alignment = tokenization.load_tokenizer(config.source), alignment_of(config)
     pairs = None
     if config.preferences is not None:
         sources = [source for source in (config.source, config.reference) if source is not None]
@@ -190,7 +190,7 @@ def main(config: Align) -> None:
     )
     for other in (config.reference, config.target):
         if other is not None:
-            text.check_same_vocabulary(tokenizer, text.load_tokenizer(other))
+            tokenization.check_same_vocabulary(tokenizer, tokenization.load_tokenizer(other))
     start = setting.load(config.source)
     reference = start if config.reference is None else setting.load(config.reference)
     stages.check_alignment(start, reference, alignment)

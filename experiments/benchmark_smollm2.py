@@ -2,10 +2,11 @@
 
     python experiments/benchmark_smollm2.py
 
-Both get the same weights, threads, number format and shapes. Each is a process of its own, and the repetitions of a
-task alternate between them, so that what else the machine does strikes both alike. Torch is measured at its defaults
-("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile is timed apart from run.
-Memory is the most that is resident while a task runs, weights and all, each task in a fresh process.
+Both get the same weights, number format and shapes, and a thread for every core that this process may use. Each is a
+process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
+both alike. Torch is measured at its default precision of float32 products ("torch") and after
+torch.set_float32_matmul_precision("medium") ("torch medium"). Compile is timed apart from run. Memory is the most that
+is resident while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
 
 Prints one JSON object, writes it to --json-file and draws --figure from it; --redraw draws from the file again.
 """
@@ -22,8 +23,11 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -55,13 +59,13 @@ class Benchmark:
     torch: bool = True
     """Compare with torch, where it is installed."""
     memory: bool = True
-    """Measure memory as well."""
+    """Measure memory as well, where the system tells it."""
     only: tuple[str, ...] = ()
     """Kinds of tasks to measure alone: forward, gradient, decode, dpo, distillation; all where none is named."""
     json_file: Path = Path("runs/smollm2_benchmark.json")
     """Where the numbers go."""
-    figure: Path = Path("figures/smollm2_benchmark.png")
-    """Where the figure goes."""
+    figure: Path | None = None
+    """Where the figure goes; by default beside --json-file, as .png."""
     redraw: bool = False
     """Draw the figure from --json-file without measuring."""
 
@@ -73,6 +77,19 @@ class Benchmark:
         checks.numbers("--decode-batches", self.decode_batches, least=1)
         if self.only:
             checks.names("--only", self.only, ("forward", "gradient", "decode", *TRAINING))
+        if any(task.what in TRAINING for task in tasks_of(self)):
+            checks.whole("--length", self.length, least=PROMPT_TOKENS + 1)
+
+    def check_context(self, context: int) -> None:
+        """Raise ValueError where a task's texts are longer than a model with so many positions takes."""
+        for tasks, flag in ((tasks_of(self), "--length"), (memory_tasks_of(self), "--long-length")):
+            for task in tasks:
+                told = "--prompt-length and --new-tokens together" if task.what == "decode" else flag
+                if task.length + task.new_tokens > context:
+                    raise ValueError(
+                        f"{told} must be at most {context}, the positions of {self.source}; got "
+                        f"{task.length + task.new_tokens}"
+                    )
 
 
 TRAINING = ("dpo", "distillation")
@@ -88,7 +105,7 @@ class Task:
     `what` is forward (logits of every position), gradient (log-probability of every token, and its gradient),
     naive_gradient (the same through full logits), decode, dpo (a step of DPO, policy and reference, on batch / 2 pairs)
     or distillation (a token-level step of a student with 12 of the layers); both of the last with AdamW and clipping,
-    beside TRL's own trainers.
+    beside TRL's own trainers. `remat` is what jaxkd's backward pass computes again (`Model.remat`).
     """
 
     what: str
@@ -97,11 +114,13 @@ class Task:
     length: int
     new_tokens: int = 0
     precision: str = "default"
+    remat: str = "products"
 
     @property
     def name(self) -> str:
         """For the JSON."""
-        return f"{self.what} {self.dtype} {self.batch}x{self.new_tokens or self.length}"
+        of_memory = "" if self.remat == "products" else f" remat {self.remat}"
+        return f"{self.what} {self.dtype} {self.batch}x{self.new_tokens or self.length}{of_memory}"
 
 
 def tasks_of(benchmark: Benchmark) -> list[Task]:
@@ -121,9 +140,18 @@ def tasks_of(benchmark: Benchmark) -> list[Task]:
 def memory_tasks_of(benchmark: Benchmark) -> list[Task]:
     """What is measured besides, for memory alone."""
     shape = (benchmark.long_batch, benchmark.long_length)
-    if benchmark.only and "gradient" not in benchmark.only:
+    if not benchmark.memory or (benchmark.only and "gradient" not in benchmark.only):
         return []
-    return [Task(what, "float32", *shape) for what in ("gradient", "naive_gradient")]
+    return [
+        Task(what, "float32", *shape, remat=remat)
+        for remat in ("products", "layers")
+        for what in ("gradient", "naive_gradient")
+    ]
+
+
+def cores() -> int:
+    """Cores that this process may use. Not asked of jaxkd, which would bring jax into torch's process and memory."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds_of(call) -> float:
@@ -180,7 +208,7 @@ class JaxSide:
     def _model(self, task: Task):
         from jaxkd.smollm2.model import make_model
 
-        return make_model(self.config, compute_dtype=task.dtype)
+        return make_model(self.config, compute_dtype=task.dtype, remat=task.remat)
 
     def _forward(self, task: Task):
         return self._model(task).logits
@@ -293,7 +321,7 @@ class TorchSide:
         import torch
         import transformers
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(cores())
         self.torch, self.folder, self.training = torch, folder, None
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
@@ -411,6 +439,68 @@ def spaced(num_layers: int, kept: int) -> tuple[int, ...]:
 SIDES = {side.name: side for side in (JaxSide, TorchSide)}
 
 
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Failure(NamedTuple):
+    """What went wrong in another process: as what it is raised in this one, what it says, and where it was."""
+
+    kind: type[Exception]
+    message: str
+    where: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """An error that a user can mend stays of its kind; its own class may be one that can't be sent."""
+        from jaxkd.device_memory import DeviceMemoryError, is_out_of_memory
+
+        where = traceback.format_exc()
+        if is_out_of_memory(error):
+            return cls(DeviceMemoryError, f"out of device memory, give a smaller batch or length: {error}", where)
+        kinds = [kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind)]
+        if kinds:
+            return cls(kinds[0], str(error), where)
+        return cls(RuntimeError, f"{type(error).__name__}: {error}", where)
+
+
+class Child:
+    """A process that runs `target(connection, *arguments)`; what it raises is raised where it is listened to."""
+
+    def __init__(self, what: str, target: Callable, *arguments):
+        self.what = what
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_telling, args=(theirs, target, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """What it sends."""
+        try:
+            outcome = self.connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            why = "was killed, as systems do that run out of memory" if code == -9 else f"ended with exit code {code}"
+            raise OSError(f"the process of {self.what} {why}") from None
+        if isinstance(outcome, Failure):
+            error = outcome.kind(f"{self.what}: {outcome.message}")
+            error.add_note(outcome.where)
+            raise error
+        return outcome
+
+    def join(self) -> None:
+        """Wait for its end."""
+        self._process.join()
+
+
+def _telling(connection, target: Callable, *arguments) -> None:
+    try:
+        target(connection, *arguments)
+    except Exception as error:  # whatever it is, it belongs to whoever listens
+        connection.send(Failure.of(error))
+
+
 def serve(connection, name: str, folder: str) -> None:
     """Prepare and run the tasks that are asked for, until nothing more is."""
     side, calls = SIDES[name](folder), {}
@@ -437,6 +527,15 @@ def measure_memory(connection, name: str, folder: str, task: Task) -> None:
     connection.send({"before": before, "peak": resident("VmHWM")})
 
 
+def tells_memory() -> bool:
+    """Whether the system tells the most that was resident, and lets it be set back."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmHWM") > 0
+    except (OSError, StopIteration):
+        return False
+
+
 def resident(entry: str) -> int:
     """A line of /proc/self/status, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -452,28 +551,19 @@ class Peer:
 
     def __init__(self, name: str, folder: str):
         self.name = name
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, folder), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def _receive(self):
-        try:
-            return self._connection.recv()
-        except EOFError:
-            raise OSError(f"the process of {self.name} ended: it may have run out of memory") from None
+        self._child = Child(name, serve, name, folder)
+        self._child.receive()
 
     def ask(self, verb: str, task: Task) -> float:
         """Seconds: of compiling, for "prepare", which also runs once; of one run, for "run"."""
-        self._connection.send((verb, task))
-        return self._receive()
+        self._child.what = f"{self.name}, {task.name}"
+        self._child.connection.send((verb, task))
+        return self._child.receive()
 
     def stop(self):
         """Let the process end."""
-        self._connection.send(None)
-        self._process.join()
+        self._child.connection.send(None)
+        self._child.join()
 
 
 def contestants_of(task: Task, peers: dict, benchmark: Benchmark) -> list[tuple[str, Peer, Task]]:
@@ -508,23 +598,23 @@ def time_task(task: Task, peers: dict, benchmark: Benchmark) -> dict:
 
 def memory_of(name: str, folder: str, task: Task) -> dict:
     """Memory of one task in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=measure_memory, args=(theirs, name, folder, task))
-    process.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        raise OSError(f"the process that measured the memory of {task.name} ({name}) died: out of memory?") from None
-    finally:
-        process.join()
+    child = Child(f"{name}, memory of {task.name}", measure_memory, name, folder, task)
+    outcome = child.receive()
+    child.join()
+    return outcome
 
 
 def measure(benchmark: Benchmark) -> dict:
     """All of it; the file is written anew after every task, so that a run that is stopped leaves what it measured."""
     from tqdm import tqdm
 
+    from jaxkd.smollm2 import weights
+
+    benchmark.check_context(weights.load_config(benchmark.source).max_positions)
+    if benchmark.memory and not tells_memory():
+        print("Memory is not measured: this system has no /proc/self/clear_refs, or does not let it be used.",
+              file=sys.stderr)  # fmt: skip
+        benchmark = replace(benchmark, memory=False)
     names = ["jaxkd"]
     if benchmark.torch and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         names.append("torch")
@@ -561,39 +651,27 @@ def save(result: dict, path: Path) -> None:
 
 def convert(source: str, folder: str) -> dict:
     """Write the checkpoint that both sides read, in a process that gives its memory back; seconds of loading each."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_convert, args=(theirs, source, folder))
-    process.start()
-    theirs.close()
-    try:
-        outcome = mine.recv()
-    except EOFError:
-        raise OSError(f"the process that converts {source} ended: it may have run out of memory") from None
-    process.join()
-    if isinstance(outcome, Exception):
-        raise outcome
+    child = Child(f"converting {source}", _convert, source, folder)
+    outcome = child.receive()
+    child.join()
     return outcome
 
 
 def _convert(connection, source: str, folder: str) -> None:
     import jax
 
-    from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2 import tokenization, weights
 
-    try:
-        seconds = {}
-        begin = time.perf_counter()
-        config, params = weights.load(source)
-        seconds["from_source"] = time.perf_counter() - begin
-        weights.save_pretrained(folder, config, params, text.load_tokenizer(source))
-        del params
-        begin = time.perf_counter()
-        jax.block_until_ready(weights.load(folder))
-        seconds["from_safetensors"] = time.perf_counter() - begin
-        connection.send(seconds)
-    except (ValueError, OSError) as error:
-        connection.send(error)
+    seconds = {}
+    begin = time.perf_counter()
+    config, params = weights.load(source)
+    seconds["from_source"] = time.perf_counter() - begin
+    weights.save_pretrained(folder, config, params, tokenization.load_tokenizer(source))
+    del params
+    begin = time.perf_counter()
+    jax.block_until_ready(weights.load(folder))
+    seconds["from_safetensors"] = time.perf_counter() - begin
+    connection.send(seconds)
 
 
 def described(benchmark: Benchmark) -> dict:
@@ -604,125 +682,158 @@ def described(benchmark: Benchmark) -> dict:
     for name in ("jax", "torch", "transformers", "trl"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(benchmark).items()}
+    settings = {key: value for key, value in asdict(benchmark).items() if key not in ("json_file", "figure", "redraw")}
     # What else the machine was doing: timings beside other work mislead.
-    return {"settings": settings, "versions": versions, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    return {"settings": settings, "versions": versions, "cpus": cores(), "load_before": os.getloadavg()[0]}
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, told apart under every common colour blindness; hatches tell them apart in grey.
-LOOK = {
-    "jaxkd": {"color": "#0072B2"},
-    "torch": {"color": "#E69F00", "hatch": "///"},
-    "torch medium": {"color": "#CC79A7", "hatch": "..."},
+# Okabe and Ito's colours, told apart under every common colour blindness; markers and hatches tell them apart in grey.
+# The larger and hollow marker is still seen where the smaller one lies on it.
+COLORS = {"jaxkd": "#0072B2", "torch": "#E69F00", "torch medium": "#CC79A7"}
+HATCHES = {"jaxkd": None, "torch": "///"}
+POINTS = {
+    "jaxkd": {"marker": "o", "markersize": 4.5},
+    "torch": {"marker": "s", "markersize": 3.5, "zorder": 3},
+    "torch medium": {"marker": "^", "markersize": 8, "markerfacecolor": "none"},
 }
-MARKERS = {"jaxkd": "o", "torch": "s", "torch medium": "^"}
+LINES = {"jaxkd": "-", "torch": "-", "torch medium": ":"}
+NAMES = {"jaxkd": "jaxkd", "torch": "transformers on torch, defaults", "torch medium": "… float32 matmul “medium”"}
+WHAT = {
+    "naive_gradient": "gradient, full logits",
+    "dpo": "step of DPO",
+    "distillation": "step of distillation",
+}
 
 
 def draw(result: dict, path: Path) -> None:
-    """Times of forward and gradient, sampling speed by batch, and memory."""
+    """Times of passes and steps, sampling speed by batch, and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    timed = [row for row in result["tasks"] if "seconds" in row]
+    # Passes, steps, and what was measured for memory alone.
+    rows = sorted(result["tasks"], key=lambda row: ("seconds" not in row, row["what"] in TRAINING))
+    passes = [row for row in rows if "seconds" in row and row["what"] != "decode"]
+    decoding = [row for row in rows if "seconds" in row and row["what"] == "decode"]
+    weighed = [row for row in rows if "memory_bytes" in row and row["what"] != "decode"]
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         # As wide as a page, so that it is printed with the letters that it has here.
-        decoding = [row for row in timed if row["what"] == "decode"]
         figure, axes = plt.subplot_mosaic(
             [["passes", "decoding"] if decoding else ["passes"] * 2, ["memory"] * 2],
-            figsize=(7.2, 5.4),
+            figsize=(7.2, 6.8),
             layout="constrained",
             width_ratios=[1.25, 1],
+            height_ratios=[1.3, 1],
         )
         for axis, letter in zip(axes.values(), "abc", strict=False):
             axis.set_title(letter, loc="left", fontweight="bold")
-        passes = [row for row in timed if row["what"] in ("forward", "gradient")]
-        passes = passes or [row for row in timed if row["what"] in TRAINING]
         if passes:
-            what = {"dpo": "step of DPO", "distillation": "step of\ndistillation"}
-            labels = [f"{what.get(row['what'], row['what'])}\n{row['dtype']}" for row in passes]
-            _bars(axes["passes"], labels, [row["seconds"] for row in passes], "{:.2f}")
-            shapes = ", ".join(dict.fromkeys(f"{row['batch']} × {row['length']}" for row in passes))
-            axes["passes"].set(
-                title=f"A pass or a step\n{shapes} tokens", ylabel="seconds (less is better)", yscale="log"
-            )
-            _plain_ticks(axes["passes"])
+            _seconds(axes["passes"], passes)
         if decoding:
-            _lines(axes["decoding"], decoding)
-        weighed = [row for row in result["tasks"] if "memory_bytes" in row and row["what"] != "decode"]
+            _rates(axes["decoding"], decoding)
         if weighed:
-            gib = [{k: v["peak"] / 2**30 for k, v in row["memory_bytes"].items()} for row in weighed]
-            _bars(axes["memory"], [_memory_label(row) for row in weighed], gib, "{:.1f}")
-            axes["memory"].set(title="Most memory resident while running, weights and libraries included", ylabel="GiB")
+            _memory(axes["memory"], weighed)
         for axis in axes.values():
             axis.set_visible(axis.has_data())
-        handles, names = axes["passes"].get_legend_handles_labels()
-        names = [
-            {"torch": "transformers on torch, defaults", "torch medium": "… float32 matmul “medium”"}.get(n, n)
-            for n in names
-        ]
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+        handles = {}
+        for axis in axes.values():
+            handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | handles
+        names = [NAMES[side] for side in handles]
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=len(names), frameon=False)
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         figure.suptitle(f"{result['settings']['source']} on {result['cpus']} CPU cores ({versions})", fontsize=9)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
 
-def _memory_label(row: dict) -> str:
-    what = {"gradient": "gradient", "naive_gradient": "gradient,\nfull logits"}.get(row["what"], row["what"])
-    return f"{what}\n{row['dtype']}\n{row['batch']} × {row['length']}"
+def _described(row: dict, *, between: str) -> str:
+    """A task's name on an axis."""
+    what = WHAT.get(row["what"], row["what"])
+    what += ",\nremat layers" if row.get("remat") == "layers" else ""
+    return f"{what}\n{row['dtype']}{between}{row['batch']} × {row['length']}"
 
 
-def _bars(axes, labels: list[str], values: list[dict], form: str) -> None:
-    """Groups of bars, one a label; sides that did not run are left out."""
-    for i, side in enumerate(LOOK):
-        places = [(j, row[side]) for j, row in enumerate(values) if side in row]
-        if not places:
-            continue
-        x = [j + (i - 1) * 0.27 for j, _ in places]
-        bars = axes.bar(x, [v for _, v in places], 0.25, label=side, edgecolor="white", linewidth=0.4, **LOOK[side])
-        axes.bar_label(bars, [form.format(v) for _, v in places], fontsize=7, padding=1)
-    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+def _seconds(axes, rows: list[dict]) -> None:
+    """A line a task, the first on top, its sides one above the other."""
+    sides = [side for side in COLORS if any(side in row["seconds"] for row in rows)]
+    for i, side in enumerate(sides):
+        shift = (i - (len(sides) - 1) / 2) * 0.28
+        points = [(row["seconds"][side], j + shift) for j, row in enumerate(rows) if side in row["seconds"]]
+        axes.plot(*zip(*points, strict=True), linestyle="none", color=COLORS[side], label=side, **POINTS[side])
+        for seconds, y in points:
+            axes.annotate(
+                f"{seconds:#.3g}".rstrip("."), (seconds, y), (6, 0), textcoords="offset points", va="center", fontsize=7
+            )
+    axes.set_yticks(range(len(rows)), [_described(row, between=", ") for row in rows], fontsize=7)
+    axes.set(xscale="log", xlabel="seconds (less is better)", ylim=(len(rows) - 0.5, -0.5))
+    axes.margins(x=0.15)
+    _plain_ticks(axes.xaxis)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_title("A pass or a step")
 
 
-def _plain_ticks(axes) -> None:
-    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
-    low, high = axes.get_ylim()
-    ticks = [t for power in range(6) for t in (10**power, 2 * 10**power, 5 * 10**power) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
-    axes.minorticks_off()
-
-
-def _lines(axes, rows: list[dict]) -> None:
+def _rates(axes, rows: list[dict]) -> None:
     """Tokens a second against the batch."""
-    for side, look in LOOK.items():
+    for side in COLORS:
         points = [(row["batch"], row["tokens_a_second"][side]) for row in rows if side in row["tokens_a_second"]]
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), MARKERS[side] + "-", color=look["color"], markersize=4)
+        axes.plot(*zip(*points, strict=True), LINES[side], color=COLORS[side], label=side, **POINTS[side])
         if side == "jaxkd":
             for x, y in points:
                 axes.annotate(f"{y:.0f}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens per second (more is better)")
     batches = [row["batch"] for row in rows]
     axes.set_xticks(batches, batches)
-    _plain_ticks(axes)
+    axes.xaxis.minorticks_off()
+    axes.margins(y=0.1)
+    _plain_ticks(axes.yaxis)
     axes.grid(axis="y", linewidth=0.3)
     axes.set_title(f"Sampling {rows[0]['new_tokens']} tokens, float32")
 
 
+def _memory(axes, rows: list[dict]) -> None:
+    """Groups of bars, one a task; a side without a bar is said not to have been measured."""
+    sides = [side for side in HATCHES if any(side in row["memory_bytes"] for row in rows)]
+    width = 0.8 / len(sides)
+    for i, side in enumerate(sides):
+        shift = (i - (len(sides) - 1) / 2) * width
+        told = {"label": side, "color": COLORS[side], "hatch": HATCHES[side], "edgecolor": "white", "linewidth": 0.4}
+        there = [(j + shift, row["memory_bytes"][side]["peak"] / 2**30) for j, row in enumerate(rows)
+                 if side in row["memory_bytes"]]  # fmt: skip
+        bars = axes.bar(*zip(*there, strict=True), 0.95 * width, **told)
+        axes.bar_label(bars, [f"{gib:.1f}" for _, gib in there], fontsize=7, padding=1)
+        for j, row in enumerate(rows):
+            if side not in row["memory_bytes"]:
+                axes.annotate("not measured", (j + shift, 0), (0, 2), textcoords="offset points", rotation=90,
+                              ha="center", va="bottom", fontsize=6, color="0.4")  # fmt: skip
+    axes.set_xticks(range(len(rows)), [_described(row, between="\n").replace(" of ", " of\n").replace(", ", ",\n")
+                                       for row in rows], fontsize=7)  # fmt: skip
+    axes.set(title="Most memory resident while running, weights and libraries included", ylabel="GiB")
+
+
+def _plain_ticks(axis) -> None:
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
+    low, high = axis.get_view_interval()
+    ticks = [float(f"{t}e{power}") for power in range(-6, 7) for t in (1, 2, 5)]
+    ticks = [t for t in ticks if low <= t <= high]
+    axis.set_ticks(ticks, [f"{t:,.9g}" for t in ticks])
+    axis.minorticks_off()
+
+
 def main(benchmark: Benchmark) -> None:
     """Measure, print, write and draw."""
+    figure = benchmark.figure or benchmark.json_file.with_suffix(".png")
     if benchmark.redraw:
-        draw(json.loads(benchmark.json_file.read_text(encoding="utf-8")), benchmark.figure)
+        draw(json.loads(benchmark.json_file.read_text(encoding="utf-8")), figure)
         return
     result = measure(benchmark)
     print(json.dumps(result, indent=2))
-    draw(result, benchmark.figure)
+    draw(result, figure)
 
 
 if __name__ == "__main__":

@@ -42,12 +42,12 @@ class Convert:
 
 def main(convert: Convert) -> None:
     """Load and save."""
-    from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2 import tokenization, weights
 
     begin = time.perf_counter()
     vocab_size = weights.load_config(convert.source, convert.revision).vocab_size
-    tokenizer = text.load_tokenizer(convert.source, convert.revision)
-    text.check_vocabulary(tokenizer, vocab_size)
+    tokenizer = tokenization.load_tokenizer(convert.source, convert.revision)
+    tokenization.check_vocabulary(tokenizer, vocab_size)
     config, params = weights.load(convert.source, dtype=convert.dtype, revision=convert.revision)
     weights.save_pretrained(convert.directory, config, params, tokenizer)
     written = sum(file.stat().st_size for file in convert.directory.iterdir())

@@ -135,7 +135,7 @@ def read_texts(config: Distill, tokenizer):
     import jax
     import numpy as np
 
-    from jaxkd.smollm2 import text, weights
+    from jaxkd.smollm2 import example_files, text, weights
     from jaxkd.smollm2.network import take
     from jaxkd.smollm2.policy import Texts
     from jaxkd.smollm2.students import Start
@@ -144,7 +144,7 @@ def read_texts(config: Distill, tokenizer):
     own = () if student is None else (student,)
     configs = [weights.load_config(source) for source in (config.teacher, *own)]
     context = min(one.max_positions for one in configs)
-    examples = text.read_examples(config.data, tokenizer, min(one.vocab_size for one in configs))
+    examples = example_files.read_examples(config.data, tokenizer, min(one.vocab_size for one in configs))
     if len(examples) < config.held_out + config.batch_size:
         raise ValueError(
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
@@ -160,15 +160,15 @@ def main(config: Distill) -> None:
     import jax
 
     from jaxkd import durable
-    from jaxkd.smollm2 import stages, text
+    from jaxkd.smollm2 import stages, tokenization
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.smollm2.students import Start
     from jaxkd.sweep.cache import use_compile_cache
 
     use_compile_cache()
-    tokenizer, student = text.load_tokenizer(config.teacher), Start.parse(config.student)
+    tokenizer, student = tokenization.load_tokenizer(config.teacher), Start.parse(config.student)
     if student.source is not None:
-        text.check_same_vocabulary(tokenizer, text.load_tokenizer(student.source))
+        tokenization.check_same_vocabulary(tokenizer, tokenization.load_tokenizer(student.source))
     samples = None if config.data is None else read_texts(config, tokenizer)
     setting = Setting.of_prompt(
         tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.training.layout()

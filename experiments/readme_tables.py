@@ -8,6 +8,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,17 +172,21 @@ def speed() -> str:
 
 def smollm2_speed() -> str:
     """Seconds, tokens a second and memory of SmolLM2 beside transformers on torch, from the benchmark's JSON."""
-    return _beside_torch("smollm2_benchmark.json")
+    return _beside_torch(lambda what: what not in _TRAINING)
 
 
 def smollm2_training_speed() -> str:
     """The same of training steps beside TRL's trainers."""
-    return _beside_torch("smollm2_training_benchmark.json")
+    return _beside_torch(lambda what: what in _TRAINING)
 
 
-def _beside_torch(name: str) -> str:
-    measurement = json.loads((ROOT / "figures" / name).read_text())
-    rows, repetitions = measurement["tasks"], measurement["settings"]["repetitions"]
+_TRAINING = ("dpo", "distillation")
+
+
+def _beside_torch(shown: Callable[[str], bool]) -> str:
+    measurement = json.loads((ROOT / "figures" / "smollm2_benchmark.json").read_text())
+    rows = [row for row in measurement["tasks"] if shown(row["what"])]
+    repetitions = measurement["settings"]["repetitions"]
     sides = ("jaxkd", "torch", "torch medium")
     body = []
     for row in rows:
@@ -192,6 +197,7 @@ def _beside_torch(name: str) -> str:
         peaks = {side: memory["peak"] / 2**30 for side, memory in row.get("memory_bytes", {}).items()}
         memory = [_number(peaks, side, "{:.2f}") for side in ("jaxkd", "torch")]
         what = row["what"].replace("_", " ").replace("naive gradient", "gradient, full logits")
+        what += ", `--remat layers`" if row.get("remat") == "layers" else ""
         shape = f"{row['batch']} × {row['new_tokens'] or row['length']}"
         compiled = _number(row, "compile_s", "{:.1f}")
         ratios = [_number(faster, side, "{:.2f}") for side in sides[1:]]

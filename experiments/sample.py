@@ -5,7 +5,8 @@
 
 Killed at any moment, the same command goes on after the last shard that was finished. Every sample has a key of its
 own, made from the seed, its prompt's number and its own, so that neither the batch nor a restart changes what is drawn.
-The columns of the shards are described in jaxkd/smollm2/corpus.py; jaxkd.smollm2.text.read_examples reads them back.
+The columns of the shards are described in jaxkd/smollm2/corpus.py; jaxkd.smollm2.example_files.read_examples reads
+them back.
 """
 
 import hashlib
@@ -97,12 +98,12 @@ class Config:
 
 def read_prompts(config: Config, tokenizer, vocab_size: int) -> list:
     """The examples to go on from."""
-    from jaxkd.smollm2 import text
+    from jaxkd.smollm2 import example_files
 
     if config.prompts is not None:
-        return text.read_examples(config.prompts, tokenizer, vocab_size)
+        return example_files.read_examples(config.prompts, tokenizer, vocab_size)
     rows = [{"prompt": [{"role": "user", "content": prompt}] if config.chat else prompt} for prompt in config.prompt]
-    return [text.to_example(row, tokenizer) for row in rows]
+    return [example_files.to_example(row, tokenizer) for row in rows]
 
 
 def digest(prompts) -> str:
@@ -197,12 +198,12 @@ def write_missing(shards, draw, size: int, examples: list) -> float:
 def main(config: Config) -> None:
     """Sample what is missing, shard by shard."""
     from jaxkd import files
-    from jaxkd.smollm2 import corpus, sharding, text, weights
+    from jaxkd.smollm2 import corpus, sharding, text, tokenization, weights
     from jaxkd.smollm2.network import fingerprint
 
     model_config = weights.load_config(config.source, config.revision)
-    tokenizer = text.load_tokenizer(config.source, config.revision)
-    text.check_vocabulary(tokenizer, model_config.vocab_size)
+    tokenizer = tokenization.load_tokenizer(config.source, config.revision)
+    tokenization.check_vocabulary(tokenizer, model_config.vocab_size)
     examples = read_prompts(config, tokenizer, model_config.vocab_size)
     prompts = text.encode_prompts(
         tokenizer, examples, context=model_config.max_positions, new_tokens=config.max_new_tokens
@@ -210,13 +211,15 @@ def main(config: Config) -> None:
     if config.show_example:
         print(text.show_example(tokenizer, prompts.tokens[0], prompts.mask[0]))
         return
+    mesh = sharding.mesh_of_all_devices(config.tensor_parallel)
+    if mesh is not None:
+        sharding.check_mesh(model_config, mesh)
     shards = corpus.Corpus(config.out, len(examples) * config.samples, config.samples_per_shard, config.format)
     settings = config.results_depend_on() | {"prompts_digest": digest(prompts)}
     corpus.check(shards, settings, overwrite=config.overwrite, later=("weights", "ends"))
     with files.claim(config.out, wait=False) as mine:
         if not mine:
             raise ValueError(f"another process is writing to {config.out}: choose another --out, or wait")
-        mesh = sharding.mesh_of_all_devices(config.tensor_parallel)
         _, params = weights.load(config.source, dtype=config.dtype, revision=config.revision, mesh=mesh)
         # A source of the same name may have other weights by now.
         settings |= {"weights": fingerprint(params), "ends": list(tokenizer.eos_ids)}

@@ -30,6 +30,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
         ("tune_learning_rate", "--out gs://bucket", "--out must be a folder"),
         ("benchmark_sweep", "--chunks 4 4", "--chunks names a value twice"),
         ("benchmark_smollm2", "--repetitions 0", "--repetitions must be a whole number of at least 1"),
+        ("benchmark_smollm2", "--length 8", "--length must be a whole number of at least 9"),
         ("benchmark_smollm2", "--decode-batches", "--decode-batches must name at least one value"),
         ("benchmark_smollm2", "--only backward", "--only must be one of forward, gradient, decode, dpo, distillation"),
     ],

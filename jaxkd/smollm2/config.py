@@ -1,7 +1,7 @@
 """The shape of a Llama-architecture language model, from and to a checkpoint's own words."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Config:
       bos_id: token that begins a text; None where there is none.
       eos_ids: tokens that end one; empty where there are none.
       pad_id: token that fills; None where there is none.
+      initializer_range: standard deviation of fresh weights; no part of `repr`, by which models that are read are told
+        apart.
 
     Raises:
       ValueError: naming the field, what was given and what is allowed.
@@ -50,6 +52,7 @@ class Config:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    initializer_range: float = field(default=0.02, repr=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -58,6 +61,7 @@ class Config:
         checks.whole("max_positions", self.max_positions, least=1)
         checks.number("rope_theta", self.rope_theta, above=0)
         checks.number("norm_epsilon", self.norm_epsilon, least=0)
+        checks.number("initializer_range", self.initializer_range, least=0)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for rotary embeddings turn pairs; got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:
@@ -145,6 +149,7 @@ class Config:
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
             # transformers writes -1 for none in some checkpoints.
             pad_id=None if isinstance(pad, int) and pad < 0 else pad,
+            initializer_range=_real("initializer_range", _or(entries.get("initializer_range"), 0.02)),
         )
 
     def to_hf(self, dtype: str | None = None) -> dict[str, Any]:
@@ -170,7 +175,7 @@ class Config:
             "eos_token_id": eos,
             "pad_token_id": self.pad_id,
             "attention_dropout": 0.0,
-            "initializer_range": 0.02,
+            "initializer_range": self.initializer_range,
             "use_cache": True,
             **_FIXED,
         }
@@ -178,7 +183,7 @@ class Config:
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], *, tie_embeddings: bool) -> "Config":
-        """Read the metadata of a GGUF file.
+        """Read the metadata of a GGUF file, which says nothing of fresh weights.
 
         Args:
           fields: plain values by their names in the file ("llama.block_count", …).

@@ -3,8 +3,8 @@
     out/corpus.json               what the samples depend on, and versions
     out/part-00000.parquet        rows 0 to samples_per_shard − 1, and so on (or .jsonl)
 
-A row has the columns of a prompt+completion file, so that `text.read_examples(out)` reads it back token for token, and
-more:
+A row has the columns of a prompt+completion file, so that `example_files.read_examples(out)` reads it back token for
+token, and more:
 
     prompt            string          what the model was given
     completion        string          what it wrote, without the token that ends it

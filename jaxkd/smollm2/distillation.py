@@ -2,7 +2,6 @@
 
 import jax
 
-from jaxkd import checks
 from jaxkd.distill import Compare
 from jaxkd.policy import Params
 from jaxkd.smollm2 import policy
@@ -29,11 +28,8 @@ def make_comparison(student: Model, teacher: Model, divergence: str) -> Compare:
     Raises:
       ValueError: on another divergence, or vocabularies that differ.
     """
-    checks.name("divergence", divergence, policy.DIVERGENCES)
     # policy.compare says the same, but only once it is traced: after the texts have been sampled.
-    sizes = (student.config.vocab_size, teacher.config.vocab_size)
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"student and teacher must share a vocabulary; theirs have {sizes[0]} and {sizes[1]} tokens")
+    policy.check_comparison(student, teacher, divergence)
 
     def compare(params: Params, teacher_params: Params, x: Texts, coefficient: jax.Array):
         compared = policy.compare(

@@ -203,11 +203,11 @@ def check_prompts(model: Model, tokens, mask, max_new_tokens: int) -> tuple[np.n
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones are more than the "
             f"{config.max_positions} positions of the model"
         )
-    check_vocabulary(config.vocab_size, tokens, mask)
+    check_token_ids(config.vocab_size, tokens, mask)
     return np.where(mask, tokens, 0).astype(np.int32), mask
 
 
-def check_vocabulary(vocab_size: int, tokens, mask=None) -> None:
+def check_token_ids(vocab_size: int, tokens, mask=None) -> None:
     """Raise ValueError where a token that is not padding lies outside the vocabulary."""
     tokens = np.asarray(tokens)
     counted = tokens if mask is None else tokens[np.asarray(mask)]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def read_object(path: Path) -> dict:
@@ -24,3 +25,9 @@ def read_object(path: Path) -> dict:
 def write_object(path: Path, content: dict) -> None:
     """Write an object, keys in order."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def shown(value: Any) -> str:
+    """A value as a message tells it, cut where it is long."""
+    told = repr(value)
+    return told if len(told) <= 80 else f"{told[:79]}…"

@@ -33,9 +33,6 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 # Axes of a mesh of devices; `sharding` says what they cut.
 DATA, MODEL = "data", "model"
 
-# Standard deviation of fresh weights: initializer_range of every SmolLM2.
-INITIAL_SCALE = 0.02
-
 
 class Rotation(NamedTuple):
     """Cosines and sines of the rotary angles, float32[B, T, 1, N / 2]; B is 1 where all sequences share positions."""
@@ -103,8 +100,8 @@ _product.defvjp(_product_forward, _product_backward)
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
-def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape, jnp.float32))
+def _normal(config: Config, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -131,8 +128,8 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, k, g, n = config.hidden_size, config.num_kv_heads, config.queries_per_kv_head, config.head_dim
         # For each head of keys: its G query heads, then its keys, then its values.
-        self.qkv = _normal(rngs, d, k, g + 2, n)
-        self.out = _normal(rngs, k, g, n, d)
+        self.qkv = _normal(config, rngs, d, k, g + 2, n)
+        self.out = _normal(config, rngs, k, g, n, d)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
@@ -149,8 +146,8 @@ class MLP(nnx.Module):
     """SwiGLU."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_up = _normal(rngs, config.hidden_size, 2, config.intermediate_size)
-        self.down = _normal(rngs, config.intermediate_size, config.hidden_size)
+        self.gate_up = _normal(config, rngs, config.hidden_size, 2, config.intermediate_size)
+        self.down = _normal(config, rngs, config.intermediate_size, config.hidden_size)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -184,11 +181,11 @@ class Decoder(nnx.Module):
         def stacked(rngs: nnx.Rngs) -> Layer:
             return Layer(config, dtype, rngs)
 
-        self.embedding = _normal(rngs, config.vocab_size, config.hidden_size)
+        self.embedding = _normal(config, rngs, config.vocab_size, config.hidden_size)
         self.layers = stacked(rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.head = _normal(rngs, config.vocab_size, config.hidden_size)
+            self.head = _normal(config, rngs, config.vocab_size, config.hidden_size)
 
 
 # --- rotary embeddings -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A checkpoint as something to sample from, to score and to train: a language model with its prompt and its tokenizer.
 
 Whatever is done on the host batch by batch — drawing samples, scoring them, reading them as text — is here, in fixed
-shapes, so that one program of each kind serves a whole experiment.
+shapes, so that one program of each kind serves a whole experiment, on the devices of one process.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import Model, make_model
 from jaxkd.smollm2.policy import Texts, make_policy
-from jaxkd.smollm2.text import Tokenizer, check_vocabulary
+from jaxkd.smollm2.tokenization import Tokenizer, check_vocabulary
 
 
 class ScoredTexts(NamedTuple):
@@ -80,7 +80,10 @@ class Setting:
       prompt_tokens: int32[1, P], what every completion follows.
       max_new_tokens: C.
       batch_size: sequences that are drawn or scored at a time; changes speed, not results.
-      layout: how models are computed.
+      layout: how models are computed; its mesh has devices of this process alone.
+
+    Raises:
+      ValueError: on a mesh of several processes.
     """
 
     tokenizer: Tokenizer
@@ -88,6 +91,10 @@ class Setting:
     max_new_tokens: int
     batch_size: int = 32
     layout: Layout = Layout()
+
+    def __post_init__(self):
+        if self.layout.mesh is not None:
+            sharding.check_one_process(len({device.process_index for device in self.layout.mesh.devices.flat}))
 
     @classmethod
     def of_prompt(

@@ -26,7 +26,7 @@ import numpy as np
 from jaxkd import checks, durable, files, pipelines
 from jaxkd.align import ALGORITHMS, PreferenceData, check_label_noise, label_coefficients
 from jaxkd.pipelines import Align, Distil, Sharpen
-from jaxkd.smollm2 import behaviours, oracles, preferences, stages, text, weights
+from jaxkd.smollm2 import behaviours, oracles, preferences, stages, tokenization, weights
 from jaxkd.smollm2.evaluate import Evaluation, Yardstick, evaluate
 from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.policy import Texts
@@ -272,7 +272,7 @@ class Laboratory:
         """
         self.order, self.out, self.workshop = order, out, workshop
         workshop.root = out
-        tokenizer = text.load_tokenizer(order.truth)
+        tokenizer = tokenization.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
         self.setting = Setting.of_prompt(tokenizer, order.prompt, order.max_new_tokens, order.batch_size, layout)
         self._pairs = self._held_out_pairs = None
@@ -752,7 +752,7 @@ def _check_sources(order: Order, tokenizer) -> None:
     """Every source that can be asked without loading its weights has the truth's vocabulary, and layers to keep."""
     truth = weights.load_config(order.truth)
     size = truth.vocab_size
-    text.check_vocabulary(tokenizer, size)
+    tokenization.check_vocabulary(tokenizer, size)
     base = truth if order.base == "truth" else weights.load_config(order.base.removeprefix("fit:"))
     for student in order.students:
         if (layers := Start.parse(student).layers) is not None:
@@ -764,7 +764,7 @@ def _check_sources(order: Order, tokenizer) -> None:
         other = weights.load_config(source).vocab_size
         if other != size:
             raise ValueError(f"{source} has a vocabulary of {other} tokens, the truth {order.truth} one of {size}")
-        text.check_same_vocabulary(tokenizer, text.load_tokenizer(source))
+        tokenization.check_same_vocabulary(tokenizer, tokenization.load_tokenizer(source))
 
 
 def _context(order: Order) -> int:

@@ -33,6 +33,8 @@ VOCAB_BLOCK = 8192
 class Texts(NamedTuple):
     """A batch of draws: prompts with their completions. `text.Sequences` has the same fields.
 
+    A row's tokens stand side by side, with padding before and after them: what follows padding is not scored.
+
     Attributes:
       tokens: int32[B, T].
       mask: bool[B, T], True at tokens of prompt and completion.
@@ -74,7 +76,7 @@ def make_policy(
 
     Args:
       model: the model's functions.
-      prompt_tokens: int32[N, P], padded on either side; draw i continues prompt i mod N.
+      prompt_tokens: int32[N, P], padded on either side; draw i continues prompt i mod N, padded on the left.
       prompt_mask: bool[N, P].
       max_new_tokens: C, the most tokens of a completion.
       sampling: truncation of the draws; the temperature is given with each call.
@@ -82,7 +84,7 @@ def make_policy(
     Raises:
       ValueError: prompts that are empty, too long, or outside the vocabulary.
     """
-    prompts = generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens)
+    prompts = _on_the_right(*generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens))
     sampling = generate.Sampling() if sampling is None else sampling
 
     def log_prob(params: Params, x: Texts) -> jax.Array:
@@ -141,6 +143,12 @@ def add_value_head(model: Model, params: Params) -> Params:
     """
     head = {"kernel": jnp.zeros(model.config.hidden_size, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
     return {"model": params, "value_head": head}
+
+
+def _on_the_right(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with their padding on the left, so that completions follow them at once."""
+    order = np.argsort(mask, axis=-1, kind="stable")
+    return np.take_along_axis(tokens, order, axis=-1), np.take_along_axis(mask, order, axis=-1)
 
 
 def _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature) -> Texts:
@@ -208,12 +216,9 @@ def compare(
     Raises:
       ValueError: on another divergence, a coefficient outside [0, 1], or vocabularies that differ.
     """
-    checks.name("divergence", divergence, DIVERGENCES)
+    check_comparison(model, teacher, divergence)
     if isinstance(coefficient, int | float):
         checks.number("coefficient", coefficient, least=0, most=1)
-    if model.config.vocab_size != teacher.config.vocab_size:
-        sizes = (model.config.vocab_size, teacher.config.vocab_size)
-        raise ValueError(f"student and teacher must share a vocabulary; theirs have {sizes[0]} and {sizes[1]} tokens")
     hidden, taught = (
         one.hidden(theirs, tokens, mask)[:, :-1] for one, theirs in ((model, params), (teacher, teacher_params))
     )
@@ -238,6 +243,14 @@ def compare(
     )
     counted = jnp.ones(tokens[:, 1:].shape, bool) if mask is None else mask[:, 1:] & mask[:, :-1]
     return Comparison(*(jnp.where(counted, field, 0.0) for field in fields))
+
+
+def check_comparison(student: Model, teacher: Model, divergence: str) -> None:
+    """Raise ValueError on a divergence that is not of `DIVERGENCES`, or vocabularies that differ."""
+    checks.name("divergence", divergence, DIVERGENCES)
+    sizes = (student.config.vocab_size, teacher.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"student and teacher must share a vocabulary; theirs have {sizes[0]} and {sizes[1]} tokens")
 
 
 def _on_own_sequences(model: Model, function: Callable, batched: tuple, whole: tuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkd import checks
 from jaxkd.align import PreferenceData
-from jaxkd.smollm2 import text
+from jaxkd.smollm2 import example_files, text, tokenization
 from jaxkd.smollm2.network import ScoredTexts, take
 from jaxkd.smollm2.policy import Texts
 
@@ -38,7 +38,7 @@ class Preferences:
         checks.whole("max_length", self.max_length, least=2)
 
 
-def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
+def read(path: Path, tokenizer: tokenization.Tokenizer, max_length: int) -> Texts:
     """Pairs of a preference file in TRL's formats: the chosen answers, then the rejected ones, in one array.
 
     Pairs whose answers are the same once cut are left out, and their number is told.
@@ -51,7 +51,7 @@ def read(path: Path, tokenizer: text.Tokenizer, max_length: int) -> Texts:
     Raises:
       ValueError: naming the row without both answers, or with an empty one; where no answers differ.
     """
-    examples = text.read_examples(path, tokenizer)
+    examples = example_files.read_examples(path, tokenizer)
     for number, example in enumerate(examples, start=1):
         for which in ("chosen", "rejected"):
             answer = getattr(example, which)

@@ -3,6 +3,10 @@
 `data` cuts the batch, and every parameter and its optimizer state as well (FSDP: gathered where it is used). `model`
 cuts heads, the MLP's width and the vocabulary (tensor parallel). Rules name axes of the arrays, never devices, and
 an axis that its mesh axis does not divide stays whole; except for the heads, whose cutting is what `model` is for.
+
+Several hosts. A mesh may span the devices of several processes (jax.distributed): `weights.load` and
+`weights.save_pretrained`, a model's functions and training steps work over it, called alike in every process. What is
+done on the host batch by batch (`network`: drawing, scoring, fingerprints) and the scripts take the devices of one.
 """
 
 from typing import Any
@@ -50,12 +54,23 @@ def mesh_of_all_devices(tensor_parallel: int = 1) -> Mesh | None:
     """A mesh with so many devices on `model` and the rest on `data`; None where there is one device.
 
     Raises:
-      ValueError: where their number does not divide that of the devices.
+      ValueError: where their number does not divide that of the devices, or these are of several processes.
     """
+    check_one_process(jax.process_count())
     devices = jax.device_count()
     if devices % tensor_parallel:
         raise ValueError(f"--tensor-parallel must divide the number of devices, {devices}; got {tensor_parallel}")
     return make_mesh(model=tensor_parallel) if devices > 1 else None
+
+
+def check_one_process(count: int) -> None:
+    """Raise ValueError where devices of so many processes would have to be used as one's."""
+    if count > 1:
+        raise ValueError(
+            f"language models are drawn from and scored on the devices of one process, and here are those of {count} "
+            "(jax.distributed): start each process without it, with the devices of its host. Processes with one run "
+            "folder share the models of smollm2_order.py out; sample.py takes a --seed and an --out for each"
+        )
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

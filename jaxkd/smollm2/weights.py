@@ -16,7 +16,7 @@ import collections
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -42,7 +42,7 @@ _LISTED = 8
 # Entries that a checkpoint may have beside its parameters: they are computed from the configuration.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _ONE_FILE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Types of numbers that a safetensors file may hold; others (I8, F8_E4M3) are quantised, with scales beside them.
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -143,7 +143,9 @@ class SafetensorsReader:
     """A folder with config.json and safetensors."""
 
     def __init__(self, directory: Path):
-        self.config = Config.from_hf(json_file.read_object(directory / "config.json"))
+        if not (directory / _CONFIG).is_file():
+            raise ValueError(f"{directory} has no {_CONFIG}{_instead_in(directory)}")
+        self.config = Config.from_hf(json_file.read_object(directory / _CONFIG))
         self._files, self.shapes = {}, {}
         for path, wanted in _safetensors_files(directory).items():
             self._open(path, wanted)
@@ -191,9 +193,7 @@ def _safetensors_files(directory: Path) -> dict[Path, set[str] | None]:
             directory / file: {name for name, place in where.items() if place == file}
             for file in sorted(set(where.values()))
         }
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    hint = f"; {', '.join(pickled)} would have to be unpickled, which is never done" if pickled else ""
-    raise ValueError(f"{directory} has neither {_ONE_FILE} nor {_INDEX}{hint}")
+    raise ValueError(f"{directory} has neither {_ONE_FILE} nor {_INDEX}{_instead_in(directory)}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -230,6 +230,12 @@ class GGUFReader:
 
         reader = open_gguf(path)
         self._path = path
+        parts = reader.fields.get("split.count")
+        if parts is not None and parts.contents() > 1:
+            raise ValueError(
+                f"{path} is one of {parts.contents()} parts of a split GGUF, which is not read: put them together with "
+                "llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE.gguf`"
+            )
         self._tensors = {_name_from_gguf(tensor.name): tensor for tensor in reader.tensors}
         # GGUF writes the fastest axis first.
         self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
@@ -285,15 +291,20 @@ def _undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
+def locate(source: str | Path, revision: str | None = None, only: Sequence[str] = ()) -> Path:
     """The folder or .gguf file of a source, fetched through huggingface_hub where it is a hub id.
+
+    Args:
+      source: see the head of this module.
+      revision: branch, tag or commit of a hub id.
+      only: patterns of the files of a hub id that are needed; by default all that `load` reads.
 
     Raises:
       ValueError: where there is none, the message says what was tried; or a revision of what is no hub id.
     """
     here = _on_disk(source)
     if here is None:
-        return _from_hub(str(source), revision)
+        return _fetch(str(source), revision, only) if only else _from_hub(str(source), revision)
     _refuse_revision(source, revision)
     return here
 
@@ -340,16 +351,48 @@ def _in_wheel(name: str) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     folder = _fetch(name, revision, ["*.json", "*.jinja", _ONE_FILE])
-    if not (folder / _ONE_FILE).is_file() and (folder / _INDEX).is_file():
-        _fetch(name, revision, sorted(set(_weight_map(folder / _INDEX).values())))
-    return folder
+    _check_config(folder, name, revision)
+    if (folder / _ONE_FILE).is_file():
+        return folder
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"{name} has neither {_ONE_FILE} nor {_INDEX}{_elsewhere(name, revision)}")
+    return _fetch(name, revision, sorted(set(_weight_map(folder / _INDEX).values())))
 
 
-def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+def _check_config(folder: Path, name: str, revision: str | None) -> None:
+    if not (folder / _CONFIG).is_file():
+        raise ValueError(f"{name} has no {_CONFIG}{_elsewhere(name, revision)}")
+
+
+def _elsewhere(name: str, revision: str | None) -> str:
+    """What to do with a hub id that has no safetensors."""
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+        files = huggingface_hub.list_repo_files(name, revision=revision)
+    except Exception:  # as in `_fetch`; without the network there is no more to be said
+        return ""
+    return _instead(files, f"fetch one with `hf download {name} FILE` and give its path")
+
+
+def _instead(files: Iterable[str], gguf_hint: str) -> str:
+    """What to do with a checkpoint without safetensors, by the names of its files."""
+    files = list(files)
+    ggufs, pickled = ([file for file in files if file.endswith(end)] for end in (".gguf", ".bin"))
+    told = f"; it has {_list(ggufs)}: {gguf_hint}" if ggufs else ""
+    if pickled:
+        told += (
+            f"; {_list(pickled)} would have to be unpickled, which is never done: let transformers write it as "
+            "safetensors, by AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
+        )
+    return told
+
+
+def _fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # besides its own, the package lets through what its network library raises
         at = "" if revision is None else f" at revision {revision!r}"
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -358,6 +401,10 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
 
 def _open(path: Path) -> Reader:
     return SafetensorsReader(path) if path.is_dir() else GGUFReader(path)
+
+
+def _instead_in(directory: Path) -> str:
+    return _instead(sorted(path.name for path in directory.iterdir()), "give it as the source")
 
 
 def _random(source: str, revision: str | None) -> Config:
@@ -369,10 +416,14 @@ def _random(source: str, revision: str | None) -> Config:
 
 
 def load_config(source: str | Path, revision: str | None = None) -> Config:
-    """The configuration of a source, without its weights."""
+    """The configuration of a source, without its weights: of a hub id they are not fetched."""
     if str(source).startswith("random:"):
         return _random(str(source), revision)
-    return _open(locate(source, revision)).config
+    path = locate(source, revision, only=[_CONFIG])
+    if _on_disk(source) is not None:
+        return _open(path).config
+    _check_config(path, str(source), revision)
+    return Config.from_hf(json_file.read_object(path / _CONFIG))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -538,7 +589,7 @@ def save_pretrained(directory: str | Path, config: Config, params: Params, token
         where one is given.
       config: the model's shape.
       params: nested dict as of `Model.init`, all of one dtype, which the files keep.
-      tokenizer: anything with `save_pretrained(directory)`, such as `text.Tokenizer`; it writes its files and
+      tokenizer: anything with `save_pretrained(directory)`, such as `tokenization.Tokenizer`; it writes its files and
         generation_config.json. Without one, generation_config.json names the ids of `config`.
 
     Raises:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import generate, text, weights
+from jaxkd.smollm2 import chat, example_files, generate, text, tokenization, weights
+from jaxkd.smollm2.example_files import Example
 from jaxkd.smollm2.model import make_model
-from jaxkd.smollm2.text import Example
 
 pytestmark = [
     pytest.mark.parity,
@@ -62,7 +62,7 @@ def theirs():
 def ours():
     """Configuration, parameters and tokenizer."""
     config, params = weights.load(SOURCE)
-    return types.SimpleNamespace(config=config, params=params, tokenizer=text.load_tokenizer(SOURCE))
+    return types.SimpleNamespace(config=config, params=params, tokenizer=tokenization.load_tokenizer(SOURCE))
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +210,10 @@ CHAT = [
 @pytest.mark.parametrize("messages", CHAT)
 def test_chat_template(theirs, ours, messages):
     for generation in (False, True):
-        assert text.apply_chat_template(
+        assert chat.apply_chat_template(
             ours.tokenizer, messages, add_generation_prompt=generation
         ) == theirs.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    assert text.apply_chat_template(
+    assert chat.apply_chat_template(
         ours.tokenizer, messages, continue_final=True
     ) == theirs.tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
 
@@ -248,7 +248,7 @@ def test_rows_are_read_as_trl_reads_them(theirs, ours, row):
     from trl.data_utils import common_prefix_length, maybe_apply_chat_template, maybe_extract_prompt
 
     expected = maybe_apply_chat_template(maybe_extract_prompt(copy.deepcopy(row)), theirs.tokenizer)
-    example = text.to_example(copy.deepcopy(row), ours.tokenizer)
+    example = example_files.to_example(copy.deepcopy(row), ours.tokenizer)
     for name in ("prompt", "completion", "chosen", "rejected"):
         assert getattr(example, name) == expected.get(name)
     # Tokens as its trainers make them: of both texts at once, with the tokenizer's end after plain ones.

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkd.smollm2 import policy, sharding, text, weights
+from jaxkd.smollm2 import policy, sharding, tokenization, weights
 from jaxkd.smollm2.model import make_model
+from jaxkd.smollm2.network import Layout, Setting
 from jaxkd.sweep import hosts
 
 
@@ -27,11 +28,17 @@ def main(folder, *cluster):
     config, params = weights.load(folder, mesh=mesh)
     cut = params["layers"]["mlp"]["gate_up"]
     assert cut.addressable_shards[0].data.size * jax.device_count() == cut.size, "the parameters are not cut"
-    weights.save_pretrained(f"{folder}-again", config, params, text.byte_tokenizer())
+    weights.save_pretrained(f"{folder}-again", config, params, tokenization.byte_tokenizer())
     try:
         weights.save_pretrained(f"{folder}/config.json/below", config, params)
     except OSError as error:
         print(f"refused: {error}")
+    for spread in (sharding.mesh_of_all_devices, lambda: Setting(None, None, 8, layout=Layout(mesh=mesh))):
+        try:
+            spread()
+            print("spread")
+        except ValueError as error:
+            print(f"not spread: {error}")
     model, optimizer = make_model(config, mesh=mesh), optax.sgd(0.5, momentum=0.9)
     tokens = jax.random.randint(jax.random.key(1), (8, 10), 0, config.vocab_size)
     mask = jnp.arange(10)[None, :] >= (jnp.arange(8) % 4)[:, None]

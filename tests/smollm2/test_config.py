@@ -9,6 +9,7 @@ SMOLLM2_135M = {
     "eos_token_id": 2,
     "hidden_act": "silu",
     "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
     "intermediate_size": 1536,
     "max_position_embeddings": 8192,
     "mlp_bias": False,
@@ -31,6 +32,10 @@ def test_reads_the_entries_of_a_checkpoint():
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert config.rope_theta == 100000.0 and config.tie_embeddings and config.eos_ids == (2,)
     assert config.num_parameters == 134_515_008
+    assert config.initializer_range == 0.041666666666666664 == config.to_hf()["initializer_range"]
+    without = Config.from_hf({name: value for name, value in SMOLLM2_135M.items() if name != "initializer_range"})
+    # transformers' own. What tells models that are read apart knows nothing of it.
+    assert without.initializer_range == 0.02 and repr(without) == repr(config)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "eos_ids": (2, 0)}, {"eos_ids": (), "pad_id": None}])

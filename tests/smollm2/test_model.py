@@ -43,6 +43,12 @@ def test_parameters_are_counted():
         assert sum(leaf.size for leaf in leaves) == config.num_parameters
 
 
+def test_fresh_weights_have_the_deviation_of_the_configuration():
+    params = make_model(Config.tiny(num_layers=1, initializer_range=0.25)).init(jax.random.key(0))
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.size > 900]
+    assert len(kernels) == 4 and all(0.22 < leaf.std() < 0.28 for leaf in kernels)
+
+
 def test_padding_on_either_side_changes_nothing():
     model, params = _tiny()
     tokens, length = _tokens(), 7

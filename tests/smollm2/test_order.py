@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, tokenization, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.cost import Cost, forward_flops
@@ -511,7 +511,7 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
     """Truth, base, target, student and policy are five models here: none can stand for another unseen."""
     out, base = tmp_path / "run", tmp_path / "base"
     config, params = weights.load("random:tiny")
-    weights.save_pretrained(base, config, tiny_order.uneven(params), text.byte_tokenizer())
+    weights.save_pretrained(base, config, tiny_order.uneven(params), tokenization.byte_tokenizer())
     fast = replace(tiny_order.OPTIMISATION, learning_rate=0.01)
     order = tiny_order.make(
         base=str(base),
@@ -669,7 +669,7 @@ def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, r
     source, out = str(tmp_path / "source"), tmp_path / "run"
     changes = {"students": ("same", source)} if role == "student" else {"reward": "plain", "target": source}
     for saved, told in ((params, "this far"), (tiny_order.uneven(params), rf"are others now \({role}")):
-        weights.save_pretrained(source, config, saved, text.byte_tokenizer())
+        weights.save_pretrained(source, config, saved, tokenization.byte_tokenizer())
         laboratory = tiny_order.laboratory(tiny_order.make(**changes), out, meshed=False)
         laboratory.check_folder()
         with pytest.raises(ValueError, match=told):
@@ -723,13 +723,13 @@ def test_refuses_a_run_of_another_configuration_and_extends_its_own(finished, tm
 def test_refuses_another_vocabulary(tmp_path):
     import jax
 
-    from jaxkd.smollm2 import text
+    from jaxkd.smollm2 import tokenization
     from jaxkd.smollm2.config import Config
     from jaxkd.smollm2.model import make_model
 
     config = Config.tiny(vocab_size=272)
     weights.save_pretrained(
-        tmp_path / "other", config, make_model(config).init(jax.random.key(0)), text.byte_tokenizer()
+        tmp_path / "other", config, make_model(config).init(jax.random.key(0)), tokenization.byte_tokenizer()
     )
     order = tiny_order.make(students=(str(tmp_path / "other"),))
     with pytest.raises(ValueError, match="has a vocabulary of 272 tokens"):

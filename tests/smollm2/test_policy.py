@@ -57,6 +57,21 @@ def test_streamed_log_probs_and_gradient_are_the_naive_ones(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, plain)
 
 
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_what_is_computed_again_changes_no_gradient(remat):
+    config = Config.tiny(num_layers=2)
+
+    def with_gradient(remat):
+        model = make_model(config, remat=remat)
+        loss = jax.jit(jax.value_and_grad(lambda params: policy.token_log_probs(model, params, TOKENS, MASK).sum()))
+        params = random_params(model)
+        return loss(params), str(jax.make_jaxpr(loss)(params))
+
+    (ours, program), (plain, usual) = with_gradient(remat), with_gradient("products")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, plain)
+    assert program != usual
+
+
 def test_a_text_of_one_token_has_nothing_to_score():
     model, params = _model()
 
@@ -199,6 +214,25 @@ def test_as_a_policy():
     assert not log_probs[~many.completion_mask[:, 1:]].any()
     np.testing.assert_array_equal(ours.num_steps(many), many.completion_mask.sum(axis=1))
     assert jax.eval_shape(ours.sequence_log_prob, params, many).shape == (5,)
+
+
+def test_prompts_padded_on_the_right_are_continued_and_scored_as_those_padded_on_the_left():
+    model, params = _model()
+    rows = [[5, 6, 7, 8], [9, 10], [11]]
+    drawn = {}
+    for side in ("left", "right"):
+        pads = [((4 - len(row), 0) if side == "left" else (0, 4 - len(row))) for row in rows]
+        tokens = np.asarray([np.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+        ours = policy.make_policy(model, tokens, tokens > 0, max_new_tokens=5)
+        x = ours.sample(params, jax.random.key(2), 6, 1.0)
+        drawn[side] = x, ours.log_prob(params, x)
+    jax.tree.map(np.testing.assert_array_equal, drawn["right"], drawn["left"])
+    x, log_probs = drawn["right"]
+    # Held against each text alone, without any padding.
+    for i in range(6):
+        ids, start = x.tokens[i][x.mask[i]], len(rows[i % 3])
+        expected = jax.nn.log_softmax(model.logits(params, ids[None]))[0, :-1][jnp.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(log_probs[i][x.completion_mask[i, 1:]], expected[start - 1 :], rtol=1e-4, atol=1e-4)
 
 
 def test_samples_at_a_traced_temperature():

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import preferences, text
+from jaxkd.smollm2 import preferences, tokenization
 
-TOKENIZER = text.byte_tokenizer()
+TOKENIZER = tokenization.byte_tokenizer()
 
 
 def _write(path, rows):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings
-from jaxkd.smollm2 import network, oracles, sharding, stages, text, weights
+from jaxkd.smollm2 import network, oracles, sharding, stages, tokenization, weights
 from jaxkd.smollm2.evaluate import Evaluation
 from jaxkd.smollm2.network import Layout, Network, Setting
 from tests.smollm2 import tiny_order
@@ -19,7 +19,7 @@ OPTIMISATION = stages.Optimisation(learning_rate=3e-3, warmup_updates=0, checkpo
 
 
 def make_setting(mesh=None) -> Setting:
-    tokenizer = text.byte_tokenizer()
+    tokenizer = tokenization.byte_tokenizer()
     prompt = np.asarray([tokenizer.encode("The")], np.int32)
     return Setting(tokenizer, prompt, max_new_tokens=6, batch_size=8, layout=Layout(mesh=mesh))
 

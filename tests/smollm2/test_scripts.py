@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from jaxkd.smollm2 import text, weights
+from jaxkd.smollm2 import example_files, network, sharding, tokenization, weights
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SAMPLE = EXPERIMENTS / "sample.py"
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
     """A folder with a tiny model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     config, params = weights.load("random:tiny")
-    weights.save_pretrained(folder, config, params, text.byte_tokenizer())
+    weights.save_pretrained(folder, config, params, tokenization.byte_tokenizer())
     return folder
 
 
@@ -65,7 +65,7 @@ def test_samples_are_written_and_read_back(run, tmp_path):
     ]
     rows = rows_of(tmp_path / "out")
     assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [(i // 5, i % 5) for i in range(10)]
-    tokenizer = text.byte_tokenizer()
+    tokenizer = tokenization.byte_tokenizer()
     for row in rows:
         assert row["prompt"] == ["ab", "c"][row["prompt_index"]]
         ids = row["completion_ids"]
@@ -75,7 +75,7 @@ def test_samples_are_written_and_read_back(run, tmp_path):
         # A fresh model draws from nearly uniform distributions.
         assert row["log_prob"] / len(ids) == pytest.approx(-np.log(264), rel=0.1)
     assert len({tuple(row["completion_ids"]) for row in rows}) == 10
-    read = text.read_examples(tmp_path / "out", tokenizer)
+    read = example_files.read_examples(tmp_path / "out", tokenizer)
     assert [example.completion for example in read] == [row["completion"] for row in rows]
     # As training data again they are the very tokens, though a fresh model's bytes are seldom UTF-8.
     assert "\ufffd" in "".join(row["completion"] for row in rows)
@@ -102,6 +102,51 @@ def test_batches_and_formats_change_nothing(run, tmp_path):
     for one, other in zip(rows_of(tmp_path / "a"), map(json.loads, lines), strict=True):
         assert one.pop("log_prob") == pytest.approx(other.pop("log_prob"), rel=1e-5)
         assert one == other
+
+
+def test_several_devices_change_nothing(run, tmp_path, monkeypatch):
+    arguments = [*TINY, "--samples", 6, "--samples-per-shard", 6]
+    for name, *more in (("data", "--batch-size", 4), ("both", "--batch-size", 4, "--tensor-parallel", 2)):
+        code, _, err = run(SAMPLE, *arguments, *more, "--out", tmp_path / name)
+        assert code == 0, err
+    monkeypatch.setattr(sharding, "mesh_of_all_devices", lambda tensor_parallel: None)
+    code, _, err = run(SAMPLE, *arguments, "--out", tmp_path / "one")
+    assert code == 0, err
+    one = rows_of(tmp_path / "one")
+    log_probs = [row.pop("log_prob") for row in one]
+    assert len(one) == 6
+    for name in ("data", "both"):
+        rows = rows_of(tmp_path / name)
+        assert [row.pop("log_prob") for row in rows] == pytest.approx(log_probs, rel=1e-5)
+        assert rows == one
+
+
+@pytest.mark.slow
+@pytest.mark.loose
+def test_what_is_computed_again_changes_no_training(run, tmp_path, monkeypatch):
+    pairs, made = tmp_path / "pairs.jsonl", []
+    rows = [{"prompt": f"Say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(4)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = network.make_model
+
+    def noted(config, **more):
+        made.append(more["remat"])
+        return plain(config, **more)
+
+    monkeypatch.setattr(network, "make_model", noted)
+    trained = {}
+    for remat in ("products", "layers"):
+        network._model.cache_clear()
+        code, _, err = run(
+            EXPERIMENTS / "align.py", "--source", "random:tiny", "--preferences", pairs, "--updates", 3,
+            "--batch-size", 4, "--learning-rate", "1e-3", "--remat", remat, "--out", tmp_path / remat,
+        )  # fmt: skip
+        assert code == 0, err
+        trained[remat] = weights.load(tmp_path / remat / "model")[1]
+    assert set(made) == {"products", "layers"}
+    far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained["products"], trained["layers"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained["products"], weights.load("random:tiny")[1])
+    assert max(jax.tree.leaves(far)) < 0.02 * max(jax.tree.leaves(moved))
 
 
 def test_chat_and_files_of_prompts(run, tmp_path):
@@ -280,11 +325,16 @@ def refused(run, message, *call):
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16"),
         (["--source", "random:huge"], "random:huge"),
         (["--source", "nothing-here"], "nothing to load weights from"),
+        (["--tensor-parallel", "3"], "--tensor-parallel must divide the number of devices, 4; got 3"),
+        (["--tensor-parallel", "4"], "the mesh's axis 'model' of 4 devices does not divide the 2 heads of keys"),
+        (["--tensor-parallel", "0"], "--tensor-parallel must be a whole number of at least 1"),
         (["--revision", "v1"], "a revision ('v1') is of a hub id; random:tiny is none"),
         (["--source", "wheel:no-such-wheel"], "not installed"),
     ],
 )
-def test_bad_arguments_of_sample_are_refused(run, tmp_path, arguments, message):
+def test_bad_arguments_of_sample_are_refused(run, tmp_path, monkeypatch, arguments, message):
+    # Of a hub id they would be fetched.
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("the weights are not needed for this"))
     refused(run, message, SAMPLE, *TINY, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 

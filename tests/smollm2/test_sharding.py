@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cluster import run_cluster
 
-from jaxkd.smollm2 import generate, policy, sharding, text, weights
+from jaxkd.smollm2 import generate, policy, sharding, tokenization, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -29,7 +29,7 @@ def test_eight_devices_give_the_single_devices_results():
 def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
     config = Config.tiny(hidden_size=64, num_layers=2)
     params = make_model(config).init(jax.random.key(0))
-    weights.save_pretrained(tmp_path / "model", config, params, text.byte_tokenizer())
+    weights.save_pretrained(tmp_path / "model", config, params, tokenization.byte_tokenizer())
     script = [sys.executable, str(Path(__file__).with_name("on_two_hosts.py")), str(tmp_path / "model")]
 
     def start(*cluster):
@@ -44,6 +44,10 @@ def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
     # An error of the first process, which writes, is one of all.
     refusals = [next(line for line in outcome.out.splitlines() if "refused: " in line) for outcome in ended]
     assert ["process 0 could not write" in refusal for refusal in refusals] == [False, False, True]
+    # What draws and scores on the host takes the devices of one process.
+    spread = [[line for line in outcome.out.splitlines() if "spread" in line] for outcome in ended]
+    assert spread[0] == ["spread"] * 2
+    assert all("here are those of 2 (jax.distributed)" in line for lines in spread[1:] for line in lines)
     # The collectives say hello first.
     told = [outcome.out.splitlines()[-1].split() for outcome in ended]
     assert [words[1] for words in told] == ["2", "4", "4"] and told[1] == told[2]
@@ -54,7 +58,7 @@ def test_two_hosts_train_one_model_loaded_over_both(tmp_path):
 def test_a_checkpoint_is_loaded_in_its_shards(tmp_path):
     config = Config.tiny()
     params = make_model(config).init(jax.random.key(0))
-    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+    weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
     mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     _, loaded = weights.load(tmp_path, mesh=mesh)
     wanted = sharding.param_shardings(config, mesh)
@@ -73,6 +77,12 @@ def test_a_mesh_that_does_not_divide_the_heads():
 def test_a_mesh_that_is_not_the_devices():
     with pytest.raises(ValueError, match="a mesh of 3 × 2 needs 6 devices; there are 4"):
         sharding.make_mesh(3, 2, devices=jax.devices()[:4])
+
+
+def test_scripts_do_not_span_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"here are those of 2 \(jax.distributed\): start each process without it"):
+        sharding.mesh_of_all_devices()
 
 
 def test_a_batch_that_is_not_divided():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from jaxkd.smollm2 import students, text, weights
+from jaxkd.smollm2 import students, tokenization, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import Layout, Network, Setting
@@ -56,14 +56,14 @@ def test_fresh_has_any_shape():
 @pytest.mark.loose
 def test_a_students_start_is_what_its_specification_says(tmp_path):
     config, params = weights.load("random:tiny")
-    base = Network(config, params, Setting.of_prompt(text.byte_tokenizer(), "T", 8, 8, Layout()))
+    base = Network(config, params, Setting.of_prompt(tokenization.byte_tokenizer(), "T", 8, 8, Layout()))
     assert students.Start.parse("same").of(base) is base
     cut = students.Start.parse("layers:2").of(base)
     expected = students.keep_layers(config, params, 2)
     assert cut.config == expected[0] and cut.setting is base.setting
     jax.tree.map(np.testing.assert_array_equal, cut.params, expected[1])
     other = jax.tree.map(lambda leaf: 2 * leaf, params)
-    weights.save_pretrained(tmp_path / "same-one", config, other, text.byte_tokenizer())
+    weights.save_pretrained(tmp_path / "same-one", config, other, tokenization.byte_tokenizer())
     found = students.Start.parse(str(tmp_path / "same-one")).of(base)
     jax.tree.map(np.testing.assert_array_equal, found.params, other)
 

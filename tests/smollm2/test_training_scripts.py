@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.smollm2 import stages, students, text, weights
+from jaxkd.smollm2 import stages, students, tokenization, weights
 from jaxkd.smollm2.network import Network
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
@@ -84,7 +84,7 @@ def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
     config, params = weights.load("random:tiny")
     arguments = ["--source", "random:tiny", "--target", tmp_path / "target", *SMALL, "--out", tmp_path / "out"]
     for saved, told in ((params, "this far"), (tiny_order.uneven(params), "are others now (target")):
-        weights.save_pretrained(tmp_path / "target", config, saved, text.byte_tokenizer())
+        weights.save_pretrained(tmp_path / "target", config, saved, tokenization.byte_tokenizer())
         code, _, errors = run(ALIGN, *arguments)
         assert code == 2 and told in errors
 
@@ -94,7 +94,7 @@ def test_texts_of_a_file_are_held_out_at_random(tmp_path):
     script, path = runpy.run_path(str(DISTILL)), tmp_path / "texts.jsonl"
     rows = [{"prompt": prompt, "completion": f" {i}"} for prompt in ("One", "Two") for i in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer, found = text.byte_tokenizer(), []
+    tokenizer, found = tokenization.byte_tokenizer(), []
     for seed in (0, 1, 1):
         config = script["Distill"]("random:tiny", tmp_path, data=path, held_out=16, batch_size=8, seed=seed)
         read = script["read_texts"](config, tokenizer)
@@ -110,7 +110,7 @@ def test_texts_of_a_file_are_held_out_at_random(tmp_path):
 @pytest.mark.slow
 def test_distill_writes_a_student(run, tmp_path):
     fresh, params = weights.load("random:tiny")
-    weights.save_pretrained(tmp_path / "teacher", fresh, tiny_order.uneven(params), text.byte_tokenizer())
+    weights.save_pretrained(tmp_path / "teacher", fresh, tiny_order.uneven(params), tokenization.byte_tokenizer())
     code, _, errors = run(
         DISTILL, "--teacher", tmp_path / "teacher", "--student", "layers:2", "--samples", "16", "--held-out", "8",
         "--max-new-tokens", "8", "--check-every", "2", *SMALL, "--updates", "8", "--method", "reverse_kl",

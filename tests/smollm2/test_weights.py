@@ -12,7 +12,7 @@ import pytest
 from random_params import random_params
 from safetensors.numpy import load_file, save_file
 
-from jaxkd.smollm2 import sharding, text, weights
+from jaxkd.smollm2 import sharding, tokenization, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import make_model
 
@@ -32,9 +32,9 @@ def _same(a, b):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_are_bit_equal(tmp_path, dtype, tied):
-    config, params = _saved(tmp_path, dtype, tie_embeddings=tied)
+    config, params = _saved(tmp_path, dtype, tie_embeddings=tied, initializer_range=0.03)
     loaded_config, loaded = weights.load(tmp_path, dtype=dtype)
-    assert loaded_config == config
+    assert loaded_config == config and loaded_config.initializer_range == 0.03
     _same(loaded, params)
 
 
@@ -187,12 +187,73 @@ def test_a_revision_of_what_is_no_hub_id_is_refused(tmp_path, source):
             read(source, revision="v1")
 
 
-@pytest.mark.parametrize("form", ["one file", "several", "both"])
-def test_the_files_that_a_hubs_index_names_are_fetched_and_no_others(tmp_path, monkeypatch, form):
-    """Fetched from a folder, as huggingface_hub does from its server: what is asked for, by its own patterns."""
+def _serve(monkeypatch, hub):
+    """A folder as nobody/tiny at v1 on a hub: what is asked for is fetched from it, by huggingface_hub's own patterns.
+
+    Returns the cache in which it lies then.
+    """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
+    cache = hub.with_name("cache")
+    cache.mkdir()
+
+    def files(name, *, revision):
+        assert (name, revision) == ("nobody/tiny", "v1")
+        return sorted(path.name for path in hub.iterdir())
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        for file in filter_repo_objects(files(name, revision=revision), allow_patterns=allow_patterns):
+            (cache / file).write_bytes((hub / file).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", files)
+    return cache
+
+
+def test_no_weights_are_fetched_for_a_configuration_or_a_tokenizer(tmp_path, monkeypatch):
+    hub, tokenizer = tmp_path / "hub", tokenization.byte_tokenizer()
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(hub, config, params, tokenizer)
+    cache = _serve(monkeypatch, hub)
+    assert weights.load_config("nobody/tiny", "v1") == config
+    assert [path.name for path in cache.iterdir()] == ["config.json"]
+    loaded = tokenization.load_tokenizer("nobody/tiny", "v1")
+    assert loaded.eos_ids == tokenizer.eos_ids and loaded.chat_template == tokenizer.chat_template
+    assert loaded.encode("a b") == tokenizer.encode("a b")
+    assert {path.name for path in hub.iterdir()} - {path.name for path in cache.iterdir()} == {"model.safetensors"}
+
+
+def test_a_hub_id_without_safetensors_is_told_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    hub = tmp_path / "hub"
+    _saved(hub)
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    _serve(monkeypatch, hub)
+    with pytest.raises(ValueError, match=r"^nobody/tiny has neither .* pytorch_model\.bin would .*\.save_pretrained\("):
+        weights.load("nobody/tiny", revision="v1")
+    for path in (*hub.iterdir(), *hub.with_name("cache").iterdir()):
+        path.unlink()
+    (hub / "tiny-q8.gguf").touch()
+    told = r"^nobody/tiny has no config\.json; it has tiny-q8\.gguf: fetch one with `hf download nobody/tiny FILE`"
+    for read in (weights.load, weights.load_config):
+        with pytest.raises(ValueError, match=told):
+            read("nobody/tiny", revision="v1")
+    with pytest.raises(ValueError, match=r"hub has no config\.json; it has tiny-q8\.gguf: give it as the source$"):
+        weights.load(hub)
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    with pytest.raises(ValueError, match=r"^nobody/tiny has no config\.json$"):
+        weights.load_config("nobody/tiny", "v1")
+
+
+@pytest.mark.parametrize("form", ["one file", "several", "both"])
+def test_the_files_that_a_hubs_index_names_are_fetched_and_no_others(tmp_path, monkeypatch, form):
     hub = tmp_path / "hub"
     if form != "one file":
         with monkeypatch.context() as patch:
@@ -211,16 +272,7 @@ def test_the_files_that_a_hubs_index_names_are_fetched_and_no_others(tmp_path, m
             file.rename(hub / file.name)
     for other in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.safetensors"):
         (hub / other).write_bytes(b"")
-    cache = tmp_path / "cache"
-    cache.mkdir()
-
-    def snapshot_download(name, *, revision, allow_patterns):
-        assert (name, revision) == ("nobody/tiny", "v1")
-        for file in filter_repo_objects([path.name for path in hub.iterdir()], allow_patterns=allow_patterns):
-            (cache / file).write_bytes((hub / file).read_bytes())
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    cache = _serve(monkeypatch, hub)
     _same(weights.load("nobody/tiny", revision="v1")[1], params)
     wanted = sorted(names.values()) if form == "several" else ["model.safetensors"]
     assert sorted(path.name for path in cache.glob("*") if path.suffix != ".json") == wanted
@@ -314,9 +366,9 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("of the checkpoint before")
     (tmp_path / "tokenizer_notes").mkdir()
-    weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
-    tokenizer = text.load_tokenizer(tmp_path)
-    assert (tokenizer.chat_template, tokenizer.other_templates) == (text.byte_tokenizer().chat_template, {})
+    weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
+    tokenizer = tokenization.load_tokenizer(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.other_templates) == (tokenization.byte_tokenizer().chat_template, {})
     assert (tmp_path / "tokenizer_notes").is_dir()
     assert not list(tmp_path.glob(".saving-*"))
 
@@ -325,7 +377,7 @@ def test_a_checkpoint_is_replaced_with_its_tokenizer_and_nothing_of_a_stopped_ru
 
     monkeypatch.setattr(weights.shutil, "move", stop)
     with pytest.raises(KeyboardInterrupt):
-        weights.save_pretrained(tmp_path, config, params, text.byte_tokenizer())
+        weights.save_pretrained(tmp_path, config, params, tokenization.byte_tokenizer())
     with pytest.raises(ValueError, match=r"has no config\.json"):
         weights.load(tmp_path)
 
@@ -389,6 +441,21 @@ def test_gguf_of_other_types(tmp_path, kind):
     loaded = weights.load(tmp_path / "model.gguf")[1]
     largest = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2, "Q4_0": 0.15}[kind]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=largest * np.abs(b).max()), loaded, params)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_of_a_split_gguf_is_refused_by_name(tmp_path, part):
+    path = tmp_path / f"tiny-0000{part}-of-00002.gguf"
+    # Only the first part knows of what it is a part.
+    writer = gguf.GGUFWriter(str(path), "llama" if part == 1 else "")
+    writer.add_uint16("split.no", part - 1)
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"of-00002\.gguf is one of 2 parts .*`llama-gguf-split --merge"):
+        weights.load_config(path)
 
 
 def test_gguf_of_another_architecture(tmp_path):
