@@ -885,11 +885,9 @@ def test_the_table_holds_the_balance_that_the_figure_shows_and_the_bases_that_me
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SCRIPT["PRESETS"])
-def test_every_preset_goes_from_computing_to_its_figure(preset, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "use_cpu_cores_as_devices", lambda: None)
-    small = ("--quick", "--seeds", 2, "--steps", 4)
-    code, told, err = run(SCRIPT["__file__"], "--preset", preset, *small, "--out", tmp_path)
-    assert code == 0, err
+def test_every_preset_goes_from_computing_to_its_figure(preset, capsys, tmp_path):
+    SCRIPT["main"](SCRIPT["Config"](preset, quick=True, seeds=2, steps=4, out=tmp_path, compile_cache=False))
+    told = capsys.readouterr().out
     assert (tmp_path / f"{preset}.txt").read_text().strip() in told
     figures = {"plane": ["phase_diagram", "critical_mass"]}.get(preset, [preset])
     for name in figures:
