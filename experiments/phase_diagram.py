@@ -13,6 +13,7 @@ two sentences, and figures that `experiments/replot.py` redraws from the store a
   base-em        a base from one EM start against the best of ten
   reward         other rewards
   cost           arms matched on updates against arms matched on component evaluations
+  draws          draws a step: does recovery tip where a step holds one hit?
 
 `--show-config` tells what a preset consists of. More seeds go into another folder (`--first-seed`, `--out`);
 `jaxkd.sweep.store.join` makes one data set of both stores.
@@ -20,6 +21,7 @@ two sentences, and figures that `experiments/replot.py` redraws from the store a
 Several hosts share the work when the same command runs on each (SLURM, GKE and TPU pods are found by jax itself).
 """
 
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +34,15 @@ from jaxkd.sweep import engine, hosts
 LARGEST_CAPACITY = 8
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.1)
 BOTH_ORDERS = ("kd_align", "align_kd", "align_kd_sharpened")
-STATIC_AXES = ("algorithm", "reward_name", "num_targets", "base_samples", "starts", "match_component_evaluations")
+STATIC_AXES = (
+    "algorithm",
+    "reward_name",
+    "num_targets",
+    "base_samples",
+    "starts",
+    "match_component_evaluations",
+    "draws",
+)
 SEEDS = ("seeds", "first_seed")
 RUNS_PER_BLOCK = 32
 """What is written, resumed and shared out at once; a device call may hold several blocks."""
@@ -56,6 +66,7 @@ class Settings:
     base_samples: tuple[int, ...] = (2048,)
     starts: tuple[int, ...] = (10,)
     match_component_evaluations: tuple[bool, ...] = (False,)
+    draws: tuple[int, ...] = (256,)
     seeds: int = 32
     first_seed: int = 0
     distillation_starts: int = 2
@@ -81,6 +92,12 @@ PRESETS = {
     "base-em": Settings(starts=(1, 10), temperatures=TEMPERATURES, seeds=64),
     "reward": Settings(rewards=("density", "bump", "disc", "reflected", "clipped")),
     "cost": Settings(match_component_evaluations=(False, True), capacities=(2, 4, 6, 8)),
+    "draws": Settings(
+        draws=(64, 256, 1024),
+        capacities=(4, 8),
+        temperatures=(1.0, 0.6, 0.35, 0.25),
+        target_weights=(0.003, 0.01, 0.03),
+    ),
 }
 
 QUICK = {
@@ -93,11 +110,12 @@ QUICK = {
     "base-em": {"temperatures": (1.0, 0.25)},
     "reward": {"rewards": ("density", "disc")},
     "cost": {"capacities": (2,)},
+    "draws": {"draws": (64, 256), "capacities": (4,), "target_weights": (0.003, 0.03)},
 }
 """What --quick changes of a preset, beside the number of seeds."""
 
 
-OWN_FLAGS = {"noise": "label_noise", "base-data": "base_samples", "reward": "rewards"}
+OWN_FLAGS = {"noise": "label_noise", "base-data": "base_samples", "reward": "rewards", "draws": "draws"}
 """What a preset is drawn along, where that is no axis of every store."""
 
 
@@ -106,7 +124,7 @@ class Config:
     """Every flag that is not given keeps the preset's value."""
 
     preset: str = "plane"
-    """plane, noise, two-targets, rescue, target-weight, base-data, base-em, reward or cost."""
+    """plane, noise, two-targets, rescue, target-weight, base-data, base-em, reward, cost or draws."""
     algorithms: tuple[str, ...] | None = None
     """Alignment algorithms: reinforce, ppo, grpo, online_dpo, offline_dpo_ref, offline_dpo_data, cdpo, robust_dpo,
     ipo, simpo, kto."""
@@ -134,6 +152,8 @@ class Config:
     """EM starts of the base, of which the best is kept."""
     match_component_evaluations: tuple[bool, ...] | None = None
     """Give alignments of the smaller student proportionally more updates, so that all evaluate as many components."""
+    draws: tuple[int, ...] | None = None
+    """Draws n of a step of an alignment; even, and multiples of 16 for grpo. Preferences are n / 2 pairs of them."""
     seeds: int | None = None
     """Seeds a setting; all settings of a seed share data and random numbers."""
     first_seed: int | None = None
@@ -222,6 +242,12 @@ def check(settings: Settings) -> None:
     if len(settings.starts) > 2:
         raise ValueError(f"--starts takes one or two values, drawn as two kinds of line; got {list(settings.starts)}")
     checks.no_repeats("--match-component-evaluations", settings.match_component_evaluations)
+    checks.wholes("--draws", settings.draws, least=4)
+    for algorithm, draws in itertools.product(settings.algorithms, settings.draws):
+        try:
+            AlignmentSettings(algorithm=algorithm, batch_size=draws)
+        except ValueError as error:
+            raise ValueError(f"--draws: {error}") from None
     checks.whole("--seeds", settings.seeds, least=1)
     checks.whole("--first-seed", settings.first_seed, least=0, most=2**31 - settings.seeds)
     check_label_noise("--label-noise", settings.algorithms, settings.label_noise)
@@ -243,6 +269,7 @@ def axes_of(settings: Settings) -> dict[str, tuple]:
         "base_samples": settings.base_samples,
         "starts": settings.starts,
         "match_component_evaluations": settings.match_component_evaluations,
+        "draws": settings.draws,
         "target_weight": settings.target_weights,
         "label_noise": settings.label_noise,
         "capacity": settings.capacities,
@@ -273,7 +300,9 @@ def laboratory_of(settings: Settings, own: dict, student_components: int, quick:
     from jaxkd.laboratory import LaboratorySettings
 
     return LaboratorySettings(
-        alignment=AlignmentSettings(algorithm=own["algorithm"], num_updates=settings.steps),
+        alignment=AlignmentSettings(
+            algorithm=own["algorithm"], num_updates=settings.steps, batch_size=int(own["draws"])
+        ),
         arms=settings.arms,
         reward=own["reward_name"],
         student_components=student_components,
@@ -360,7 +389,9 @@ def sweep(config: Config, settings: Settings, name: str, default_chunk: int | No
     names = laboratory.every_model(laboratory.LaboratorySettings(arms=settings.arms))
     truths = {count: make_truth(num_targets=count) for count in settings.num_targets}
     points = laboratory.Points(jnp.asarray(settings.temperatures), jnp.asarray(settings.kl_coefs))
-    depends_on = {"preset": config.preset} | {key: value for key, value in asdict(settings).items() if key not in SEEDS}
+    # Draws are told by the alignment's batch size, and where there are several by their axis.
+    told = {key: value for key, value in asdict(settings).items() if key not in (*SEEDS, "draws")}
+    depends_on = {"preset": config.preset} | told
     depends_on |= fixed_settings(settings, config.quick)
     grid_points = depends_on["laboratory"]["grid_points"]
     return run_sweep(

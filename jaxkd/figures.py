@@ -274,14 +274,15 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                 if has_optimum.any() and np.isfinite(best).any():
                     ends = place + between[:-1][has_optimum], place + between[1:][has_optimum]
                     heights = np.full(ends[0].shape, np.nanmedian(best))
-                    axis.hlines(heights, *ends, color="black", lw=1.3, zorder=3)
+                    # Through the medians, where these are at the optimum.
+                    axis.hlines(heights, *ends, color="black", lw=1.1, zorder=5)
             if row == 0:
                 axis.set_title(f"β = {kl_coef:g}")
             else:
                 axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
             if column == 0:
                 axis.set_ylabel(f"{label}" + ("\n(dotted: recovered)" if row else " E[R]"))
-            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=55, ha="right")
+            axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=90)
             axis.set_xlim(-0.6, len(arms) - 0.4)
     names = {name: ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms}
     handles = [
@@ -300,7 +301,7 @@ def _quartiles(values: xr.DataArray) -> np.ndarray:
 def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
     _head(
         part,
-        f"c   Reward against KL to the base at τ = {temperature:g}: medians with quartiles, one marker per β "
+        f"c   Reward against KL to the base at τ = {temperature:g}: medians, quartiles dotted, one marker per β "
         f"({', '.join(f'{value:g}' for value in dataset.kl_coef.values)}; larger β is smaller), lines join an arm."
         + (" The abscissae differ." if dataset.sizes["algorithm"] > 1 else ""),
     )
@@ -321,23 +322,26 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
                 marker="x",
                 ms=4,
             )
-        for arm in arms:
+        # Where arms end alike the first lie upon the last, and are smaller than these.
+        for arm, scale in zip(reversed(arms), np.linspace(1.3, 0.7, len(arms)), strict=True):
             chosen = cell.sel(algorithm=algorithm, stage=arm)
             kl, reward = _quartiles(chosen.kl_to_base), _quartiles(chosen.reward)
             axis.plot(kl[1], reward[1], color=COLOURS[arm], lw=0.8, alpha=0.7)
             for i, size in enumerate(sizes):
-                axis.errorbar(
+                _, _, bars = axis.errorbar(
                     kl[1, i],
                     reward[1, i],
                     xerr=[[kl[1, i] - kl[0, i]], [kl[2, i] - kl[1, i]]],
                     yerr=[[reward[1, i] - reward[0, i]], [reward[2, i] - reward[1, i]]],
                     fmt=MARKERS[arm],
-                    ms=size,
+                    ms=scale * size,
                     color=COLOURS[arm],
-                    elinewidth=0.5,
+                    elinewidth=0.7,
                     mec="white",
                     mew=0.4,
                 )
+                for bar in bars:
+                    bar.set(linestyle=":", alpha=0.7, zorder=1.5)
         axis.set_xlabel("KL(policy ‖ base) (nats)")
         axis.set_xlim(left=-0.2)
     axes[0].set_ylabel("reward E[R]")

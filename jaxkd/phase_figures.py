@@ -1,9 +1,8 @@
 """Figures of recovery from finished stores alone: the phase diagram, the critical mass, recovery along one axis."""
 
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import NamedTuple
@@ -15,12 +14,13 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from scipy.special import expit
 
-from jaxkd import pipelines, statistics
+from jaxkd import pipelines
 from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.metrics import RECOVERED_MASS
 from jaxkd.recovery import (
-    LARGEST_LOG_ODDS,
+    BASE,
     CriticalMass,
     Predictions,
     References,
@@ -46,8 +46,8 @@ _BOUNDARIES = {
     "half_mass": _Boundary(
         ("white", "-"),
         ("black", "--"),
-        "Gibbs prediction (β$_c$ = β)",
-        "β$_c$ = β: the student's Gibbs\npolicy has half its mass on target\n(a, b: β beside the line)",
+        "Gibbs prediction of the critical\nmass (β$_c$ = β)",
+        "β$_c$ = β: the student's Gibbs\npolicy has half its mass on target\n(a, b: β above the line)",
     ),
     "seen_at_once": _Boundary(("#F0E442", (0, (3, 2))), ("#009E73", "-."), _AT_ONCE, _AT_ONCE),
     "seen_ever": _Boundary(("#F0E442", (0, (1, 1.5))), ("#009E73", ":"), _EVER, _EVER),
@@ -137,7 +137,9 @@ def draw_plane(summary: xr.Dataset, predicted: Predictions, *paths: Path, title:
             for axis, (name, head, colours, limits) in zip(row, _PANELS, strict=True):
                 image = _plane(axis, one[name], colours, limits)
                 axis.set_title(head)
-                drawn |= _boundaries(axis, one, levels_of(predicted, kl_coef))
+                # The student is the reference of KD→Align alone.
+                if name != "recovery_challenger":
+                    drawn |= _boundaries(axis, one, levels_of(predicted, kl_coef))
                 axis.label_outer(remove_inner_ticks=True)
             _marks(row[-1], one)
             row[0].set_ylabel(f"β = {kl_coef:g}\ncapacity K of the student")
@@ -219,12 +221,12 @@ def _boundaries(axis, one: xr.Dataset, levels: Mapping[str, float], note: str = 
                     linestyles=[broken],
                 )  # fmt: skip
             if note:
-                x, y = max(np.concatenate(contour.allsegs[0]), key=lambda point: point[1])
-                side = "left" if x < 0.7 * mass.shape[1] else "right"
+                end = max(np.concatenate(contour.allsegs[0]), key=lambda point: point[1])
                 edge = [withStroke(linewidth=2, foreground="black")]
+                # On the line's own end: beside it may be another line.
                 axis.annotate(
-                    note, (x, y), (4 if side == "left" else -4, 1), textcoords="offset points", color="white",
-                    fontsize=7, ha=side, va="center", path_effects=edge,
+                    note, end, (0, 1.5), textcoords="offset points", color="white", fontsize=7, ha="center",
+                    va="bottom", path_effects=edge,
                 )  # fmt: skip
     return drawn
 
@@ -271,96 +273,215 @@ def _legend(drawn: set[str], predicted: Predictions) -> tuple[list, list[str]]:
 
 # --- Figure 2: the critical mass -------------------------------------------------------------------------------------
 
+_FAMILY_MARKERS = {2: "o", 3: "s", 4: "D", 5: "v", 6: "P", 7: "X", 8: "h"}
+_LARGEST_STUDENT = 8
+
+
+def _look(family: int) -> dict:
+    """Of a family of references: the base apart, students from dark to light with their capacity."""
+    if family == BASE:
+        return {"color": "black", "marker": "^"}
+    shade = 0.9 * (family - 2) / (_LARGEST_STUDENT - 2)
+    return {"color": plt.get_cmap("viridis")(min(shade, 1.0)), "marker": _FAMILY_MARKERS.get(family, "o")}
+
 
 def draw_critical_mass(
-    by_coefficient: Mapping[float, tuple[References, CriticalMass]],
+    by_coefficient: Mapping[float, tuple[Mapping[int, References], Sequence[CriticalMass]]],
     predicted: Predictions,
     *paths: Path,
     title: str = "",
 ) -> None:
-    """Draw recovery against the reference's measured target mass, and against the exact Gibbs log-odds.
+    """Draw outcomes, probability of recovery and critical masses against the reference's mass, family by family.
+
+    Below them the outcomes against the log-odds of the target under each reference's own Gibbs policy, with that
+    policy's mass as a line: what alignments that reach their optimum lie on, whatever the shape of their reference.
 
     Args:
-      by_coefficient: by KL coefficient, from `references` and `critical_mass`.
+      by_coefficient: by KL coefficient, from `by_family`, and from `critical_mass` of each family in the same order.
       predicted: which boundaries there are, and where.
       paths: files to write; their endings choose the formats.
       title: what the runs share.
     """
+    columns = len(by_coefficient)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2,
-            len(by_coefficient),
-            figsize=(_width(len(by_coefficient)), 5.9),
-            sharey=True,
+            4,
+            columns,
+            figsize=(_width(columns), 9.4),
+            sharey="row",
             squeeze=False,
             layout="constrained",
+            gridspec_kw={"height_ratios": [3, 2, 2.4, 3]},
         )
         figure.suptitle(title, fontsize=8)
-        for (upper, lower), (kl_coef, (points, found)) in zip(axes.T, by_coefficient.items(), strict=True):
-            upper.set_title(f"β = {kl_coef:g} ({found.by_mass.runs} runs of {found.by_mass.clusters} seeds)")
-            _curve(upper, np.log10(points.mass), points, found.by_mass)
-            upper.set_xlabel("log₁₀ of the reference's measured target mass m")
-            levels = levels_of(predicted, kl_coef)
-            if "half_mass" in levels:
-                levels["half_mass"] = math.nan if found.gibbs_mass is None else math.log10(found.gibbs_mass)
-            for name, level in levels.items():
-                _across(upper, name, level)
-            lower.set_title(f"{found.by_log_odds.runs} runs of {found.by_log_odds.clusters} seeds")
-            _curve(lower, np.clip(points.log_odds, -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS), points, found.by_log_odds)
-            if "half_mass" in levels:
-                _across(lower, "half_mass", 0.0)
-            lower.set_xlabel("log-odds of the target under the\nreference's Gibbs policy (nat)")
-        for row in axes:
-            row[0].set_ylabel("target mass after alignment (points),\nprobability of recovery (curve)")
+        for column, (kl_coef, (points, found)) in zip(axes.T, by_coefficient.items(), strict=True):
+            outcomes, curves, lanes, odds = column
+            outcomes.set_title(f"β = {kl_coef:g} ({_counted(points, 'mass')})")
+            _outcomes(outcomes, points, "mass")
+            _curves(curves, points, found)
+            _lanes(lanes, found)
+            for axis in (outcomes, curves, lanes):
+                axis.set_xscale("log")
+                for name, level in levels_of(predicted, kl_coef).items():
+                    if name != "half_mass":
+                        colour, line = _BOUNDARIES[name].on_white
+                        axis.axvline(10.0**level, color=colour, ls=line, lw=1.0, zorder=0)
+            for axis in (outcomes, curves):
+                axis.sharex(lanes)
+                axis.tick_params(labelbottom=False)
+            lanes.set_xlabel("target mass m of the reference")
+            odds.set_title(_counted(points, "log_odds"))
+            _outcomes(odds, points, "log_odds")
+            line = np.linspace(*odds.get_xlim(), 400)
+            odds.plot(line, expit(line), color="0.35", lw=1.0, zorder=0.5)
+            odds.set_xlabel("log-odds of the target under the\nreference's own Gibbs policy (nat)")
+        outcome = "target mass\nafter alignment"
+        for row, label in zip(axes, (outcome, "probability\nof recovery", "reference", outcome), strict=True):
+            row[0].set_ylabel(label)
         _letter(axes.ravel())
-        half = "where half recover, 95 % interval\n(upper row: the critical mass)"
-        predictions = [
-            Line2D([], [], color=colour, ls=line, lw=1.2, label=boundary.text)
-            for name, boundary in _BOUNDARIES.items()
-            if name in levels_of(predicted, 1.0)
-            for colour, line in [boundary.on_white]
-        ]
+        families = [one.family for _, found in by_coefficient.values() for one in found]
         figure.legend(
-            handles=[
-                Line2D([], [], ls="", **_STUDENT, label="reference: student (K > 1)"),
-                Line2D([], [], ls="", **_BASE, label="reference: base"),
-                Line2D([], [], color="black", lw=1.6, label="penalised logistic curve,\n95 % band (seeds as clusters)"),
-                Line2D([], [], color="#CC79A7", lw=1.6, label=half),
-                *predictions,
-            ],
+            handles=_critical_handles(list(dict.fromkeys(families)), predicted, all_of_them=True),
             loc="outside lower center",
-            ncols=3,
+            ncols=4,
             frameon=False,
         )
         save(figure, paths)
 
 
-def _across(axis, name: str, at: float) -> None:
-    """Draw a prediction over the whole height of a panel, where there is one."""
-    colour, line = _BOUNDARIES[name].on_white
-    if math.isfinite(at):
-        axis.axvline(at, color=colour, ls=line, lw=1.2)
+def _counted(points: Mapping[int, References], abscissa: str) -> str:
+    """How many runs of how many seeds a panel shows."""
+    shown = [(one, ~one.failed & np.isfinite(getattr(one, abscissa))) for one in points.values()]
+    seeds = {seed for one, which in shown for seed in one.seed[which].tolist()}
+    return f"{sum(which.sum() for _, which in shown)} runs of {len(seeds)} seeds"
 
 
-_STUDENT = {"marker": "o", "color": COLOURS["kd_align"], "ms": 2.8, "mew": 0, "alpha": 0.4}
-_BASE = {"marker": "^", "color": COLOURS["align_kd"], "ms": 5, "mec": "black", "mew": 0.5}
-
-
-def _curve(axis, abscissa: np.ndarray, points: References, curve: statistics.RecoveryCurve) -> None:
-    # The few bases above the many students.
-    for is_base, look in ((False, _STUDENT), (True, _BASE)):
-        shown = (points.is_base == is_base) & ~points.failed
-        axis.plot(abscissa[shown], points.outcome[shown], ls="", **look, rasterized=True)
-    used = abscissa[~points.failed & np.isfinite(abscissa)]
-    line = np.linspace(used.min(), used.max(), 300)
-    low, high = curve.band(line)
-    axis.fill_between(line, low, high, color="black", alpha=0.18, lw=0)
-    axis.plot(line, curve.probability(line), color="black", lw=1.6)
+def _outcomes(axis, points: Mapping[int, References], abscissa: str) -> None:
+    """One point a run; the few bases above the many students."""
+    for family, one in points.items():
+        x, shown = getattr(one, abscissa), ~one.failed
+        size, edge, above = (4.5, 0.4, 3) if family == BASE else (2.8, 0.0, 2)
+        axis.plot(
+            x[shown], one.outcome[shown], ls="", ms=size, mew=edge, mec="white", zorder=above, rasterized=True,
+            alpha=0.9 if family == BASE else 0.55, **_look(family),
+        )  # fmt: skip
     axis.axhline(RECOVERED_MASS, color="black", lw=0.5, ls=":")
-    if line[0] <= curve.critical <= line[-1]:
-        axis.axvline(curve.critical, color="#CC79A7", lw=1.6)
-        axis.axvspan(*np.clip(curve.critical_interval, line[0], line[-1]), color="#CC79A7", alpha=0.3, lw=0)
     axis.set_ylim(-0.04, 1.04)
+
+
+def _curves(axis, points: Mapping[int, References], found: Sequence[CriticalMass]) -> None:
+    for one in found:
+        # Where all recover or none does there is nothing to rise: the curve is its penalty's.
+        if one.curve is not None and 0 < one.recovered < one.runs:
+            line = np.linspace(*np.log10(one.seen), 300)
+            probability = one.curve.probability(line)
+            axis.plot(10.0**line, probability, lw=2.0 if one.family == BASE else 1.3, color=_look(one.family)["color"])
+    axis.axhline(0.5, color="black", lw=0.5, ls=":")
+    axis.set_ylim(-0.04, 1.04)
+
+
+def _lanes(axis, found: Sequence[CriticalMass]) -> None:
+    """A lane a family: its critical mass with the interval, cut at the masses seen, and the Gibbs prediction."""
+    heights = np.arange(len(found))
+    for height, one in zip(heights, found, strict=True):
+        axis.axhline(height, color="0.9", lw=0.5, zorder=0)
+        if one.is_seen:
+            ends = np.clip(one.interval, *one.seen)
+            axis.plot(ends, [height, height], color=_look(one.family)["color"], lw=1.6)
+            axis.plot(one.mass, height, ms=5, mew=0, **_look(one.family))
+        else:
+            told = f"{one.recovered} of {one.runs} recover" if one.curve is not None else "no curve"
+            axis.text(
+                0.02, height, told, transform=axis.get_yaxis_transform(), fontsize=7, va="center",
+                bbox={"fc": "white", "ec": "none", "pad": 0.5},
+            )  # fmt: skip
+        if one.gibbs_mass is not None:
+            axis.plot(one.gibbs_mass, height, zorder=4, **_GIBBS)
+    axis.set_yticks(heights, [one.name for one in found])
+    axis.set_ylim(len(found) - 0.5, -0.5)
+
+
+_GIBBS = {"ls": "", "marker": "|", "color": "#D55E00", "ms": 9, "mew": 1.6}
+
+
+def _critical_handles(families: Sequence[int], predicted: Predictions, all_of_them: bool) -> list[Line2D]:
+    """What families and predictions look like; `all_of_them` has rows of points, curves and lanes."""
+    handles = [
+        Line2D([], [], ms=5, mew=0, lw=1.3, **_look(one), label="base" if one == BASE else f"student, K = {one}")
+        for one in families
+    ]
+    there = levels_of(predicted, 1.0)
+    if all_of_them:
+        if "half_mass" in there:
+            handles.append(Line2D([], [], **_GIBBS, label=_BOUNDARIES["half_mass"].text))
+        handles.append(Line2D([], [], color="0.35", lw=1.0, label="the Gibbs policy's own mass"))
+    elif "half_mass" in there:
+        handles.append(Line2D([], [], color="0.35", ls="--", lw=1.0, label=_BOUNDARIES["half_mass"].text))
+    for name in ("seen_at_once", "seen_ever") if all_of_them else ("seen_at_once",):
+        if name in there:
+            colour, line = _BOUNDARIES[name].on_white
+            handles.append(Line2D([], [], color=colour, ls=line, lw=1.0, label=_BOUNDARIES[name].text))
+    return handles
+
+
+def draw_critical_mass_along_draws(
+    by_coefficient: Mapping[float, Mapping[int, Sequence[CriticalMass]]],
+    predicted: Predictions,
+    *paths: Path,
+    title: str = "",
+) -> None:
+    """Draw each family's critical mass against the draws of a step, beside the mass at which they hold one hit.
+
+    Args:
+      by_coefficient: by KL coefficient and draws a step, from `critical_mass` of each family.
+      predicted: which boundaries there are; the number of draws is that of the abscissa.
+      paths: files to write; their endings choose the formats.
+      title: what the runs share.
+    """
+    columns = len(by_coefficient)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(_width(columns), 3.9), sharey=True, squeeze=False, layout="constrained"
+        )
+        figure.suptitle(f"{title} · bars: 95 %, seeds as clusters", fontsize=8)
+        families: list[int] = []
+        for axis, (kl_coef, by_draws) in zip(axes[0], by_coefficient.items(), strict=True):
+            draws = np.asarray(sorted(by_draws))
+            of_family: dict[int, list[CriticalMass]] = {}
+            for count in draws:
+                for one in by_draws[int(count)]:
+                    of_family.setdefault(one.family, []).append(one)
+            families += [family for family in of_family if family not in families]
+            for shift, (family, found) in zip(np.linspace(-0.03, 0.03, len(of_family)), of_family.items(), strict=True):
+                _along_draws(axis, draws * 10**shift, family, found)
+            if predicted.draws_a_step:
+                colour, line = _BOUNDARIES["seen_at_once"].on_white
+                axis.plot(draws, 1 / draws, color=colour, ls=line, lw=1.2, zorder=0)
+            axis.set(xscale="log", yscale="log", xlabel="draws n of a step", title=f"β = {kl_coef:g}")
+            axis.minorticks_off()
+            axis.set_xticks(draws, [f"{count}" for count in draws])
+        axes[0, 0].set_ylabel("critical mass: target mass of the\nreference at which half recover")
+        _letter(axes.ravel())
+        handles = _critical_handles(families, predicted, all_of_them=False)
+        beyond = {"ls": "", "color": "0.35", "ms": 5, "mfc": "white"}
+        handles.append(Line2D([], [], marker="v", **beyond, label="below all masses seen"))
+        handles.append(Line2D([], [], marker="^", **beyond, label="above all masses seen"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        save(figure, paths)
+
+
+def _along_draws(axis, x: np.ndarray, family: int, found: Sequence[CriticalMass]) -> None:
+    look = _look(family)
+    mass = np.asarray([one.mass if one.is_seen else np.nan for one in found])
+    low, high = np.transpose([np.clip(one.interval, *one.seen) if one.is_seen else (np.nan, np.nan) for one in found])
+    ends = [np.maximum(mass - low, 0), np.maximum(high - mass, 0)]
+    axis.errorbar(x, mass, yerr=ends, ms=5, lw=1.2, elinewidth=0.8, **look)
+    for at, one in zip(x, found, strict=True):
+        if not one.is_seen and not np.isnan(one.mass):
+            below = one.mass < one.seen[0]
+            axis.plot(at, one.seen[0 if below else 1], "v" if below else "^", ms=5, mfc="white", color=look["color"])
+        if one.gibbs_mass is not None:
+            axis.plot([at / 1.15, at * 1.15], [one.gibbs_mass] * 2, color=look["color"], ls="--", lw=1.0)
 
 
 # --- readers' questions: recovery along one axis ---------------------------------------------------------------------
@@ -374,7 +495,8 @@ class View:
       along: the dimension on the abscissa.
       label: what it is, with its unit.
       logarithmic: whether the abscissa is.
-      styles: a dimension of two values that are told apart by the line, filled and hollow markers.
+      styles: a dimension whose two values are told apart by the line, filled and hollow markers; with more they have
+        rows of their own.
       also: quantities shown in rows of their own, by name: ("target_balance", ...).
     """
 
@@ -386,7 +508,7 @@ class View:
 
 
 VIEWS = {
-    "noise": View("label_noise", "share of preference labels flipped"),
+    "noise": View("label_noise", "share of preference labels flipped", styles="temperature"),
     "two-targets": View("temperature", "distillation temperature τ", styles="num_targets", also=("target_balance",)),
     "rescue": View("temperature", "distillation temperature τ"),
     "target-weight": View("target_weight", "weight of the target in p*", logarithmic=True),
@@ -397,9 +519,11 @@ VIEWS = {
 }
 _STYLE_LABELS = {
     "num_targets": "targets: {}".format,
+    "temperature": "τ = {}".format,
     "starts": "EM starts of the base: {}".format,
     "match_component_evaluations": {"False": "same updates", "True": "same component evaluations"}.get,
 }
+_STYLE_SYMBOLS = {"temperature": "τ"}
 _ALSO_LABELS = {
     "target_balance": "smallest / largest target\nmass (median of recovered)",
     "base_failed": "share of bases that\nmerge or miss a mode",
@@ -410,6 +534,8 @@ _FEW = 8  # a median of fewer runs says how many they are
 def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Path) -> None:
     """Draw recovery with Wilson's intervals along one axis: a column a coefficient, a row a remaining setting."""
     arms = [name for name in ("aligned_base", *pipelines.arms()) if name in summary.stage.values]
+    if view.styles and summary.sizes.get(view.styles) != 2:
+        view = replace(view, styles=None)
     taken = {view.along, view.styles, "kl_coef", "stage"}
     rest = [dim for dim in summary.recovery.dims if dim not in taken]
     rows = [dict(zip(rest, values, strict=True)) for values in itertools.product(*(summary[d].values for d in rest))]
@@ -456,10 +582,11 @@ def draw_along(dataset: xr.Dataset, summary: xr.Dataset, view: View, *paths: Pat
                 _quantity_lines(axis, values, view, arms)
                 axis.set_ylim(-0.04, 1.04)
             line[0].set_ylabel(f"{settings_of(row)}{_ALSO_LABELS[quantity]}" + ("" if varies else "\n(any β)"))
-        for column in axes.T:
-            lowest = [axis for axis in column if axis.get_visible()][-1]
-            lowest.tick_params(labelbottom=True)
-            lowest.set_xlabel(view.label)
+        # Where one panel is the lowest of its column, those beside it say what their abscissa is, too.
+        for place in {max(np.flatnonzero([axis.get_visible() for axis in column])) for column in axes.T}:
+            for axis in axes[place]:
+                axis.tick_params(labelbottom=True)
+                axis.set_xlabel(view.label)
         _letter(axes.ravel())
         handles = _arm_handles(arms, summary, view)
         ncols = 2 if len(columns) == 1 else 3 if len(handles) <= 6 else 4
@@ -493,72 +620,114 @@ def _style_values(one, view: View) -> Iterator[tuple[dict, dict]]:
         yield {view.styles: value}, ({"ls": "-"} if index == 0 else {"ls": "--", "mfc": "white"})
 
 
-def _lines(one, view: View, arms, x: np.ndarray) -> Iterator[tuple[str, dict, dict, np.ndarray]]:
-    """Arm, selection, look and abscissae of every line of a panel."""
+def _depends(arm: str, dim: str | None) -> bool:
+    """Whether a model may differ along a dimension: not along an axis of the pipelines that it has no part in."""
+    known = arm == pipelines.ROOT or arm in pipelines.STAGES
+    return dim not in pipelines.AXES or not known or dim in pipelines.axes_of(arm)
+
+
+class _Line(NamedTuple):
+    """A line of a panel: its arm, what of the panel it shows, its look, its abscissae and which values stand there."""
+
+    arm: str
+    chosen: dict
+    look: dict
+    x: np.ndarray
+    places: np.ndarray
+    marked: slice
+
+
+def _lines(one, view: View, arms, x: np.ndarray) -> Iterator[_Line]:
+    """What varies along the abscissa, side by side; what does not is a level, marked once and beside the others."""
     styles = list(_style_values(one, view))
-    shown = iter(_nudged(x, len(arms) * len(styles), view.logarithmic))
-    for arm in arms:
+    pairs = [
+        (arm, chosen, style) for arm in arms for chosen, style in styles[: None if _depends(arm, view.styles) else 1]
+    ]
+    levels = [pair for pair in pairs if not _depends(pair[0], view.along)]
+    varying = iter(_nudged(x, len(pairs) - len(levels), view.logarithmic))
+    beside = iter(_place_of_levels(x) + 0.036 * _span(x) * (np.arange(len(levels)) - (len(levels) - 1) / 2))
+    order = np.argsort(x)
+    for arm, chosen, style in pairs:
         size = 4 if len(styles) == 1 else 3.3
-        look = {"color": COLOURS[arm], "marker": MARKERS[arm], "ms": size, "lw": _line_width(one, view)}
-        for chosen, style in styles:
-            yield arm, chosen, look | style, next(shown)
+        look = {"color": COLOURS[arm], "marker": MARKERS[arm], "ms": size, "lw": _line_width(one, view)} | style
+        if _depends(arm, view.along):
+            yield _Line(arm, chosen, look, next(varying)[order], order, slice(None))
+        else:
+            ends = np.asarray([x.max(), next(beside)])
+            look |= {"markevery": [1], "zorder": 1.8}
+            yield _Line(arm, chosen, look, ends, np.zeros(2, int), slice(1, None))
+
+
+def _span(x: np.ndarray) -> float:
+    return max(float(np.ptp(x)), 0.5)
+
+
+def _place_of_levels(x: np.ndarray) -> float:
+    """Beyond the lowest temperature: where what does not depend on it is marked."""
+    return float(x.min() - 0.18 * _span(x))
 
 
 def _recovery_lines(axis, one: xr.Dataset, view: View, arms) -> None:
     x = _abscissa(one[view.along].values)
-    order = np.argsort(x)
-    for arm, chosen, look, shown in _lines(one, view, arms, x):
-        line = one.sel(chosen).sel(stage=arm)
-        rate, low, high = (line[n].values[order] for n in ("recovery", "recovery_low", "recovery_high"))
-        ends = [np.maximum(rate - low, 0), np.maximum(high - rate, 0)]
-        axis.errorbar(shown[order], rate, yerr=ends, elinewidth=0.6, **look)
-    _ticks(axis, one, view, x)
+    for line in _lines(one, view, arms, x):
+        values = one.sel(line.chosen).sel(stage=line.arm)
+        rate, low, high = (values[n].values[line.places] for n in ("recovery", "recovery_low", "recovery_high"))
+        ends = np.zeros((2, len(rate)))
+        ends[:, line.marked] = np.maximum([rate - low, high - rate], 0)[:, line.marked]
+        axis.errorbar(line.x, rate, yerr=ends, elinewidth=0.6, **line.look)
+    _ticks(axis, one, view, x, arms)
 
 
 def _quantity_lines(axis, one: xr.DataArray, view: View, arms) -> None:
     x = _abscissa(one[view.along].values)
-    order = np.argsort(x)
     if "stage" not in one.dims:
+        order = np.argsort(x)
         for chosen, style in _style_values(one, view):
             values = one.sel(chosen).mean("seed").values.ravel()[order]
             axis.plot(x[order], values, color="black", marker="x", ms=4, lw=1.0, **style)
     else:
         empty = True
-        for arm, chosen, look, shown in _lines(one, view, arms, x):
-            if chosen.get("num_targets") == 1:  # one target is as large as itself
+        for line in _lines(one, view, arms, x):
+            if line.chosen.get("num_targets") == 1:  # one target is as large as itself
                 continue
-            line = one.sel(chosen).sel(stage=arm)
-            count, values = line.notnull().sum("seed").values[order], line.median("seed").values[order]
-            axis.plot(shown[order], values, **look)
-            for at, value, few in zip(shown[order], values, count, strict=True):
+            runs = one.sel(line.chosen).sel(stage=line.arm)
+            count, values = runs.notnull().sum("seed").values[line.places], runs.median("seed").values[line.places]
+            axis.plot(line.x, values, **line.look)
+            for at, value, few in zip(line.x[line.marked], values[line.marked], count[line.marked], strict=True):
                 if 0 < few < _FEW:
                     axis.annotate(
                         f"{few}", (at, value), (0, 4), textcoords="offset points", ha="center", fontsize=7,
-                        color=look["color"],
+                        color=line.look["color"],
                     )  # fmt: skip
             empty &= not count.any()
         if empty:
             axis.text(0.5, 0.5, "no run recovered", transform=axis.transAxes, ha="center", va="center")
-    _ticks(axis, one, view, x)
+    _ticks(axis, one, view, x, arms)
 
 
 def _nudged(x: np.ndarray, count: int, logarithmic: bool) -> np.ndarray:
     """Abscissae of so many lines, [count, points]: side by side, so that no marker hides another of the same height."""
     at = np.log10(x) if logarithmic else x
     gaps = np.diff(np.sort(at))
-    step = min(0.02 * np.ptp(at), 0.8 * gaps.min() / count) if gaps.size else 0.06 / count
+    # Far less than from one value to the next: whose point it is stays plain.
+    step = min(0.015 * np.ptp(at), 0.5 * gaps.min() / count) if gaps.size else 0.06 / count
     shifted = at + step * (np.arange(count)[:, None] - (count - 1) / 2)
     return 10**shifted if logarithmic else shifted
 
 
-def _ticks(axis, one, view: View, x: np.ndarray) -> None:
+def _ticks(axis, one, view: View, x: np.ndarray, arms) -> None:
     if view.logarithmic:
         axis.set_xscale("log")
     axis.minorticks_off()
-    axis.set_xticks(x, [text_of(value) for value in one[view.along].values], rotation=45 if len(x) > 4 else 0)
+    names = [text_of(value) for value in one[view.along].values]
     if view.along == "temperature":
-        margin = max(0.04, 0.08 * np.ptp(x))
-        axis.set_xlim(max(x) + margin, min(x) - margin)
+        margin, right = 0.08 * _span(x), x.min()
+        if not all(_depends(arm, view.along) for arm in arms):
+            right = _place_of_levels(x)
+            axis.axvspan(right - margin, right + margin, color="0.94", lw=0, zorder=0)
+            x, names = np.append(x, right), [*names, "any τ"]
+        axis.set_xlim(x.max() + margin, right - margin)
+    axis.set_xticks(x, names, rotation=45 if len(x) > 4 else 0)
 
 
 def _arm_handles(arms, summary, view: View) -> list[Line2D]:
@@ -570,6 +739,8 @@ def _arm_handles(arms, summary, view: View) -> list[Line2D]:
         if chosen:
             label = _STYLE_LABELS[view.styles](text_of(chosen[view.styles]))
             handles.append(Line2D([], [], color="black", marker="o", ms=4, lw=1.0, label=label, **style))
+    if level := [LABELS[arm].replace("\n", " ") for arm in arms if not _depends(arm, view.styles)]:
+        handles.append(Line2D([], [], ls="", label=f"any {_STYLE_SYMBOLS[view.styles]}: {', '.join(level)}"))
     if "target_balance" in view.also:
         handles.append(Line2D([], [], ls="", label=f"numbers: recovered runs, where fewer than {_FEW}"))
     return handles

@@ -12,11 +12,24 @@ import xarray as xr
 from jaxkd import files, pipelines, results, statistics
 from jaxkd.align import AlignmentSettings
 from jaxkd.metrics import RECOVERED_MASS
-from jaxkd.phase_figures import VIEWS, draw_along, draw_critical_mass, draw_plane, name_of, text_of, title_of
+from jaxkd.phase_figures import (
+    VIEWS,
+    draw_along,
+    draw_critical_mass,
+    draw_critical_mass_along_draws,
+    draw_plane,
+    name_of,
+    text_of,
+    title_of,
+)
 from jaxkd.recovery import (
+    BASE,
     BASELINE,
     CHALLENGER,
+    CriticalMass,
     Predictions,
+    References,
+    by_family,
     critical_mass,
     failed_models,
     in_order,
@@ -81,6 +94,45 @@ def format_table(summary: xr.Dataset) -> str:
         ]
         lines.append(told + " " * (len(across) + 4) + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+def rows_of_critical(found: Sequence[CriticalMass], **at) -> list[dict]:
+    """One row a KL coefficient and family of references: its critical mass and what Gibbs predicts of it.
+
+    `critical_mass` and its 95 % limits are empty where no half is in sight, and `note` says why; `gibbs_mass` is empty
+    where the Gibbs policy is not the optimum, or β_c crosses β outside of what was seen. `at` leads every row.
+    """
+    rows = []
+    for one in found:
+        low, high = one.interval if one.is_seen else ("", "")
+        row = {"kl_coef": one.kl_coef, "reference": "base" if one.family == BASE else "student"}
+        row |= {"capacity": "" if one.family == BASE else one.family}
+        row |= {"runs": one.runs, "seeds": one.seeds, "recovered": one.recovered}
+        row |= {"critical_mass": one.mass if one.is_seen else "", "critical_mass_low": low, "critical_mass_high": high}
+        row |= {"gibbs_mass": one.gibbs_mass if one.gibbs_mass is not None and np.isfinite(one.gibbs_mass) else ""}
+        row |= {"smallest_mass": one.seen[0], "largest_mass": one.seen[1], "note": one.why_not}
+        rows.append(at | {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
+    return rows
+
+
+def format_critical(found: Sequence[CriticalMass], predicted: Predictions) -> str:
+    """For a terminal: a line a KL coefficient and family of references."""
+    lines = [
+        "target mass of the reference at which half of its alignments recover (95 % interval), by reference"
+        + ("; Gibbs: at which half of the exact optimum is on the target" if predicted.gibbs else "")
+    ]
+    lines.append(f"{'β':>6}  {'reference':<9}  {'recovered':>12}  {'seeds':>5}  {'critical mass':<50}")
+    lines[-1] += f"  {'Gibbs':>7}" if predicted.gibbs else ""
+    for one in found:
+        line = f"{one.kl_coef:>6g}  {one.name:<9}  {f'{one.recovered} of {one.runs}':>12}  {one.seeds:>5}  {one!s:<50}"
+        if one.gibbs_mass is not None:
+            line += f"  {f'{one.gibbs_mass:.2g}' if np.isfinite(one.gibbs_mass) else 'unseen':>7}"
+        lines.append(line)
+    if predicted.draws_a_step:
+        told = f"A hit is expected in the first step from m = {1 / predicted.draws_a_step:.2g} on (n·m = 1)"
+        told += f", in all steps from {1 / predicted.draws:.2g} on (n·T·m = 1)" if predicted.draws else ""
+        lines.append(told + ".")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -185,6 +237,8 @@ def report(stores: Mapping[str, xr.Dataset], folder: Path) -> str:
     told = [format_table(summary)]
     if preset == "plane":
         told += _report_plane(dataset, summary, stores, configuration, folder)
+    elif preset == "draws":
+        told += _report_draws(dataset, summary, configuration, folder)
     else:
         draw_along(dataset, summary, VIEWS[preset], *_paths(folder, preset))
         told += ["", verdict(summary), *verdict_on_bases(dataset)]
@@ -246,17 +300,74 @@ def _report_plane(dataset, summary, stores, configuration, folder: Path) -> list
     told = ["", verdict(summary)]
     # Target weights make the references differ in mass: all of them are in one picture.
     for at, suffix in _settings(summary, [dim for dim in others if dim != "target_weight"]):
-        found, predicted = {}, _predictions(at, configuration)
-        for kl_coef in dataset.kl_coef.values:
-            runs = references([one.sel(at) for one in (dataset, *beside)], kl_coef)
-            found[float(kl_coef)] = (runs, critical_mass(runs, float(kl_coef), gibbs=predicted.gibbs))
-        weights = sorted({float(weight) for one in (dataset, *beside) for weight in one.target_weight.values})
-        title = f"{name_of(at['algorithm'])} · target weights {', '.join(map(text_of, weights))}"
+        predicted = _predictions(at, configuration)
+        found = _critical_masses([one.sel(at) for one in (dataset, *beside)], predicted)
+        title = "\n".join([name_of(at["algorithm"]), *map(_told_of_references, (dataset, *beside))])
         draw_critical_mass(found, predicted, *_paths(folder, f"critical_mass{suffix}"), title=title)
-        where = f"{suffix[1:].replace('_', ', ')}: an" if suffix else "An"
-        masses = "; ".join(str(one) for _, one in found.values())
-        told.append(f"{where} alignment recovers in half of the runs at these masses. {masses}.")
+        every = [one for _, of_families in found.values() for one in of_families]
+        results.write_csv(rows_of_critical(every), folder / f"critical_mass{suffix}.csv")
+        told += ["", *([f"{suffix[1:].replace('_', ', ')}:"] if suffix else []), format_critical(every, predicted)]
     return told
+
+
+def _critical_masses(
+    datasets: Sequence[xr.Dataset], predicted: Predictions
+) -> dict[float, tuple[dict[int, References], list[CriticalMass]]]:
+    """By KL coefficient, the references of each family and where they tip."""
+    found = {}
+    for kl_coef in map(float, datasets[0].kl_coef.values):
+        points = by_family(references(datasets, kl_coef))
+        found[kl_coef] = points, [critical_mass(one, kl_coef, gibbs=predicted.gibbs) for one in points.values()]
+    return found
+
+
+def _told_of_references(dataset: xr.Dataset) -> str:
+    """Which references a store gives: the base's, and those of students."""
+    weights = dataset.target_weight.values
+    students = [text_of(capacity) for capacity in dataset.capacity.values if capacity > 1]
+    plural = "s" if len(weights) > 1 else ""
+    return (
+        f"target weight{plural} {', '.join(map(text_of, weights))}: base and students of K = {', '.join(students)}, "
+        f"{dataset.sizes['seed']} seeds"
+    )
+
+
+def _report_draws(dataset, summary, configuration, folder: Path) -> list[str]:
+    told, rows = ["", verdict(summary)], []
+    inner = ("kl_coef", "capacity", "temperature", "target_weight", "draws")
+    for at, suffix in _settings(summary, [dim for dim in summary.difference.dims if dim not in inner]):
+        by_coefficient: dict[float, dict[int, list[CriticalMass]]] = {}
+        for draws in sorted(dataset.draws.values.tolist()):
+            here = at | {"draws": draws}
+            predicted = _predictions(here, configuration)
+            found = _critical_masses([dataset.sel(here)], predicted)
+            for kl_coef, (_, of_families) in found.items():
+                by_coefficient.setdefault(kl_coef, {})[draws] = of_families
+            every = [one for _, of_families in found.values() for one in of_families]
+            varied = {dim: value for dim, value in here.items() if dataset.sizes[dim] > 1}
+            rows += rows_of_critical(every, **varied)
+            told += ["", f"{suffix[1:].replace('_', ', ')} n = {draws}:".strip(), format_critical(every, predicted)]
+        title = "\n".join([name_of(at["algorithm"]), _told_of_references(dataset)])
+        draw_critical_mass_along_draws(by_coefficient, predicted, *_paths(folder, f"draws{suffix}"), title=title)
+        told += ["", *verdict_on_draws(by_coefficient)]
+    results.write_csv(rows, folder / "critical_mass.csv")
+    return told
+
+
+def verdict_on_draws(by_coefficient: Mapping[float, Mapping[int, Sequence[CriticalMass]]]) -> list[str]:
+    """How far critical masses fall from the fewest draws a step to the most, where both have one."""
+    told = []
+    for kl_coef, by_draws in by_coefficient.items():
+        fewest, most = min(by_draws), max(by_draws)
+        for first, last in zip(by_draws[fewest], by_draws[most], strict=True):
+            if first.is_seen and last.is_seen:
+                fall = f"the critical mass falls {first.mass / last.mass:.2g}-fold"
+                hits = f"n·m at it is {fewest * first.mass:.2g} and {most * last.mass:.2g}"
+                told.append(
+                    f"β = {kl_coef:g}, {first.name}: while n rises {most / fewest:g}-fold, from {fewest} to {most}, "
+                    f"{fall}; {hits}."
+                )
+    return told or ["No reference has a critical mass at the fewest and the most draws a step."]
 
 
 def _settings(summary: xr.Dataset, dims: Sequence[str]) -> Iterator[tuple[dict, str]]:
@@ -268,7 +379,8 @@ def _settings(summary: xr.Dataset, dims: Sequence[str]) -> Iterator[tuple[dict, 
 
 def _predictions(at: Mapping, configuration: Mapping) -> Predictions:
     """Of the store's own settings, which need not be today's."""
-    settings = AlignmentSettings(**(configuration["alignment"] | {"algorithm": str(at["algorithm"])}))
+    own = {"algorithm": str(at["algorithm"])} | ({"batch_size": int(at["draws"])} if "draws" in at else {})
+    settings = AlignmentSettings(**(configuration["alignment"] | own))
     matched = any(configuration["match_component_evaluations"])
     label_noise = float(at.get("label_noise", max(configuration["label_noise"])))
     predicted = predictions(settings, label_noise)

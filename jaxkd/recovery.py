@@ -19,8 +19,6 @@ from jaxkd.metrics import RECOVERED_MASS
 
 BASELINE, CHALLENGER = "kd_align", "align_kd"
 _NEAR = 0.5  # largest |log(β_c / β)| of a reference that says something of the crossing
-LARGEST_LOG_ODDS = 1e4
-"""Above all that a small coefficient makes of a finite reward."""
 SMALLEST_MASS = 1e-12
 """Floor of a target mass before its logarithm: quadrature in single precision knows no smaller one."""
 
@@ -141,6 +139,10 @@ def resolved_mass(dataset: xr.Dataset) -> xr.DataArray:
     return np.maximum(dataset.target_mass, xr.where(dataset.from_grid.astype(bool), SMALLEST_MASS, 1 / num_draws))
 
 
+BASE = 0
+"""The family of references that the bases are, beside one of students for each capacity."""
+
+
 @dataclass(frozen=True)
 class References:
     """Alignments at one KL coefficient, one point a run.
@@ -152,7 +154,7 @@ class References:
       outcome: target mass of the aligned policy, [runs].
       failed: [runs].
       seed: [runs].
-      is_base: whether the reference was the base (else a student), [runs].
+      family: K of the student that was the reference, `BASE` where the base was, [runs].
     """
 
     mass: np.ndarray
@@ -161,7 +163,7 @@ class References:
     outcome: np.ndarray
     failed: np.ndarray
     seed: np.ndarray
-    is_base: np.ndarray
+    family: np.ndarray
 
 
 def references(datasets: Sequence[xr.Dataset], kl_coef: float) -> References:
@@ -190,78 +192,146 @@ def _columns(dataset: xr.Dataset, aligned: str, reference: str) -> tuple[np.ndar
         one.target_mass.values,
         one.failed.values.astype(bool),
         seeds.values,
-        np.full(seeds.shape, reference == "base"),
+        np.where(reference == "base", BASE, dataset.capacity.broadcast_like(seeds).transpose(*seeds.dims).values),
     )
     return tuple(column.ravel() for column in columns)
 
 
+def by_family(points: References) -> dict[int, References]:
+    """The points of each family, `BASE` first, then students from the largest capacity to the smallest.
+
+    At equal mass a base has it where the target is, a small student as the tail of a component that covers other modes,
+    too: families tip at masses several times apart, and a curve through all of them fits none.
+    """
+    families = sorted({*points.family.tolist()}, key=lambda family: math.inf if family == BASE else family)
+    chosen = {family: points.family == family for family in reversed(families)}
+    return {
+        family: References(*(column[which] for column in vars(points).values())) for family, which in chosen.items()
+    }
+
+
 @dataclass(frozen=True)
 class CriticalMass:
-    """Where recovery tips at one KL coefficient.
+    """Where recovery tips at one KL coefficient, for one family of references.
 
     Attributes:
       kl_coef: β.
-      by_mass: recovery against log10 of the reference's target mass.
-      by_log_odds: recovery against the Gibbs policy's log-odds, whose own boundary is 0.
+      family: K of the students, or `BASE`.
+      runs: those that did not fail.
+      seeds: how many they are of.
+      recovered: how many of them recovered.
+      curve: recovery against log10 of the reference's target mass; None where none can be fitted.
+      no_curve: why it cannot, else empty.
       gibbs_mass: the target mass at which the references' β_c equals β; NaN where there are not some near it on either
         side, None where the Gibbs policy is not what the alignment tends to.
-      seen: smallest and largest log10 mass of a reference.
+      seen: smallest and largest mass of a reference; NaN where no run is left.
     """
 
     kl_coef: float
-    by_mass: statistics.RecoveryCurve
-    by_log_odds: statistics.RecoveryCurve
+    family: int
+    runs: int
+    seeds: int
+    recovered: int
+    curve: statistics.RecoveryCurve | None
+    no_curve: str
     gibbs_mass: float | None
     seen: tuple[float, float]
 
     def __str__(self):
-        curve = self.by_mass
-        if self.is_seen:
-            low, high = (f"{10.0**end:.2g}" for end in np.clip(curve.critical_interval, -300, 300))
-            found = f"critical mass {10**curve.critical:.2g} (95 % interval {low} to {high})"
-        else:
-            found = f"no critical mass ({self._why_not})"
-        told = f"β = {self.kl_coef:g}: {found} over {curve.runs} runs of {curve.clusters} seeds"
-        if self.gibbs_mass is None:
-            return told
-        return f"{told}; Gibbs says " + (
-            f"{self.gibbs_mass:.2g}" if math.isfinite(self.gibbs_mass) else "outside what was seen"
+        if not self.is_seen:
+            return self.why_not
+        if np.isnan(self.interval).any():
+            return f"{self.mass:.2g} (no interval from {self.seeds} seed)"
+        low, high = self.interval
+        ends = (
+            f"<{self.seen[0]:.2g}" if low < self.seen[0] else f"{low:.2g}",
+            f">{self.seen[1]:.2g}" if high > self.seen[1] else f"{high:.2g}",
         )
+        return f"{self.mass:.2g} ({ends[0]} to {ends[1]})"
+
+    @property
+    def name(self) -> str:
+        """Of the family."""
+        return "base" if self.family == BASE else f"K = {self.family}"
+
+    @property
+    def mass(self) -> float:
+        """The critical mass; 0 and infinity say that all runs recovered, or none; NaN that there is none."""
+        return math.nan if self.curve is None else float(_power_of_ten(self.curve.critical))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Confidence limits of `mass`."""
+        if self.curve is None:
+            return math.nan, math.nan
+        low, high = _power_of_ten(self.curve.critical_interval)
+        return float(low), float(high)
 
     @property
     def is_seen(self) -> bool:
         """Whether the critical mass lies among those of the references: a curve's extrapolation says nothing."""
-        return self.seen[0] <= self.by_mass.critical <= self.seen[1]
+        return self.seen[0] <= self.mass <= self.seen[1]
 
     @property
-    def _why_not(self) -> str:
-        if math.isnan(self.by_mass.critical):
-            return "recovery does not rise with the mass"
-        return "all masses seen suffice" if self.by_mass.critical < self.seen[0] else "no mass seen suffices"
+    def why_not(self) -> str:
+        """Why there is no critical mass; empty where there is one."""
+        if self.is_seen:
+            return ""
+        if self.curve is None:
+            return f"no curve: {self.no_curve}"
+        if math.isnan(self.mass):
+            return "no half in sight (recovery does not rise with the mass)"
+        # The curve is above one half at all masses seen, or below it.
+        beyond = f"more than that from {self.seen[0]:.2g} on"
+        beyond = beyond if self.mass < self.seen[0] else f"fewer than that up to {self.seen[1]:.2g}"
+        return f"no half in sight ({beyond})"
+
+
+def _power_of_ten(exponent) -> np.ndarray:
+    """A flat curve's extrapolation may lie beyond all floating-point numbers."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.power(10.0, exponent)
 
 
 def critical_mass(points: References, kl_coef: float, num_resamples: int = 399, gibbs: bool = True) -> CriticalMass:
     """Fit recovery against the reference's mass by penalised logistic regression, seeds as clusters.
 
     Args:
-      points: from `references`.
+      points: of one family, from `by_family`.
       kl_coef: β.
       num_resamples: of the bootstrap.
       gibbs: whether the Gibbs policy is the alignment's optimum (`Predictions.gibbs`), and so predicts a mass.
+
+    Raises:
+      ValueError: when the points are of several families, which tip at different masses.
     """
-    recovered = points.outcome > RECOVERED_MASS
-    log_odds = np.clip(points.log_odds, -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
-    masses = np.log10(points.mass)
-    used = masses[~points.failed & np.isfinite(masses)]
-
-    def fit(abscissa):
-        return statistics.recovery_curve(
-            abscissa, recovered, points.seed, num_resamples=num_resamples, failed=points.failed
-        )
-
-    seen = (float(used.min()), float(used.max())) if used.size else (math.nan, math.nan)
-    predicted = gibbs_mass(points, kl_coef) if gibbs else None
-    return CriticalMass(kl_coef, fit(masses), fit(log_odds), predicted, seen)
+    families = np.unique(points.family)
+    if families.size != 1:
+        raise ValueError(f"points must be of one family of references, got {families.tolist()}: take by_family's")
+    recovered, masses = points.outcome > RECOVERED_MASS, np.log10(points.mass)
+    used = ~points.failed & np.isfinite(masses)
+    seen = (float(points.mass[used].min()), float(points.mass[used].max())) if used.any() else (math.nan, math.nan)
+    curve, no_curve, distinct = None, "", np.unique(masses[used].round(6)).size
+    if distinct < 2:
+        no_curve = f"{used.sum()} runs of {distinct} different masses"
+    else:
+        try:
+            curve = statistics.recovery_curve(
+                masses, recovered, points.seed, num_resamples=num_resamples, failed=points.failed
+            )
+        except RuntimeError as error:  # one family's fit that does not converge is no reason to lose the others
+            no_curve = str(error)
+    return CriticalMass(
+        kl_coef=kl_coef,
+        family=int(families[0]),
+        runs=int(used.sum()),
+        seeds=np.unique(points.seed[used]).size,
+        recovered=int(recovered[used].sum()),
+        curve=curve,
+        no_curve=no_curve,
+        gibbs_mass=gibbs_mass(points, kl_coef) if gibbs else None,
+        seen=seen,
+    )
 
 
 def gibbs_mass(points: References, kl_coef: float) -> float:

@@ -509,8 +509,9 @@ def _firth(z, outcome, weights):
 def _firth_step(z, outcome, weights, coefficients):
     """Penalised log-likelihood [b] at ``coefficients`` [b, 2], and the step [b, 2] uphill from there.
 
-    The step is Newton's where the likelihood is concave, else Fisher scoring's. Scoring alone, which takes the prior
-    for flat, swings to and fro where two abscissae carry all runs and creeps where runs are separated.
+    The step is Newton's, with curvatures taken as positive where the likelihood is not concave (Dauphin et al. 2014,
+    arXiv 1406.2572): uphill, and no shorter where it is nearly flat. Fisher scoring, which takes the prior for flat,
+    swings to and fro where two abscissae carry all runs and creeps where runs are separated.
     """
     powers = z[:, None] ** np.arange(5)
     log_odds = coefficients[:, :1] + coefficients[:, 1:] * z
@@ -536,9 +537,22 @@ def _firth_step(z, outcome, weights, coefficients):
     u0, u1 = ((weights * (outcome - probability)) @ powers[:, :2]).T + 0.5 * d
     c0, c1, c2 = curvature(0, 0), curvature(0, 1), curvature(1, 1)
     concave = (c0 > 0) & (c0 * c2 > c1**2)
-    c0, c1, c2 = np.where(concave, (c0, c1, c2), s[:3])
+    c0, c1, c2 = np.where(concave, (c0, c1, c2), _with_positive_curvatures(c0, c1, c2, s))
     step = np.stack([c2 * u0 - c1 * u1, c0 * u1 - c1 * u0], axis=1) / (c0 * c2 - c1**2)[:, None]
     return value, step
+
+
+def _with_positive_curvatures(c0, c1, c2, s):
+    """Of symmetric matrices [[c0, c1], [c1, c2]], [b] each: with their eigenvalues' sizes in place of these.
+
+    An eigenvalue is no smaller than a millionth of the information's trace, so that no step is endless.
+    """
+    middle, apart = (c0 + c2) / 2, np.hypot((c0 - c2) / 2, c1)
+    least = 1e-6 * (s[0] + s[2])
+    high, low = (np.maximum(np.abs(middle + sign * apart), least) for sign in (1, -1))
+    # The matrix is middle + apart · (reflection), and a function of its eigenvalues likewise.
+    turn = (high - low) / 2 / np.where(apart > 0, apart, 1.0)
+    return (high + low) / 2 + turn * (c0 - c2) / 2, turn * c1, (high + low) / 2 - turn * (c0 - c2) / 2
 
 
 def _newcombe_interval(both, only_a, only_b, neither, confidence):

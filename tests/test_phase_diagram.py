@@ -160,30 +160,140 @@ def test_the_boundary_is_that_of_the_student_as_a_reference(dataset, summary):
 def test_references_leave_out_one_component_and_count_each_base_once(dataset):
     points = recovery.references([dataset.isel(algorithm=0)], 0.3)
     students = 2 * len(TEMPERATURES) * SEEDS
-    assert (~points.is_base).sum() == students and points.is_base.sum() == SEEDS
-    assert set(points.seed[points.is_base]) == set(range(SEEDS))
+    bases = points.family == recovery.BASE
+    assert (~bases).sum() == students and bases.sum() == SEEDS
+    assert set(points.seed[bases]) == set(range(SEEDS))
     own = dataset.target_mass.sel(stage="student", capacity=2, temperature=0.25, kl_coef=0.3, seed=7)
     assert float(own.squeeze()) in points.mass[points.seed == 7]
 
 
-def test_the_critical_mass_is_found_where_it_was_put(dataset):
-    for kl_coef in KL_COEFS:
-        points = recovery.references([dataset.isel(algorithm=0)], kl_coef)
-        found = recovery.critical_mass(points, kl_coef, num_resamples=99)
-        low, high = found.by_mass.critical_interval
-        assert 10**found.by_mass.critical == pytest.approx(kl_coef / 100, rel=0.15)
-        assert low < np.log10(kl_coef / 100) * 0.97 and high > low
-        assert found.gibbs_mass == pytest.approx(kl_coef / 100, rel=0.3)
-        assert abs(found.by_log_odds.critical) < 0.2
-        assert f"β = {kl_coef:g}" in str(found)
+def family(dataset, kl_coef=0.3, of=4):
+    """The references of one family."""
+    return recovery.by_family(recovery.references([dataset.isel(algorithm=0)], kl_coef))[of]
+
+
+def test_families_are_the_base_and_the_students_of_each_capacity(dataset):
+    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
+    families = recovery.by_family(points)
+    assert [*families] == [recovery.BASE, 4, 2]
+    for capacity in (2, 4):
+        own = dataset.target_mass.sel(stage="student", capacity=capacity, kl_coef=0.3).values.ravel()
+        np.testing.assert_array_equal(np.sort(families[capacity].mass), np.sort(own))
+    assert sum(one.mass.size for one in families.values()) == points.mass.size
+    with pytest.raises(ValueError, match=r"points must be of one family of references, got \[0, 2, 4\]"):
+        recovery.critical_mass(points, 0.3)
+
+
+@pytest.mark.parametrize("kl_coef", KL_COEFS)
+def test_the_critical_mass_is_found_where_it_was_put(dataset, kl_coef):
+    found = recovery.critical_mass(family(dataset, kl_coef), kl_coef, num_resamples=99)
+    assert found.is_seen and found.why_not == "" and found.name == "K = 4"
+    low, high = found.interval
+    assert found.mass == pytest.approx(kl_coef / 100, rel=0.2)
+    assert low < 0.0101 * kl_coef and high > low
+    assert found.gibbs_mass == pytest.approx(kl_coef / 100, rel=0.3)
+    assert (found.runs, found.seeds) == (len(TEMPERATURES) * SEEDS, SEEDS)
+    assert found.recovered == (family(dataset, kl_coef).mass > kl_coef / 100).sum()
+    assert str(found) == f"{found.mass:.2g} ({low:.2g} to {high:.2g})"
+
+
+def test_families_that_tip_apart_have_critical_masses_apart(dataset):
+    apart = dataset.copy(deep=True)
+    small = apart.target_mass.sel(stage="student", capacity=2)
+    apart.target_mass.loc[{"stage": "kd_align", "capacity": 2}] = (small > 0.015).values * 0.8
+    found = {of: recovery.critical_mass(family(apart, 0.3, of), 0.3, 99) for of in (2, 4)}
+    assert found[4].mass == pytest.approx(0.003, rel=0.2) and found[2].mass == pytest.approx(0.015, rel=0.2)
+    assert found[4].interval[1] < found[2].interval[0]
+    # What is predicted of them depends on their own β_c alone, which is the same.
+    assert found[4].gibbs_mass == pytest.approx(found[2].gibbs_mass, rel=0.1)
+
+
+def changed(points, **columns):
+    return recovery.References(**{**vars(points), **columns})
 
 
 def test_a_critical_mass_beyond_all_runs_is_said_to_be(dataset):
-    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
-    none = recovery.References(**{**vars(points), "outcome": 0 * points.outcome})
-    assert "no mass seen suffices" in str(recovery.critical_mass(none, 0.3, num_resamples=19))
-    far = recovery.References(**{**vars(points), "half_mass_coefficient": 0 * points.outcome + 5})
+    points = family(dataset)
+    none = recovery.critical_mass(changed(points, outcome=0 * points.outcome), 0.3, num_resamples=19)
+    every = recovery.critical_mass(changed(points, outcome=0 * points.outcome + 1), 0.3, num_resamples=19)
+    assert not none.is_seen and not every.is_seen and (none.recovered, every.recovered) == (0, points.mass.size)
+    assert str(none) == f"no half in sight (fewer than that up to {points.mass.max():.2g})"
+    assert str(every) == f"no half in sight (more than that from {points.mass.min():.2g} on)"
+    far = changed(points, half_mass_coefficient=0 * points.outcome + 5)
     assert np.isnan(recovery.gibbs_mass(far, 0.3))
+
+
+def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
+    points = family(dataset)
+    falling = changed(points, outcome=(points.mass < np.median(points.mass)) * 0.9)
+    found = recovery.critical_mass(falling, 0.3, 19)
+    assert not found.is_seen and str(found) == "no half in sight (recovery does not rise with the mass)"
+    # Two of three of the lighter recover and all of the heavier: a curve places its half below what was seen.
+    heavy = np.arange(points.mass.size) % 4 > 0
+    some = heavy | (np.arange(points.mass.size) % 12 > 0)
+    light = changed(points, outcome=some * 0.9, mass=0.01 + 0.001 * heavy)
+    found = recovery.critical_mass(light, 0.3, 19)
+    assert 0 < found.mass < 0.01 and not found.is_seen and 0 < found.recovered < found.runs
+    assert str(found) == "no half in sight (more than that from 0.01 on)"
+    turned = changed(points, outcome=~some[::-1] * 0.9, mass=0.01 + 0.001 * ~heavy[::-1])
+    found = recovery.critical_mass(turned, 0.3, 19)
+    assert found.mass > 0.011 and not found.is_seen
+    assert str(found) == "no half in sight (fewer than that up to 0.011)"
+
+
+def test_an_interval_that_leaves_the_masses_seen_says_so(dataset):
+    points = family(dataset)
+    # Two seeds alone recover, at the largest masses: a resample without them has no half.
+    heaviest = np.isin(points.seed, points.seed[np.argsort(points.mass)[-2:]]) & (points.mass > 0.04)
+    found = recovery.critical_mass(changed(points, outcome=heaviest * 0.9), 0.3, 199)
+    assert found.is_seen and found.interval[1] > found.seen[1]
+    assert str(found).endswith(f"to >{points.mass.max():.2g})")
+    alone = points.seed == points.seed[0]
+    one = recovery.References(*(column[alone] for column in vars(points).values()))
+    rising = changed(one, outcome=(one.mass > np.sort(one.mass)[0]) * 0.9)
+    assert str(recovery.critical_mass(rising, 0.3, 19)).endswith("(no interval from 1 seed)")
+
+
+def test_a_family_without_a_curve_leaves_the_others_theirs(tmp_path, few_resamples):
+    dataset = finished()
+    same = {"stage": "student", "capacity": 2}
+    dataset.target_mass.loc[same] = 0.01
+    # With a small coefficient every optimum lies thousands of nats on the target or off it.
+    dataset["gibbs_target_log_odds"] = 2e4 * np.sign(dataset.gibbs_target_log_odds)
+    dataset.failed.loc[{"stage": "aligned_base"}] = True
+    dataset.attrs["configuration"] = configuration("plane")
+    told = phase_report.report({"sweep": dataset}, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "critical_mass.csv").read_text().splitlines()))
+    notes = {(row["kl_coef"], row["capacity"]): row["note"] for row in rows}
+    runs = len(TEMPERATURES) * SEEDS
+    for kl_coef in ("0.3", "1.0"):
+        assert notes[kl_coef, "2"] == f"no curve: {runs} runs of 1 different masses"
+        assert notes[kl_coef, ""] == "no curve: 0 runs of 0 different masses"
+        assert notes[kl_coef, "4"] == ""
+    assert told.count(f"no curve: {runs} runs of 1") == 2
+    assert matplotlib.image.imread(tmp_path / "critical_mass.png")[..., :3].std() > 0.05
+
+
+def test_a_fit_that_does_not_converge_is_said_to_be(dataset, monkeypatch):
+    monkeypatch.setattr(statistics, "_MAX_NEWTON_STEPS", 2)
+    found = recovery.critical_mass(family(dataset), 0.3, 9)
+    assert str(found) == "no curve: penalised logistic regression did not converge in 2 steps" and np.isnan(found.mass)
+
+
+def test_critical_masses_are_told_by_reference_in_text_and_table(dataset, tmp_path, few_resamples, drawn):
+    store = dataset.assign_attrs(configuration=configuration("plane"))
+    told = phase_report.report({"sweep": store}, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "critical_mass.csv").read_text().splitlines()))
+    families = [("base", ""), ("student", "4"), ("student", "2")]
+    assert [(row["reference"], row["capacity"]) for row in rows] == families * 2
+    lines = [line.split() for line in told.splitlines() if line.split()[1:2] == ["K"]]
+    assert len(lines) == 4
+    for words, row in zip(lines, [row for row in rows if row["capacity"]], strict=True):
+        assert words[:4] == [f"{float(row['kl_coef']):g}", "K", "=", row["capacity"]]
+        assert words[4:8] == [row["recovered"], "of", row["runs"], row["seeds"]]
+        assert words[8] == f"{float(row['critical_mass']):.2g}" and words[-1] == f"{float(row['gibbs_mass']):.2g}"
+        assert words[9] == f"({float(row['critical_mass_low']):.2g}"
+    assert f"from m = {1 / 256:.2g} on (n·m = 1), in all steps from {1 / 25600:.2g} on" in told
 
 
 def test_the_table_and_the_sentence_are_made_from_the_cells(summary):
@@ -197,26 +307,14 @@ def test_the_table_and_the_sentence_are_made_from_the_cells(summary):
     assert f"K = 1, set apart: more often in {int(lone.significant.sum())} of {lone.difference.size}" in told
 
 
-def test_a_curve_that_says_nothing_of_the_masses_seen_names_none(dataset):
-    points = recovery.references([dataset.isel(algorithm=0)], 0.3)
-    falling = recovery.References(**{**vars(points), "outcome": (points.mass < np.median(points.mass)) * 0.9})
-    assert "no critical mass (recovery does not rise" in str(recovery.critical_mass(falling, 0.3, 19))
-    # All but the lightest recover: a curve would place its half far below what was seen.
-    rarely = points.mass > np.sort(points.mass)[1]
-    light = recovery.References(**{**vars(points), "outcome": rarely * 0.9, "mass": 0.01 + 0.001 * rarely})
-    found = recovery.critical_mass(light, 0.3, 19)
-    assert found.is_seen == (found.seen[0] <= found.by_mass.critical <= found.seen[1])
-    # With a small coefficient every optimum lies far on the target: the log-odds still differ.
-    sure = recovery.References(**{**vars(points), "log_odds": points.log_odds + 120})
-    assert np.isfinite(recovery.critical_mass(sure, 0.05, 19).by_log_odds.probability(120.0))
-
-
 @pytest.mark.parametrize(("algorithm", "told"), [("ppo", True), ("grpo", False)])
 def test_a_gibbs_prediction_is_told_only_of_algorithms_that_tend_to_it(algorithm, told, tmp_path, drawn, few_resamples):
     dataset = finished(algorithm=[algorithm])
     dataset.attrs["configuration"] = configuration("plane")
     text = phase_report.report({"sweep": dataset}, tmp_path)
-    assert ("Gibbs says" in text) is told and text.count("critical mass") >= 2
+    assert ("Gibbs" in text) is told and "critical mass" in text
+    rows = csv.DictReader((tmp_path / "critical_mass.csv").read_text().splitlines())
+    assert any(row["gibbs_mass"] for row in rows) is told
 
 
 @pytest.mark.parametrize(
@@ -237,6 +335,12 @@ def test_boundaries_are_those_that_the_algorithm_has(algorithm, label_noise, exp
     assert (found.gibbs, found.draws_a_step, found.draws) == expected
 
 
+def recovered_of(told):
+    """How many runs of each reference a report says that it has fitted."""
+    words = [line.split() for line in told.splitlines() if line.startswith(("   0.3  ", "     1  "))]
+    return {line[line.index("of") - 2]: int(line[line.index("of") + 1]) for line in words}
+
+
 def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path, drawn, few_resamples):
     one, other = finished(), finished(target_weight=[0.1])
     one.attrs["configuration"] = configuration("plane", target_weights=[0.03])
@@ -247,7 +351,8 @@ def test_stores_of_different_sweeps_are_not_put_into_one_picture(tmp_path, drawn
         "plane", target_weights=[0.1], **{"axis seed": "0 to 3", "grid fingerprint": "ab", "block shape": [1]}
     )
     told = phase_report.report({"sweep": one, "more_weights": other}, tmp_path)
-    assert f"over {4 * len(TEMPERATURES) * SEEDS + 2 * SEEDS} runs" in told
+    runs = len(TEMPERATURES) * SEEDS
+    assert recovered_of(told) == {"base": 2 * SEEDS, "2": 2 * runs, "4": 2 * runs}
     strange = other.assign_coords(seed=np.arange(SEEDS) + 1)
     with pytest.raises(ValueError, match=rf"another sweep \(seed {SEEDS} there, none of the sweep's now"):
         phase_report.report({"sweep": one, "more_weights": strange}, tmp_path)
@@ -268,9 +373,9 @@ def test_target_weights_that_the_sweep_holds_are_drawn_from_it_alone(tmp_path):
     beside = finished(target_weight=[0.003, 0.1]).isel(seed=slice(2))
     beside.attrs["configuration"] = configuration("plane", target_weights=[0.003, 0.1])
     told = phase_report.report({"sweep": sweep, "more_weights": beside}, tmp_path)
-    # Of the store beside it only 0.1: two capacities, each base once.
-    count = (2 * (2 * len(TEMPERATURES)) + 2) * SEEDS + (2 * len(TEMPERATURES) + 1) * 2
-    assert f"over {count} runs" in told
+    # Of the store beside it only 0.1: both capacities, each base once.
+    runs = len(TEMPERATURES) * (2 * SEEDS + 2)
+    assert recovered_of(told) == {"base": 2 * SEEDS + 2, "2": runs, "4": runs}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +384,9 @@ def test_target_weights_that_the_sweep_holds_are_drawn_from_it_alone(tmp_path):
         ("noise", {"label_noise": (0.2,)}, "--label-noise needs two values"),
         ("reward", {"rewards": ("disc",)}, "--rewards needs two values"),
         ("base-em", {"starts": (1, 3, 10)}, "--starts takes one or two values"),
+        ("draws", {"draws": (64,)}, "--draws needs two values"),
+        ("plane", {"draws": (7,)}, "--draws: batch_size must be even and at least 4, got 7"),
+        ("plane", {"draws": (72,), "algorithms": ("grpo",)}, "--draws: group_size must .* divide batch_size, got 16"),
         ("noise", {"algorithms": ("online_dpo", "kto", "ppo")}, "--label-noise must be 0 for kto, ppo, which use no"),
         (
             "plane",
@@ -321,6 +429,7 @@ def test_the_store_of_every_preset_has_its_dimensions(preset, tmp_path, monkeypa
         "base-em": ("starts",),
         "reward": ("reward_name",),
         "cost": ("match_component_evaluations",),
+        "draws": ("draws",),
     }.get(preset, ())
     sizes = {"algorithm": len(settings.algorithms), "target_weight": len(settings.target_weights)}
     sizes |= {"capacity": len(settings.capacities), "seed": settings.seeds}
@@ -433,7 +542,7 @@ def quick_and_slow(presets):
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in presets]
 
 
-@pytest.mark.parametrize("preset", quick_and_slow(["plane", *phase_figures.VIEWS]))
+@pytest.mark.parametrize("preset", quick_and_slow(["plane", "draws", *phase_figures.VIEWS]))
 def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
     axes = {
         "noise": {"label_noise": [0.0, 0.2]},
@@ -443,12 +552,14 @@ def test_every_figure_is_drawn_from_a_store_alone(preset, tmp_path):
         "base-em": {"starts": [1, 10]},
         "reward": {"reward_name": ["density", "disc"]},
         "cost": {"match_component_evaluations": [False, True]},
+        "draws": {"draws": [64, 256]},
     }.get(preset, {})
     dataset = finished(**axes)
     dataset.attrs["configuration"] = configuration(preset)
     told = phase_report.report({"sweep": dataset}, tmp_path)
     assert "Align→KD recovers more often than KD→Align in" in told
     names = ["phase_diagram", "critical_mass"] if preset == "plane" else [preset]
+    assert (tmp_path / f"{preset}.txt").read_text().strip() in told
     for name in names:
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert picture[..., :3].std() > 0.05
@@ -488,16 +599,87 @@ def test_lines_of_two_styles_lie_side_by_side(drawn):
     assert labels[-2:] == ["same updates", "same component evaluations"]
 
 
-def test_every_column_says_what_its_abscissa_is(drawn):
+def test_panels_in_a_row_say_alike_what_their_abscissa_is(drawn):
     draw("base-data", finished(base_samples=[64, 1024]))
     drawn[0].canvas.draw()
+    lowest = len([axis for axis in drawn[0].axes[1::2] if axis.get_visible()]) - 1
     for column in (0, 1):
         seen = [axis for axis in drawn[0].axes[column::2] if axis.get_visible()]
         named = [axis for axis in seen if axis.get_xlabel() == "points that the base was fitted to"]
         ticked = [axis for axis in seen if any(tick.label1.get_visible() for tick in axis.xaxis.get_major_ticks())]
-        assert named == ticked == [seen[-1]]
+        # The left column goes on below the lowest panel of the right one, beside which it says so, too.
+        assert named == ticked == ([seen[lowest], seen[-1]] if column == 0 else [seen[-1]])
     letters = [axis.get_title(loc="left") for axis in drawn[0].axes if axis.get_visible()]
     assert letters == list("abcdefghijklmnopqrstuvwxyz"[: len(letters)]) and len(letters) > 5
+
+
+def lines_of(axis, arm):
+    """The lines of an arm through all of its points."""
+    lines = [line for line in axis.get_lines() if line.get_color() == phase_figures.COLOURS[arm]]
+    return [line for line in lines if line.get_linestyle() != "None"]
+
+
+def test_what_does_not_depend_on_the_temperature_is_a_level(drawn):
+    draw("two-targets", finished(num_targets=[1, 2]))
+    axis = drawn[0].axes[0]
+    lowest = drawn[0].axes[-2]
+    ticks = dict(zip((tick.get_text() for tick in lowest.get_xticklabels()), axis.get_xticks(), strict=True))
+    assert [*ticks] == ["1", "0.5", "0.25", "any τ"]
+    beside = []
+    for arm in ("aligned_base", "align_kd"):
+        first, second = lines_of(axis, arm)
+        for line in (first, second):
+            (start, end), heights = line.get_xdata(), line.get_ydata()
+            assert heights[0] == heights[1] and start == 1.0 and line.get_markevery() == [1]
+            beside.append(end)
+    assert len(set(beside)) == 4 and max(beside) < 0.2 and np.mean(beside) == pytest.approx(ticks["any τ"])
+    for line in lines_of(axis, "kd_align"):
+        # Far nearer to its own temperature than to the next.
+        np.testing.assert_allclose(line.get_xdata(), [0.25, 0.5, 1.0], atol=0.25 / 4)
+    assert len(lines_of(axis, "kd_align")) == 2
+
+
+def test_what_does_not_depend_on_the_temperature_is_not_drawn_again_for_each(drawn):
+    draw("noise", finished(label_noise=[0.0, 0.2]).sel(temperature=[1.0, 0.25]))
+    axes = drawn[0].axes
+    assert len(axes) == len(CAPACITIES) * len(KL_COEFS)
+    for axis in axes:
+        assert [len(lines_of(axis, arm)) for arm in ("aligned_base", "kd_align", "align_kd")] == [1, 2, 1]
+    labels = [text.get_text() for text, _ in legend_of(drawn[0])]
+    assert labels[-3:] == ["τ = 1", "τ = 0.25", "any τ: aligned base, Align→KD"]
+    # Three temperatures are too many for kinds of line.
+    draw("noise", finished(label_noise=[0.0, 0.2]))
+    assert len(drawn[1].axes) == len(CAPACITIES) * len(KL_COEFS) * 3
+
+
+def test_boundaries_of_the_student_are_not_drawn_where_it_is_no_reference(drawn, summary):
+    one = summary.isel(algorithm=0, target_weight=0)
+    phase_figures.draw_plane(one, recovery.predictions(AlignmentSettings(algorithm="ppo")))
+    contours = {}
+    for axis in drawn[0].axes:
+        count = sum(isinstance(drawn_on, matplotlib.contour.ContourSet) for drawn_on in axis.collections)
+        contours.setdefault(axis.get_title(), []).append(count)
+    assert contours["recovered, Align→KD"] == [0, 0]
+    assert min(contours["recovered, KD→Align"] + contours["Align→KD − KD→Align"]) >= 2
+
+
+def test_critical_masses_are_found_for_each_number_of_draws(tmp_path, few_resamples):
+    dataset = finished(draws=[64, 256])
+    student = dataset.target_mass.sel(stage="student")
+    dataset.target_mass.loc[{"stage": "kd_align"}] = ((student * student.draws > 0.8) * 0.8).values
+    dataset.attrs["configuration"] = configuration("draws")
+    told = phase_report.report({"sweep": dataset}, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "critical_mass.csv").read_text().splitlines()))
+    assert len(rows) == 2 * len(KL_COEFS) * 3 and {row["draws"] for row in rows} == {"64", "256"}
+    for row in rows:
+        if row["reference"] == "student":
+            assert float(row["critical_mass"]) * int(row["draws"]) == pytest.approx(0.8, rel=0.25)
+    for count in (64, 256):
+        assert f"in the first step from m = {1 / count:.2g} on" in told
+    [verdict] = [line for line in told.splitlines() if line.startswith("β = 1, K = 4")]
+    assert verdict.startswith("β = 1, K = 4: while n rises 4-fold, from 64 to 256, the critical mass falls ")
+    assert 3 < float(verdict.split("falls ")[1].split("-fold")[0]) < 5
+    assert "β = 1, base" not in told
 
 
 def test_the_balance_is_that_of_recovered_runs_with_two_targets(drawn):
@@ -618,16 +800,46 @@ def test_a_mass_that_no_draw_shows_is_put_at_that_of_one_draw(dataset):
 
 
 def test_each_panel_of_the_critical_mass_says_how_many_runs_it_shows(drawn, dataset):
-    found = {}
-    for kl_coef in KL_COEFS:
-        points = recovery.references([dataset.isel(algorithm=0)], kl_coef)
-        points.log_odds[:50] = np.nan
-        found[kl_coef] = (points, recovery.critical_mass(points, kl_coef, 9))
-    phase_figures.draw_critical_mass(found, recovery.predictions(AlignmentSettings(algorithm="ppo")))
+    critical_figure(dataset, lambda points: points.log_odds.__setitem__(slice(50), np.nan))
     runs = (2 * len(TEMPERATURES) + 1) * SEEDS
     titles = [axis.get_title() for axis in drawn[0].axes]
     assert all(f"{runs} runs of {SEEDS} seeds" in title for title in titles[:2])
-    assert all(f"{runs - 50} runs of {SEEDS} seeds" in title for title in titles[2:])
+    assert all(f"{runs - 50} runs of {SEEDS} seeds" in title for title in titles[6:])
+
+
+def critical_figure(dataset, change=lambda points: None):
+    """Draw the critical masses of a store's references after a change to them; returns what was found."""
+    found = {}
+    for kl_coef in KL_COEFS:
+        points = recovery.references([dataset.isel(algorithm=0)], kl_coef)
+        change(points)
+        families = recovery.by_family(points)
+        found[kl_coef] = families, [recovery.critical_mass(one, kl_coef, 9) for one in families.values()]
+    phase_figures.draw_critical_mass(found, recovery.predictions(AlignmentSettings(algorithm="ppo")))
+    return found
+
+
+def test_every_family_has_a_lane_with_its_critical_mass_and_its_prediction(drawn, dataset):
+    found = critical_figure(dataset)
+    assert [tick.get_text() for tick in drawn[0].axes[4].get_yticklabels()] == ["base", "K = 4", "K = 2"]
+    for (_, masses), lanes in zip(found.values(), drawn[0].axes[4:6], strict=True):
+        single = {
+            (line.get_marker(), int(line.get_ydata()[0])): line.get_xdata()[0]
+            for line in lanes.get_lines()
+            if len(line.get_xdata()) == 1
+        }
+        for height, one in enumerate(masses):
+            marks = {marker: at for (marker, where), at in single.items() if where == height}
+            np.testing.assert_equal(marks.pop("|"), one.gibbs_mass)
+            assert [*marks.values()] == ([one.mass] if one.is_seen else [])
+    assert any(not one.is_seen for _, masses in found.values() for one in masses)
+    colours = {text.get_text(): handle.get_color() for text, handle in legend_of(drawn[0])}
+    assert colours["base"] == "black" and len({str(colour) for colour in colours.values()}) >= 4
+
+
+def legend_of(figure):
+    [legend] = figure.legends
+    return list(zip(legend.get_texts(), legend.legend_handles, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -669,3 +881,20 @@ def test_the_table_holds_the_balance_that_the_figure_shows_and_the_bases_that_me
     assert two["target_balance_median"] == 0.75 and two["target_balance_runs"] == round(two["recovery"] * SEEDS) > 0
     assert np.isnan(one["target_balance_median"]) and one["target_balance_runs"] == 0
     assert {row["bases_failed"] for row in rows} == {5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SCRIPT["PRESETS"])
+def test_every_preset_goes_from_computing_to_its_figure(preset, capsys, tmp_path):
+    SCRIPT["main"](SCRIPT["Config"](preset, quick=True, seeds=2, steps=4, out=tmp_path, compile_cache=False))
+    told = capsys.readouterr().out
+    assert (tmp_path / f"{preset}.txt").read_text().strip() in told
+    figures = {"plane": ["phase_diagram", "critical_mass"]}.get(preset, [preset])
+    for name in figures:
+        assert matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.05
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    rows = list(csv.DictReader((tmp_path / f"{preset}.csv").read_text().splitlines()))
+    with xr.open_zarr(tmp_path / "sweep.zarr") as store:
+        arms = [name for name in store.stage.values if name not in ("base", "student")]
+        assert len(rows) == store.target_mass.isel(stage=0, seed=0).size * len(arms)
+        assert store.done.values.all() and (store.failed == 0).all()

@@ -394,6 +394,22 @@ def test_curve_intervals_cover():
         assert 0.87 <= np.mean(covered) <= 0.99, name
 
 
+def test_separated_runs_on_a_nearly_flat_ridge_are_fitted_in_every_resample():
+    x = (np.random.default_rng(0).normal(0, 0.3, 24)[:, None] + 3 * np.log10([1.0, 0.5, 0.25])).ravel()
+    x, cluster = np.concatenate([x, x[:6], x]), np.repeat([*range(24), 0, 1, *range(24)], 3)
+    recovered = x > np.log10(1 / 3)
+    # In one of these resamples the likelihood has a saddle on its way up, from which scoring does not get away.
+    curve = statistics.recovery_curve(x, recovered, cluster, num_resamples=399)
+    assert np.isfinite(curve.resamples).all()
+    counts = np.random.default_rng(0).multinomial(24, np.full(24, 1 / 24), 399)[332][cluster]
+    x, recovered = np.repeat(x, counts), np.repeat(recovered, counts)
+    best = optimize.minimize(
+        lambda c: -penalised_likelihood(c, x + 1, recovered), [-1.0, 20.0], method="Nelder-Mead",
+        options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 2000},
+    ).x  # fmt: skip
+    assert curve.resamples[332] == pytest.approx([best[0] + best[1], best[1]], rel=1e-4)
+
+
 def test_copies_within_clusters_do_not_narrow_the_interval():
     x, recovered, cluster = logistic_runs(np.random.default_rng(0), 100, 1)
     width = {}
