@@ -72,7 +72,10 @@ class _Digests:
         yield " ".join(used(jaxpr.outvars))
 
     def _literal(self, literal: Literal) -> str:
-        return f"{_type(literal.aval)}{np.asarray(literal.val).astype(literal.aval.dtype).tobytes().hex()}"
+        value = np.asarray(literal.val)
+        if value.dtype != literal.aval.dtype:
+            value = value.astype(literal.aval.dtype)
+        return f"{_type(literal.aval)}{value.tobytes().hex()}"
 
     def told(self, value: Any) -> str:
         """A parameter or constant as a text that another process would give it too."""
@@ -100,7 +103,7 @@ def as_numpy(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
-    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+    return array if array.dtype.kind in "biufc" else array.astype(np.float32)
 
 
 def _type(aval: Any) -> str:
