@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 TABLE = np.arange(4, dtype=np.float32)
 
 
-def function(power=2, table=TABLE, limit=8, activation=jax.nn.relu, draw=jax.random.normal):
+def function(power=2, table=TABLE, limit=8, activation=jax.nn.relu, draw=jax.random.normal, scale=0.5):
     """Derivatives, loops, branches, a callback and constants."""
 
     def of_one(key, x):
@@ -23,7 +23,8 @@ def function(power=2, table=TABLE, limit=8, activation=jax.nn.relu, draw=jax.ran
             return carry + jnp.sin(x) * i, activation(carry)
 
         total, kept = jax.lax.scan(summed, x, jnp.arange(limit, dtype=jnp.float32))
-        slope = jax.grad(lambda y: jax.nn.gelu(y) ** power)(x)
+        # The derivative of a sum is spread over what was summed, and its operation names the devices.
+        slope = jax.grad(lambda y: (jax.nn.gelu(y * jnp.asarray(TABLE)) ** power).sum())(x * scale)
         chosen = jax.lax.cond(x > 0, lambda: total, lambda: slope)
         seen = jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), chosen)
         return seen, kept.sum(), draw(key, (3,)) + jnp.asarray(table).sum(), jnp.sort(jnp.linalg.qr(jnp.eye(3) * x)[0])
@@ -42,6 +43,18 @@ def test_the_same_computation_has_the_same_digest_however_it_is_written():
 
     traced = jax.make_jaxpr(otherwise)(KEY, jnp.float32(1))
     assert trace.digest(traced.jaxpr.eqns[-1].params["jaxpr"]) == digest(function()) == digest(function())
+
+
+def test_names_are_no_part_of_a_digest():
+    @jax.jit
+    def one(x):
+        return x * 2
+
+    @jax.jit
+    def other(x):
+        return x * 2
+
+    assert digest(function(activation=one)) == digest(function(activation=other))
 
 
 def test_where_a_function_is_traced_for_is_no_part_of_its_digest():
@@ -72,6 +85,7 @@ def test_where_a_function_is_traced_for_is_no_part_of_its_digest():
         {"limit": 9},
         {"activation": jnp.tanh},
         {"draw": jax.random.uniform},
+        {"scale": 0.25},
     ],
 )
 def test_another_computation_has_another_digest(changes):
