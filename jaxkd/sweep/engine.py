@@ -272,11 +272,10 @@ def run_sweep(
                 checks.whole("--chunk", given, least=1)
         cache = use_compile_cache(compile_cache)
         sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
-        template = Template(grid, sweep.variables(), labels or {}, coordinates or {}, shared)
-        depends_on = {**(configuration or {}), stores.FUNCTION: sweep.digest()}
+        template = Template(grid, sweep.variables(), labels or {}, coordinates or {}, sweep.digest(), shared)
     wanted = _Chunk(chunk, default_chunk)
     with ExitStack() as claims:
-        opened, chunk = _open(sweep, template, Path(store), depends_on, wanted, overwrite, claims)
+        opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite, claims)
         _tell_of_what_is_idle(sweep, wanted, opened.path.stem)
         with hosts.together("finish the sweep", lambda over: _show_others(opened, over, progress)):
             runs, before, failed = _compute(sweep, opened, sweep.fitting(chunk), cache, progress)

@@ -29,8 +29,8 @@ STORE_VERSION = 1
 LEDGER = "done"
 """The variable that says which blocks are finished: 1 each, written after the block's data."""
 
-FUNCTION = "trace of the function"
-"""In a store's configuration: `trace.digest` of what was run; stores of before have none."""
+FUNCTION = "function"
+"""The attribute that tells `trace.digest` of what was run; stores of before have none."""
 
 _BLOCK = "block"
 _SHARED = "shared arrays"
@@ -132,7 +132,8 @@ class Template:
       variables: shape of one run's value and its type, by name.
       labels: of variables and coordinates, by name.
       coordinates: values along the variables' own dimensions.
-      shared: pytrees of arrays that all runs share; kept beside the results, to be compared when a sweep goes on.
+      function: digest of the function that makes them, to be compared when a sweep goes on.
+      shared: pytrees of arrays that all runs share; kept beside the results, to be compared likewise.
 
     Raises:
       ValueError: when a label names as many dimensions as its variable has not, when two variables disagree about the
@@ -143,6 +144,7 @@ class Template:
     variables: Mapping[str, jax.ShapeDtypeStruct]
     labels: Mapping[str, Label] = field(default_factory=dict)
     coordinates: Mapping[str, Sequence] = field(default_factory=dict)
+    function: str = ""
     shared: Any = ()
 
     def __post_init__(self):
@@ -263,6 +265,7 @@ def create(
     check_replaceable(path, overwrite)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk, "devices": devices}
+    attributes[FUNCTION] = template.function
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -318,13 +321,13 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
     found = json.loads(attributes["configuration"])
     wanted = json.loads(json.dumps(_resolved(template, configuration), default=str))
     by, here = versions(attributes), versions(provenance({}))
-    if FUNCTION not in found or by != here:
-        # Another jax traces the same function otherwise.
-        found.pop(FUNCTION, None), wanted.pop(FUNCTION, None)
     differing = _differences(
         {"jaxkd_store_version": attributes["jaxkd_store_version"], **by, **found},
         {"jaxkd_store_version": str(STORE_VERSION), **here, **wanted},
     )
+    # Another jax traces the same function otherwise.
+    if by == here and attributes.get(FUNCTION, template.function) != template.function:
+        differing.append("the function has changed")
     if differing := differing + _differing_shared(path, template.shared):
         raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
     return Store(path)
@@ -354,13 +357,14 @@ def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
     configurations = [json.loads(dataset.attrs["configuration"]) for dataset in datasets]
     by_versions = [versions(dataset.attrs) for dataset in datasets]
     own = ("axis seed", "grid fingerprint", "block shape")
-    if not all(FUNCTION in one for one in configurations):
-        own = (*own, FUNCTION)
     first, *others = (
         {key: value for key, value in one.items() if key not in own} | by
         for one, by in zip(configurations, by_versions, strict=True)
     )
-    if differing := [told for other in others for told in files.differences(first, other)]:
+    differing = [told for other in others for told in files.differences(first, other)]
+    if len({dataset.attrs[FUNCTION] for dataset in datasets if FUNCTION in dataset.attrs}) > 1:
+        differing.append("other functions")
+    if differing:
         raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
     joined = xr.concat([dataset.drop_vars(LEDGER) for dataset in datasets], SEED, combine_attrs="override")
     if not joined.indexes[SEED].is_unique:
@@ -492,6 +496,5 @@ def _no_store(path: Path) -> str:
 
 def _differences(held: Mapping, wanted: Mapping) -> list[str]:
     told = files.differences(held, wanted)
-    told = ["the function has changed" if one.startswith(f"{FUNCTION}:") else one for one in told]
     # The fingerprint alone says nothing: it is named only when nothing else is.
     return [one for one in told if not one.startswith("grid fingerprint:")] or told
