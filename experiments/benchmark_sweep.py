@@ -135,7 +135,9 @@ def keys_of(runs: int):
     import jax
     import jax.numpy as jnp
 
-    return jax.vmap(jax.random.key)(jnp.arange(runs))
+    from jaxkd import random
+
+    return jax.vmap(lambda seed: jax.random.key(seed, impl=random.IMPLEMENTATION))(jnp.arange(runs))
 
 
 def engine_form(workload: Workload, runs: int, chunk: int, devices: int) -> Form:

@@ -1,12 +1,12 @@
 """On a Gaussian mixture: does aligning before distilling beat distilling before aligning, by how much, and why?
 
 Fits a base to samples of an 8-mode ring with one rare target mode, distils students from it, and runs every order of
-alignment and distillation on every seed. Prints a table, and writes mog_order.zarr, table.csv and mog_order.png/.pdf.
+alignment and distillation on every seed, into runs.zarr, which survives being killed: the same command goes on where it
+was. Prints a table, and writes mog_order.zarr, table.csv and mog_order.png/.pdf; `experiments/replot.py` makes table
+and figure again from mog_order.zarr alone.
 """
 
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,12 @@ import tyro
 from jaxkd.sweep import engine
 
 SEEDS, QUICK_SEEDS = 256, 16
+SEEDS_PER_BLOCK = 16
+"""What is written and resumed at once."""
+DEFAULT_CHUNK = 2
+LARGEST_CAPACITY = 8
+OF_THE_GRID = ("seeds", "first_seed")
+"""What the grid of the runs says by itself, so that more seeds may be joined."""
 ALL_ALGORITHMS = ("ppo", "online_dpo", "offline_dpo_ref", "offline_dpo_data")
 
 
@@ -63,12 +69,15 @@ class Config:
     """EM starts of the base, of which the best is kept; 1 is the single-start preset."""
     match_component_evaluations: bool = False
     """Give alignments of the smaller student proportionally more updates, so that all evaluate as many components."""
-    batch_size: int = 2
-    """Seeds that a device computes at a time; changes speed, not results."""
+    chunk: int | None = None
+    """Seeds that a device computes at a time; changes speed, not results. By default the store's, and 2 for a new
+    one."""
+    compile_cache: bool = True
+    """Keep compiled programs on disk ($JAX_COMPILATION_CACHE_DIR, else ~/.cache/jaxkd)."""
     out: Path = Path("runs/mog_order")
-    """Folder for the store, the table and the figure."""
+    """Folder for the stores, the table and the figure."""
     overwrite: bool = False
-    """Replace a store that is in that folder."""
+    """Replace stores that are in that folder; without it the same command goes on where it was."""
     quick: bool = False
     """A small run that finishes in well under a minute: 16 seeds and ppo alone, unless others are given."""
 
@@ -85,7 +94,7 @@ class Config:
         checks.names("--arms", self.arms, pipelines.arms())
         if "kd_align" not in self.arms:
             raise ValueError(f"--arms must contain kd_align, which the others are compared with; got {self.arms}")
-        checks.whole("--capacity", self.capacity, least=1, most=8)
+        checks.whole("--capacity", self.capacity, least=1, most=LARGEST_CAPACITY)
         checks.numbers("--temperatures", self.temperatures, above=0.0, most=10.0)
         checks.numbers("--kl-coefs", self.kl_coefs, above=0.0)
         checks.number("--target-weight", self.target_weight, least=0.0, below=1.0)
@@ -98,7 +107,8 @@ class Config:
         if self.learning_rate is not None:
             checks.number("--learning-rate", self.learning_rate, above=0.0)
         checks.whole("--starts", self.starts, least=1)
-        checks.whole("--batch-size", self.batch_size, least=1)
+        if self.chunk is not None:
+            checks.whole("--chunk", self.chunk, least=1)
         for algorithm in algorithms:
             try:
                 AlignmentSettings(algorithm=algorithm, num_updates=self.steps)
@@ -118,9 +128,26 @@ class Config:
         return replace(self, **self._in_place())
 
     def results_depend_on(self) -> dict:
-        """All but what changes only where and how fast the results are made; the learning rates that are used."""
-        own = {key: value for key, value in asdict(self).items() if key not in ("out", "overwrite", "quick")}
-        return own | {"learning_rate": {name: self.learning_rate_of(name) for name in self.algorithms}}
+        """All but what changes only where and how fast the results are made; the learning rates that are used.
+
+        Beside the flags stand the settings that no flag says.
+        """
+        from jaxkd.align import Coefficients, label_coefficients
+
+        elsewhere = ("chunk", "compile_cache", "out", "overwrite", "quick")
+        own = {key: value for key, value in asdict(self).items() if key not in elsewhere}
+        laboratory = asdict(settings_of(self, self.algorithms[0]))
+        alignment = {key: value for key, value in laboratory.pop("alignment").items() if key != "algorithm"}
+        coefficients = {name: Coefficients(**label_coefficients(name, self.label_noise)) for name in self.algorithms}
+        return own | {
+            "learning_rate": {name: self.learning_rate_of(name) for name in self.algorithms},
+            "alignment": alignment,
+            "laboratory": laboratory,
+            "coefficients": {
+                name: {key: value for key, value in values._asdict().items() if key not in ("learning_rate", "kl_coef")}
+                for name, values in coefficients.items()
+            },
+        }
 
     def learning_rate_of(self, algorithm: str) -> float:
         """The one that was asked for, else the algorithm's tuned one."""
@@ -134,10 +161,11 @@ def runs_of(config: Config):
     import jax
     import jax.numpy as jnp
 
-    from jaxkd import laboratory, metrics
+    from jaxkd import laboratory, metrics, random
     from jaxkd.truth import make_truth
 
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds))
+    seeds = jnp.arange(config.first_seed, config.first_seed + config.seeds)
+    keys = jax.vmap(lambda seed: jax.random.key(seed, impl=random.IMPLEMENTATION))(seeds)
     truth = make_truth(targets=config.targets, num_targets=config.num_targets, target_weight=config.target_weight)
     points = laboratory.Points(jnp.asarray(config.temperatures), jnp.asarray(config.kl_coefs))
     grid = metrics.make_grid(truth, points=settings_of(config, config.algorithms[0]).grid_points)
@@ -189,84 +217,58 @@ def coefficients_of(config: Config, algorithm: str, learning_rate: float | None 
     return Coefficients(*(jnp.float32(value) for value in chosen))
 
 
-def compute(config: Config):
-    """Run everything and return the labelled results.
-
-    One device call prepares all seeds, and one an algorithm runs all arms of all seeds. The programs depend only on
-    shapes, so they compile side by side while earlier ones run.
-    """
+def sweep(config: Config):
+    """Run or go on with all algorithms on all seeds; the report of what was done."""
     import jax
-    from tqdm import tqdm
 
     from jaxkd import laboratory, results
+    from jaxkd.sweep.grid import Grid
 
-    keys, truth, points, grid = runs_of(config)
+    _, truth, points, grid = runs_of(config)
     prepare, arms = functions_of(config)
-    bars = {
-        name: tqdm(desc=f"{name:<17}", unit="seed", total=config.seeds, smoothing=0, position=i, file=sys.stderr)
-        for i, name in enumerate(("base and students", *arms))
-    }
-
-    def start(name):
-        bars[name].set_postfix_str("compiling")
-        per_batch = min(config.batch_size, -(-config.seeds // jax.local_device_count()))
-        return {
-            "batch_size": config.batch_size,
-            "quick_compile": config.seeds <= QUICK_SEEDS,
-            "on_batch": lambda: bars[name].update(min(per_batch, bars[name].total - bars[name].n)),
-        }
-
-    def compiling(name, function, arguments, shared):
-        return engine.compile_runs(function, arguments, shared, **start(name))
-
-    def run(name, compiled, arguments, shared):
-        bars[name].set_postfix_str(f"compiled in {compiled.seconds:.1f} s")
-        bars[name].unpause()
-        begin = time.perf_counter()
-        outcome = compiled.call(arguments, shared)
-        bars[name].set_postfix_str(f"compiled in {compiled.seconds:.1f} s, ran in {time.perf_counter() - begin:.1f} s")
-        return outcome
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        shared = (truth, points, grid)
-        preparing = pool.submit(compiling, "base and students", prepare, (keys,), shared)
-        shapes, _ = jax.eval_shape(jax.vmap(lambda key: prepare(key, *shared)), keys)
-        pending = {}
-        for algorithm, function in arms.items():
-            shared_by_arms = (points, coefficients_of(config, algorithm), grid)
-            pending[algorithm] = (
-                pool.submit(compiling, algorithm, function, (keys, shapes), shared_by_arms),
-                shared_by_arms,
-            )
-        prepared, measured = run("base and students", preparing.result(), (keys,), shared)
-        by_algorithm = {
-            algorithm: run(algorithm, future.result(), (keys, prepared), shared_by_arms)
-            for algorithm, (future, shared_by_arms) in pending.items()
-        }
-    for bar in bars.values():
-        bar.close()
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
     made = laboratory.made_by(settings_of(config, config.algorithms[0]))
-    return results.to_dataset(
-        prepared,
-        measured,
-        by_algorithm,
-        made,
-        config.temperatures,
-        config.kl_coefs,
-        seeds,
-        num_components=8,
-        flip_rate=config.label_noise,
+    axes = (config.temperatures, config.kl_coefs)
+
+    def run(key, _, truth, points, coefficients, grid, *, algorithm):
+        prepared, shared = prepare(key, truth, points, grid)
+        # Two programs in one: what the arms begin with has the bits that it has alone.
+        prepared, shared = jax.lax.optimization_barrier((prepared, shared))
+        measured = arms[algorithm](key, prepared, points, coefficients[algorithm], grid)
+        return prepared._replace(truth=(), models={}), shared, measured
+
+    def finish(outcome, block):
+        name = block.static["algorithm"]
+        return results.of_algorithm(*outcome, made, *axes, name, LARGEST_CAPACITY, config.label_noise)
+
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    return engine.run_sweep(
+        run,
+        Grid({"algorithm": config.algorithms}, seeds, static=["algorithm"], runs_per_block=SEEDS_PER_BLOCK),
+        config.out / "runs.zarr",
+        shared=(truth, points, {name: coefficients_of(config, name) for name in config.algorithms}, grid),
+        finish=finish,
+        labels=results.labels_with_models(),
+        coordinates={
+            "temperature": config.temperatures,
+            "kl_coef": config.kl_coefs,
+            "stage": [*laboratory.PREPARED, *made],
+        },
+        configuration={key: value for key, value in config.results_depend_on().items() if key not in OF_THE_GRID},
+        chunk=config.chunk,
+        default_chunk=DEFAULT_CHUNK,
+        overwrite=config.overwrite,
+        compile_cache=config.compile_cache,
+        quick_compile=config.seeds <= QUICK_SEEDS,
     )
 
 
-def summarise(dataset, rows, config: Config) -> str:
+def summarise(dataset, rows) -> str:
     """What the run says, in a few sentences made from its own numbers."""
-    failed = f"{100 * float(dataset.base_failed.mean()):.1f} % of {config.seeds} seeds"
+    failed = f"{100 * float(dataset.base_failed.mean()):.1f} % of {dataset.sizes['seed']} seeds"
     lines = [f"Base: merges or misses a mode in {failed} (kept)."]
-    if config.target_weight == 0:
+    if float(dataset.truth_weight.where(dataset.truth_is_target).sum()) == 0:
         lines.append("The target has no weight in p*: there is nothing to recover, rates below say nothing.")
-    for temperature in config.temperatures:
+    for temperature in dataset.temperature.values:
         student = dataset.target_mass.sel(stage="student", temperature=temperature).isel(algorithm=0, kl_coef=0)
         told = [f"Student at τ = {temperature:g}: median target mass {float(student.median()):.2g}."]
         for row in rows:
@@ -289,24 +291,44 @@ def summarise(dataset, rows, config: Config) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config) -> None:
-    """Compute, write and print."""
+def report(dataset, out: Path) -> str:
+    """Write the table and the figure of a finished run; what is to be printed."""
     from jaxkd import figures, results
+
+    rows = results.table(dataset)
+    results.write_csv(rows, out / "table.csv")
+    figures.mog_order(dataset, out / "mog_order.png", out / "mog_order.pdf")
+    return f"{results.format_table(rows)}\n\n{summarise(dataset, rows)}"
+
+
+def is_held(dataset, path: Path) -> bool:
+    """Whether a store holds these very results: it then keeps what it says of the device and version that made them."""
+    import xarray as xr
+
+    with xr.open_zarr(path) as held:
+        return held.load().drop_attrs().equals(dataset.drop_attrs())
+
+
+def main(config: Config) -> None:
+    """Compute what is missing, write and print."""
+    import xarray as xr
+
+    from jaxkd import results
     from jaxkd.sweep import store
 
     begin = time.perf_counter()
     config = config.resolved()
-    path = config.out / "mog_order.zarr"
-    if not config.overwrite:
+    path, runs = config.out / "mog_order.zarr", config.out / "runs.zarr"
+    if not config.overwrite and not runs.exists():
+        # Nothing says that it was made from runs that are gone.
         store.check_free(path, config.results_depend_on())
-    config.out.mkdir(parents=True, exist_ok=True)
-    dataset = compute(config)
-    store.write(dataset, path, config.results_depend_on(), overwrite=config.overwrite)
-    rows = results.table(dataset)
-    results.write_csv(rows, config.out / "table.csv")
-    print(results.format_table(rows))
-    print("\n" + summarise(dataset, rows, config))
-    figures.mog_order(dataset, config.out / "mog_order.png", config.out / "mog_order.pdf")
+    store.check_replaceable(path, overwrite=True)
+    done = sweep(config)
+    with xr.open_zarr(runs) as swept:
+        dataset = results.of_sweep(swept, runs_of(config)[1])
+    if not (path.exists() and is_held(dataset, path)):
+        store.write(dataset, path, config.results_depend_on(), overwrite=True)
+    print(f"{done}\n{report(dataset, config.out)}")
     print(f"\nWrote mog_order.zarr, table.csv, mog_order.png and mog_order.pdf to {config.out}")
     print(f"in {time.perf_counter() - begin:.0f} s")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from mog_order import Config, coefficients_of, functions_of, runs_of, settings_of
+from mog_order import DEFAULT_CHUNK, Config, coefficients_of, functions_of, runs_of, settings_of
 
 from jaxkd.sweep import engine
 
@@ -53,12 +53,12 @@ def main(tuning: Tuning) -> None:
     keys, truth, points, grid = runs_of(config)
     prepare, arms = functions_of(config)
     shared = (truth, points, grid)
-    compiled = engine.compile_runs(prepare, (keys,), shared, batch_size=config.batch_size)
+    compiled = engine.compile_runs(prepare, (keys,), shared, batch_size=DEFAULT_CHUNK)
     prepared, measured = compiled.call((keys,), shared)
     found = {}
     for algorithm, function in arms.items():
         inputs = (points, coefficients_of(config, algorithm), grid)
-        compiled = engine.compile_runs(function, (keys, prepared), inputs, batch_size=config.batch_size)
+        compiled = engine.compile_runs(function, (keys, prepared), inputs, batch_size=DEFAULT_CHUNK)
         distances = {}
         for rate in tuning.learning_rates:
             arguments = (points, coefficients_of(config, algorithm, rate), grid)

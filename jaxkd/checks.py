@@ -68,10 +68,15 @@ def no_repeats(flag: str, values: Sequence) -> None:
 
 
 def folder(flag: str, path: Path | str) -> None:
-    """Raise ValueError where a path is that of a bucket: a local folder would bear its name."""
+    """Raise ValueError where a path is that of a bucket: a local folder would bear its name.
+
+    A bucket that is mounted is no way out: what is written here takes its name by renaming a file or folder, which
+    such mounts refuse.
+    """
     # A Path has lost one of the two slashes.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise ValueError(
-            f"{flag} must be a folder, got {path}: buckets are not supported; mount it on every host (gcsfuse, "
-            "mountpoint-s3) and give the folder, or write to a disk and copy"
+            f"{flag} must be a folder, got {path}: buckets are not supported, nor mounts of them (gcsfuse, "
+            "mountpoint-s3); give a folder of a file system that renames folders (a disk; for several hosts NFS, "
+            "Filestore, EFS or Lustre) and copy what is finished"
         )

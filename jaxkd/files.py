@@ -21,7 +21,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claim(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Keep other processes from what is at a path for as long as the block lasts; a killed process keeps nothing.
+    """Keep other processes from what is at a path for as long as the block lasts.
+
+    A killed process keeps nothing where the file system has flock. Elsewhere the claim is the file itself (filelock
+    warns of it): one that was killed on another host keeps it until `claim_of` is deleted.
 
     Args:
       path: a file or folder, there or not; its claim is a file beside it.
@@ -29,18 +32,37 @@ def claim(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Yields:
       Whether the claim is this process's own; always where it waits.
+
+    Raises:
+      OSError: when the file system takes no claim.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(claim_of(path))
     try:
         lock.acquire(blocking=wait)
     except Timeout:
         yield False
         return
+    except (OSError, NotImplementedError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise OSError(f"cannot lock {claim_of(path)}: {why}; choose an --out on a file system with locks") from error
     try:
         yield True
     finally:
         lock.release()
+
+
+def claim_of(path: Path) -> Path:
+    """The file that is locked while a process has a claim on a path; it may stay when none has."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def claimed(path: Path) -> str:
+    """What to do about a path that another process has a claim on, for a message."""
+    return (
+        f"wait until it ends, or choose another --out; if it was killed on another host, whose claim may stay where "
+        f"the file system has no flock, delete {claim_of(path)}"
+    )
 
 
 def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -521,7 +521,7 @@ def _sharpener(group, layout, keys, truth, capacity, coefficients, settings):
 def _choose(first_one, first: jax.Array, second: jax.Array) -> jax.Array:
     """One of two keys."""
     data = jnp.where(first_one, jax.random.key_data(first), jax.random.key_data(second))
-    return jax.random.wrap_key_data(data)
+    return jax.random.wrap_key_data(data, impl=random.IMPLEMENTATION)
 
 
 def _optima(bench, key, made: _Made, reward, points: Points) -> dict[str, Optimum]:

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+IMPLEMENTATION = "threefry2x32"
+"""jax's name of the generator: keys are made with it whatever `jax_default_prng_impl` says."""
+
 _TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def _threefry(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Hash pairs of counters, uint32 of any one shape, under a key; both words of each pair."""
-    first_key, second_key = jax.random.key_data(key)
+    # The first two words of a key of jax's "rbg" are those of threefry's, after split and fold_in too.
+    first_key, second_key, *_ = jax.random.key_data(key)
     keys = (first_key, second_key, first_key ^ second_key ^ jnp.uint32(0x1BD11BDA))
     first, second = first + keys[0], second + keys[1]
     for block in range(5):
@@ -32,7 +36,7 @@ def keys(key: jax.Array, count: int) -> jax.Array:
     """The keys `jax.random.fold_in(key, i)` for i below `count`: the first do not depend on how many follow."""
     number = lax.iota(jnp.uint32, count)
     words = jnp.stack(_threefry(key, jnp.zeros_like(number), number), axis=1)
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.wrap_key_data(words, impl=IMPLEMENTATION)
 
 
 def words(key: jax.Array, rows: int, n: int) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxkd.align import ALGORITHMS
 from jaxkd.laboratory import PREPARED, Measured, Outcome, Points, Prepared, by_stage, pad_components
 from jaxkd.metrics import RECOVERED_MASS
 from jaxkd.sweep.store import Label
+from jaxkd.truth import Truth
 
 DIMS = ("algorithm", "temperature", "kl_coef", "seed", "stage")
 
@@ -111,6 +112,12 @@ def labels() -> dict[str, Label]:
     }
 
 
+def labels_with_models() -> dict[str, Label]:
+    """The same of what `of_algorithm` makes."""
+    further = {name: Label(*UNITS[name], (*INNER_DIMS, *dims)) for name, dims in _FURTHER_DIMS.items()}
+    return labels() | further
+
+
 def of_runs(
     outcome: Outcome,
     names: Sequence[str],
@@ -195,16 +202,21 @@ def to_dataset(
       flip_rate: share of flipped labels, as for `of_runs`.
       label_temperature: T of the labels, as for `of_runs`.
     """
-    stages = [*PREPARED, *made]
-    points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
     columns: dict[str, list] = {}
     for algorithm, measured in by_algorithm.items():
-        padded = [one._replace(model=pad_components(one.model, num_components)) for one in (shared, measured)]
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
-        outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
-        found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
-        beside = _components(whole.model) | {_OF_MODES: _quantities(whole)[_OF_MODES]}
-        for name, values in (found | _by_point(beside, stages, points)).items():
+        found = of_algorithm(
+            prepared,
+            shared,
+            measured,
+            made,
+            temperatures,
+            kl_coefs,
+            algorithm,
+            num_components,
+            flip_rate,
+            label_temperature,
+        )
+        for name, values in found.items():
             of_a_seed = name in _OF_A_SEED
             columns.setdefault(name, []).append(values if of_a_seed else np.moveaxis(values, 0, len(pipelines.AXES)))
     data = {
@@ -212,22 +224,69 @@ def to_dataset(
         name: (_dims_of(name), parts[0] if "algorithm" not in _dims_of(name) else np.stack(parts))
         for name, parts in columns.items()
     }
+    # Every seed carries the same truth; the first one's is kept.
+    truth = jax.tree.map(lambda leaf: leaf[0], prepared.truth)
+    return _labelled(data, by_algorithm, temperatures, kl_coefs, seeds, [*PREPARED, *made], truth)
+
+
+def of_algorithm(
+    prepared: Prepared,
+    shared: Measured,
+    measured: Measured,
+    made: Sequence[str],
+    temperatures,
+    kl_coefs,
+    algorithm: str,
+    num_components: int,
+    flip_rate: float = 0.0,
+    label_temperature: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """All variables of one algorithm by name, those of models and modes too, [seed, temperature, kl_coef, stage, …].
+
+    Args are those of `to_dataset`, `measured` its algorithm's; of `prepared` neither truth nor models are read.
+    """
+    stages = [*PREPARED, *made]
+    points = Points(np.asarray(temperatures), np.asarray(kl_coefs))
+    padded = [one._replace(model=pad_components(one.model, num_components)) for one in (shared, measured)]
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *padded)
+    outcome = Outcome(whole, prepared.log_likelihood, prepared.base_failed, prepared.optima)
+    found = of_runs(outcome, stages, temperatures, kl_coefs, algorithm, flip_rate, label_temperature)
+    beside = _components(whole.model) | {_OF_MODES: _quantities(whole)[_OF_MODES]}
+    return found | _by_point(beside, stages, points)
+
+
+def of_sweep(swept: xr.Dataset, truth: Truth) -> xr.Dataset:
+    """What `to_dataset` makes, from a finished sweep over algorithms and seeds whose runs are `of_algorithm`'s.
+
+    Args:
+      swept: its store, opened.
+      truth: that of all seeds.
+    """
+    data = {}
+    for name in UNITS:
+        if not name.startswith("truth_"):
+            dims = _dims_of(name)
+            values = swept[name] if "algorithm" in dims else swept[name].isel(algorithm=0)
+            data[name] = (dims, values.transpose(*dims).values)
+    axes = (swept[axis].values for axis in ("algorithm", "temperature", "kl_coef", "seed", "stage"))
+    return _labelled(data, *axes, truth)
+
+
+def _labelled(data, algorithms, temperatures, kl_coefs, seeds, stages, truth: Truth) -> xr.Dataset:
     dataset = xr.Dataset(
         data,
         coords={
-            "algorithm": _strings(list(by_algorithm)),
+            "algorithm": _strings(list(algorithms)),
             "temperature": np.asarray(temperatures, np.float64),
             "kl_coef": np.asarray(kl_coefs, np.float64),
             "seed": np.asarray(seeds),
-            "stage": _strings(stages),
+            "stage": _strings(list(stages)),
         },
     )
-    truth = prepared.truth
-    # Every seed carries the same truth; the first one's is kept.
-    dataset["truth_weight"] = ("mode", np.asarray(mixture.weights(mixture.Mixture(*(leaf[0] for leaf in truth.modes)))))
-    dataset["truth_mean"] = (("coordinate", "mode"), np.asarray(truth.modes.means[0]))
-    dataset["truth_variance"] = ((), np.exp(2 * np.asarray(truth.modes.log_scales[0])).mean())
-    dataset["truth_is_target"] = ("mode", np.asarray(truth.is_target[0]))
+    dataset["truth_weight"] = ("mode", np.asarray(mixture.weights(truth.modes)))
+    dataset["truth_mean"] = (("coordinate", "mode"), np.asarray(truth.modes.means))
+    dataset["truth_variance"] = ((), np.exp(2 * np.asarray(truth.modes.log_scales)).mean())
+    dataset["truth_is_target"] = ("mode", np.asarray(truth.is_target))
     for name, (long_name, unit) in UNITS.items():
         dataset[name].attrs = {"long_name": long_name, "units": unit}
     dataset.temperature.attrs = {"long_name": "distillation temperature τ", "units": "1"}
@@ -256,11 +315,16 @@ def _dims_of(name: str) -> tuple[str, ...]:
     return (*DIMS, *_FURTHER_DIMS.get(name, ()))
 
 
+@jax.jit
+@jax.vmap
+@jax.vmap
+def _weights_and_covariances(model: mixture.Mixture) -> tuple[jax.Array, jax.Array]:
+    return mixture.weights(model), mixture.covariances(model)
+
+
 def _components(model: mixture.Mixture) -> dict[str, np.ndarray]:
     """Parameters of a stack of mixtures in the form that readers know, [seed, row, …] each."""
-    weights, covariances = jax.jit(jax.vmap(jax.vmap(lambda one: (mixture.weights(one), mixture.covariances(one)))))(
-        model
-    )
+    weights, covariances = _weights_and_covariances(model)
     return {
         "component_weight": np.asarray(weights),
         "component_mean": np.asarray(model.means),

@@ -23,7 +23,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
         ("phase_diagram", "--chunk 0", "--chunk must be a whole number"),
         ("phase_diagram", "--preset planes", "--preset must be one of"),
         ("phase_diagram", "--axis 1", "Unrecognized options: --axis"),
-        ("replot", "nowhere", "STORE must be a folder that holds sweep.zarr; got nowhere"),
+        ("replot", "nowhere", "STORE must be a folder that holds sweep.zarr or mog_order.zarr; got nowhere"),
         ("tune_learning_rate", "--algorithms grpo", "--algorithms must be one of reinforce, ppo, online_dpo"),
         ("tune_learning_rate", "--learning-rates 0.1 0", "--learning-rates must be a finite number above 0"),
         ("tune_learning_rate", "--seeds 0", "--seeds must be a whole number of at least 1"),

@@ -39,6 +39,15 @@ def test_keys_and_words_of_several_keys_at_once_are_those_of_each():
         np.testing.assert_array_equal(together[i], alone(many[i]))
 
 
+@pytest.mark.parametrize(
+    "turn", [lambda key: key, lambda key: jax.random.split(key)[1], lambda k: jax.random.fold_in(k, 4)]
+)
+def test_keys_of_the_generator_that_is_usual_on_tpus_give_the_same_numbers(turn):
+    threefry, rbg = (turn(jax.random.key(5, impl=impl)) for impl in (random.IMPLEMENTATION, "rbg"))
+    np.testing.assert_array_equal(words(rbg, 2, 6), words(threefry, 2, 6))
+    np.testing.assert_array_equal(jax.random.key_data(keys(rbg, 3)), jax.random.key_data(keys(threefry, 3)))
+
+
 def test_uniforms_fill_the_unit_interval_evenly():
     drawn = np.asarray(jax.jit(random.uniforms, static_argnums=(1, 2))(jax.random.key(1), 2, 50_000))
     assert drawn.min() >= 0 and drawn.max() < 1

@@ -254,6 +254,32 @@ def test_components_and_the_seeds_own_stand_at_their_labels(dataset):
     np.testing.assert_array_equal(dataset.truth_is_target, TRUTH.is_target)
 
 
+def test_a_sweep_over_algorithms_and_seeds_is_the_same_data_set():
+    algorithms = ("ppo", "grpo")
+    expected = labelled(algorithms)
+    prepared = Prepared((), {}, LIKELIHOOD, BASE_FAILED, OPTIMA)
+    made = [name for name in NAMES if name not in laboratory.PREPARED]
+    runs = [
+        results.of_algorithm(
+            prepared,
+            measured(laboratory.PREPARED),
+            measured(made),
+            made,
+            TEMPERATURES,
+            KL_COEFS,
+            name,
+            num_components=8,
+        )
+        for name in algorithms
+    ]
+    labels = results.labels_with_models()
+    swept = xr.Dataset(
+        {name: (("algorithm", "seed", *labels[name].dims), np.stack([one[name] for one in runs])) for name in runs[0]},
+        coords={name: expected[name] for name in ("algorithm", "temperature", "kl_coef", "seed", "stage")},
+    )
+    xr.testing.assert_identical(results.of_sweep(swept, TRUTH), expected)
+
+
 def test_every_variable_has_a_name_a_unit_and_the_dimensions_of_its_label(dataset):
     assert all(dataset[name].attrs["long_name"] and dataset[name].attrs["units"] for name in dataset.data_vars)
     labels, found = results.labels(), of_runs()

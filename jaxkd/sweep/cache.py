@@ -41,6 +41,9 @@ def default_folder() -> Path:
 def use_compile_cache(folder: Path | bool = True) -> CacheUse:
     """Keep compiled programs on disk and use them again, in this and in later processes.
 
+    Of several processes that run together (`hosts.initialize`) jax lets process 0 alone write, and a program of one
+    process's devices is no other's: the others compile again each time.
+
     Args:
       folder: True takes jax's own setting (`jax_compilation_cache_dir`, $JAX_COMPILATION_CACHE_DIR) where there is one,
         else `default_folder()`; False changes nothing. A folder that cannot be written is told on stderr and done

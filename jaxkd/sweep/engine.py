@@ -23,8 +23,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxkd import checks, device_memory, files
-from jaxkd.sweep import hosts
+from jaxkd import checks, device_memory, files, random
+from jaxkd.sweep import hosts, trace
 from jaxkd.sweep import store as stores
 from jaxkd.sweep.cache import CacheUse, use_compile_cache
 from jaxkd.sweep.grid import Block, Grid
@@ -230,19 +230,20 @@ def run_sweep(
 
     Args:
       function: pure, of one run: `(key, hyperparameters, *shared, **static) -> pytree of arrays`. The key is
-        `jax.random.key(seed)`; `hyperparameters` holds a traced scalar by name of each traced axis; `static` holds the
-        value of each static axis, and the block's settings. It is traced in threads: set jax up by `jax.config.update`,
-        which reaches them, and not by context managers.
+        `jax.random.key(seed, impl="threefry2x32")`; `hyperparameters` holds a traced scalar by name of each traced
+        axis; `static` holds the value of each static axis, and the block's settings. It is traced in threads: set jax
+        up by `jax.config.update`, which reaches them, and not by context managers.
       grid: which runs.
       store: folder of the store. Every process of a cluster must see it under this name.
       shared: pytrees of arrays that all runs share; what a function closes over becomes a constant of the program.
       settings: more static keywords of the function, by block; they may shape the program (a padding, say) but must
         change no result. Blocks of equal settings share one program.
       finish: turns a block's results, runs leading, into arrays by variable name, on the host. By default the leaves
-        are named by their paths in the pytree.
+        are named by their paths in the pytree. What it does is not compared when a sweep goes on.
       labels: long names, units and own dimensions, by variable or axis.
       coordinates: values along the variables' own dimensions.
-      configuration: what the results depend on beside the grid, as plain JSON; a store of another one is refused.
+      configuration: what the results depend on beside the grid, as plain JSON; a store of another one is refused, and
+        so is one that another function or other shared arrays began.
       chunk: runs that a device computes at a time, from as many blocks in a row as share a program; kept in the store,
         and the store's when not given. On other devices any other goes on with a store, on the same ones only a smaller
         one (for want of memory).
@@ -262,14 +263,16 @@ def run_sweep(
       OSError: when the store cannot be written, or another sweep is writing it; what was finished stays readable.
     """
     begin = time.perf_counter()
-    checks.folder("--out", store)
-    chosen = _choose_devices(devices)
-    for given in (chunk, default_chunk):
-        if given is not None:
-            checks.whole("--chunk", given, least=1)
-    cache = use_compile_cache(compile_cache)
-    sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
-    template = Template(grid, sweep.variables(), labels or {}, coordinates or {})
+    # An error before this meeting would leave the other processes waiting for this one.
+    with hosts.together("begin the sweep"):
+        checks.folder("--out", store)
+        chosen = _choose_devices(devices)
+        for given in (chunk, default_chunk):
+            if given is not None:
+                checks.whole("--chunk", given, least=1)
+        cache = use_compile_cache(compile_cache)
+        sweep = _Sweep(function, grid, shared, settings, finish, chosen, quick_compile)
+        template = Template(grid, sweep.variables(), labels or {}, coordinates or {}, sweep.digest(), shared)
     wanted = _Chunk(chunk, default_chunk)
     with ExitStack() as claims:
         opened, chunk = _open(sweep, template, Path(store), dict(configuration or {}), wanted, overwrite, claims)
@@ -329,6 +332,7 @@ class _Sweep:
         self.grid, self.devices, self._quick_compile = grid, devices, quick_compile
         self.programs: dict[tuple, Future[Compiled]] = {}
         self._runs: dict[tuple, Callable] = {}
+        self._traces: dict[tuple, tuple[str, Any]] = {}
         self.first_compile_seconds = 0.0
         self._function, self._settings = function, settings
         # Placed once, or every batch would copy it to every device again.
@@ -351,14 +355,35 @@ class _Sweep:
         if key not in self._runs:
 
             def run(hyperparameters, seed, *shared):
-                return self._function(jax.random.key(seed), hyperparameters, *shared, **static)
+                return self._function(
+                    jax.random.key(seed, impl=random.IMPLEMENTATION), hyperparameters, *shared, **static
+                )
 
             self._runs[key] = jax.jit(run)
         return self._runs[key]
 
+    def digest(self) -> str:
+        """What the function computes under all its static keywords, as a number; traces it but computes nothing."""
+        return trace.digest_of_all(self._traced(block)[0] for block in self.grid.blocks())
+
     def variables(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of one run's values, by name; traces the function but computes nothing."""
         block = self.grid.block(0)
+        outcome = self._traced(block)[1]
+        zeros = jax.tree.map(lambda leaf: np.zeros((block.num_runs, *leaf.shape[1:]), leaf.dtype), outcome)
+        return {
+            name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+            for name, array in self.finish(zeros, block).items()
+        }
+
+    def _traced(self, block: Block) -> tuple[str, Any]:
+        """Digest of a block's program, and shapes and types of its results, runs leading."""
+        key = self.program_of(block)
+        if key not in self._traces:
+            self._traces[key] = self._trace(block)
+        return self._traces[key]
+
+    def _trace(self, block: Block) -> tuple[str, Any]:
         run = self.one_run(self.static_of(block))
 
         def first(arguments, shared):
@@ -373,12 +398,9 @@ class _Sweep:
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((len(self.devices), *leaf.shape[1:]), leaf.dtype), _arguments(block)
         )
-        outcome = jax.eval_shape(over_mesh, arguments, self._shared)
-        zeros = jax.tree.map(lambda leaf: np.zeros((block.num_runs, *leaf.shape[1:]), leaf.dtype), outcome)
-        return {
-            name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-            for name, array in self.finish(zeros, block).items()
-        }
+        traced, outcome = jax.make_jaxpr(over_mesh, return_shape=True)(arguments, self._shared)
+        # What a device does with one run; around it stands how many devices there are.
+        return trace.digest(traced.jaxpr.eqns[-1].params["jaxpr"], traced.consts), outcome
 
     def finish(self, results: Any, block: Block) -> dict[str, np.ndarray]:
         """Results by variable name, runs leading."""
@@ -480,7 +502,7 @@ def _open(sweep, template, path, configuration, wanted: _Chunk, overwrite, claim
             stores.check_writable(path)
         if jax.process_index() == 0:
             if not claims.enter_context(files.claim(path, wait=False)):
-                raise OSError(f"another process is writing {path}: wait until it ends, or choose another --out")
+                raise OSError(f"another process is writing {path}: {files.claimed(path)}")
             # It may have been made since.
             held = find()
             if held is None:

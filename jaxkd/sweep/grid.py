@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class Grid:
     A run is one point of the grid. Its key is made from its seed alone, so runs of one seed are paired over all axes.
 
     Attributes:
-      axes: values by axis name: numbers or booleans where they are traced, anything hashable where they are static.
+      axes: values by axis name: numbers or booleans where they are traced, anything hashable where they are static,
+        told in a store by what `repr` makes of it, functions and classes by their names.
       seeds: whole numbers from 0 to 2³¹ − 1.
       zips: axes that go together, by the name of the dimension that they share.
       static: axes that shape the program; a block holds one value of each.
@@ -59,7 +61,7 @@ class Grid:
 
     Raises:
       ValueError: on an axis without values, a value given twice or not finite, a name that is no axis, zipped axes of
-        different lengths.
+        different lengths, a static value that another process would not know again.
     """
 
     axes: Mapping[str, Sequence]
@@ -104,6 +106,8 @@ class Grid:
             if axis not in self.static:
                 for value in values:
                     _check_traced(axis, value)
+            else:
+                _check_static(axis, values)
         if len(self.seeds) == 0:
             raise ValueError(f"axis {SEED!r} is empty: give at least one seed")
         for seed in self.seeds:
@@ -161,7 +165,11 @@ class Grid:
 
     def coordinates(self) -> dict[str, tuple[str, list]]:
         """Values along each dimension, by name: (dimension, values). Zipped axes share one dimension."""
-        found = {axis: (dim, list(self.axes[axis])) for dim, names in self._axes_by_dim().items() for axis in names}
+        found = {
+            axis: (dim, [_named(value) or value for value in self.axes[axis]])
+            for dim, names in self._axes_by_dim().items()
+            for axis in names
+        }
         return {**found, SEED: (SEED, list(self.seeds))}
 
     @cached_property
@@ -247,6 +255,18 @@ def _check_traced(axis: str, value) -> None:
         raise ValueError(f"axis {axis!r} must hold finite numbers that fit 32 bits, got {value!r}")
 
 
+def _check_static(axis: str, values: Sequence) -> None:
+    told = [_json(value) for value in values]
+    for value, one in zip(values, told, strict=True):
+        if " at 0x" in str(one):
+            raise ValueError(
+                f"axis {axis!r} must hold values that another process knows again, got {value!r}: give it a `repr` "
+                "without an address, or put names on the axis and look the values up in the function"
+            )
+        if told.count(one) > 1 and values.count(value) == 1:
+            raise ValueError(f"axis {axis!r} holds several values that are called {one}: give each a name of its own")
+
+
 def _spread(values: np.ndarray, position: int, lengths: Sequence[int]) -> np.ndarray:
     """One value a run from one value a place along a dimension; [runs]."""
     shape = [1] * len(lengths)
@@ -255,4 +275,14 @@ def _spread(values: np.ndarray, position: int, lengths: Sequence[int]) -> np.nda
 
 
 def _json(value):
-    return value if isinstance(value, bool | int | float | str) or value is None else repr(value)
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    return _named(value) or repr(value)
+
+
+def _named(value) -> str | None:
+    """Name of a function or class, by which another process knows it again; None of anything else."""
+    # A method of an object is more than its name.
+    is_bound = not isinstance(getattr(value, "__self__", None), ModuleType | None)
+    has_name = callable(value) and hasattr(value, "__qualname__") and not is_bound
+    return f"{value.__module__}.{value.__qualname__}" if has_name else None

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,13 +22,18 @@ import xarray as xr
 import zarr
 
 from jaxkd import __version__, checks, files
+from jaxkd.sweep import trace
 from jaxkd.sweep.grid import SEED, Block, Grid
 
 STORE_VERSION = 1
 LEDGER = "done"
 """The variable that says which blocks are finished: 1 each, written after the block's data."""
 
+FUNCTION = "function"
+"""The attribute that tells `trace.digest` of what was run; stores of before have none."""
+
 _BLOCK = "block"
+_SHARED = "shared arrays"
 
 
 def provenance(configuration: dict) -> dict[str, str]:
@@ -126,6 +132,8 @@ class Template:
       variables: shape of one run's value and its type, by name.
       labels: of variables and coordinates, by name.
       coordinates: values along the variables' own dimensions.
+      function: digest of the function that makes them, to be compared when a sweep goes on.
+      shared: pytrees of arrays that all runs share; kept beside the results, to be compared likewise.
 
     Raises:
       ValueError: when a label names as many dimensions as its variable has not, when two variables disagree about the
@@ -136,6 +144,8 @@ class Template:
     variables: Mapping[str, jax.ShapeDtypeStruct]
     labels: Mapping[str, Label] = field(default_factory=dict)
     coordinates: Mapping[str, Sequence] = field(default_factory=dict)
+    function: str = ""
+    shared: Any = ()
 
     def __post_init__(self):
         of_grid = {*self.grid.dims, *self.grid.axes}
@@ -143,7 +153,7 @@ class Template:
             raise ValueError(f"axis {clash[0]!r} bears a name that is the ledger's: name it otherwise")
         if clash := sorted(of_grid & {*self.coordinates}):
             raise ValueError(f"coordinates names {clash[0]!r}, which is an axis of the grid: name it otherwise")
-        taken = {*of_grid, *self.coordinates, LEDGER, _BLOCK}
+        taken = {*of_grid, *self.coordinates, LEDGER, _BLOCK, _SHARED}
         if clash := sorted(taken & set(self.variables)):
             raise ValueError(f"variable {clash[0]!r} bears the name of an axis or of the ledger: name it otherwise")
         known = {**self.variables, **self.grid.coordinates(), **self.coordinates}
@@ -255,6 +265,7 @@ def create(
     check_replaceable(path, overwrite)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     attributes = {**provenance(_resolved(template, configuration)), "chunk": chunk, "devices": devices}
+    attributes[FUNCTION] = template.function
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -309,11 +320,15 @@ def resume(path: Path, template: Template, configuration: Mapping) -> Store | No
     attributes = _attributes(path)
     found = json.loads(attributes["configuration"])
     wanted = json.loads(json.dumps(_resolved(template, configuration), default=str))
+    by, here = versions(attributes), versions(provenance({}))
     differing = _differences(
-        {"jaxkd_store_version": attributes["jaxkd_store_version"], **versions(attributes), **found},
-        {"jaxkd_store_version": str(STORE_VERSION), **versions(provenance({})), **wanted},
+        {"jaxkd_store_version": attributes["jaxkd_store_version"], **by, **found},
+        {"jaxkd_store_version": str(STORE_VERSION), **here, **wanted},
     )
-    if differing:
+    # Another jax traces the same function otherwise.
+    if by == here and attributes.get(FUNCTION, template.function) != template.function:
+        differing.append("the function has changed")
+    if differing := differing + _differing_shared(path, template.shared):
         raise FileExistsError(f"{path} holds another sweep ({'; '.join(differing)}): {_advice(path, differing)}")
     return Store(path)
 
@@ -346,7 +361,10 @@ def join(datasets: Sequence[xr.Dataset]) -> xr.Dataset:
         {key: value for key, value in one.items() if key not in own} | by
         for one, by in zip(configurations, by_versions, strict=True)
     )
-    if differing := [told for other in others for told in files.differences(first, other)]:
+    differing = [told for other in others for told in files.differences(first, other)]
+    if len({dataset.attrs[FUNCTION] for dataset in datasets if FUNCTION in dataset.attrs}) > 1:
+        differing.append("other functions")
+    if differing:
         raise ValueError(f"these are stores of different sweeps: {'; '.join(differing)}")
     joined = xr.concat([dataset.drop_vars(LEDGER) for dataset in datasets], SEED, combine_attrs="override")
     if not joined.indexes[SEED].is_unique:
@@ -406,8 +424,46 @@ def _build(path: Path, template: Template, attributes: Mapping) -> None:
             dimension_names=(_BLOCK,),
             attributes={"long_name": "whether a block of runs is finished", "units": "1"},
         )
+        held = group.create_group(_SHARED)
+        for number, (name, array) in enumerate(_shared_arrays(template.shared)):
+            held.create_array(str(number), data=array, attributes={"name": name})
         group.attrs.update(attributes)
         zarr.consolidate_metadata(group.store)
+
+
+def _shared_arrays(shared: Any) -> list[tuple[str, np.ndarray]]:
+    """What all runs share, each with its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shared)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), trace.as_numpy(leaf)) for path, leaf in leaves]
+
+
+def _differing_shared(path: Path, shared: Any) -> list[str]:
+    """Shared arrays that are others than those which a store was begun with, beyond rounding.
+
+    Arrays that jax made differ in their last bits from one kind of device to another, where a sweep may go on.
+    """
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    if _SHARED not in group:
+        return []  # stores of before
+    held = {array.attrs["name"]: np.asarray(array[...]) for _, array in group[_SHARED].arrays()}
+    wanted = dict(_shared_arrays(shared))
+    return [
+        f"shared array {name}: {'other values' if name in held and name in wanted else 'only there or only now'}"
+        for name in sorted({*held, *wanted})
+        if name not in held or name not in wanted or not _same(held[name], wanted[name])
+    ]
+
+
+def _same(held: np.ndarray, wanted: np.ndarray) -> bool:
+    if held.shape != wanted.shape or held.dtype != wanted.dtype:
+        return False
+    if not np.issubdtype(held.dtype, np.inexact):
+        return np.array_equal(held, wanted)
+    largest = np.abs(held[np.isfinite(held)]).max(initial=0)
+    return np.allclose(held, wanted, rtol=_ROUNDING, atol=_ROUNDING * largest, equal_nan=True)
+
+
+_ROUNDING = 1e-5
 
 
 def _column(values: Sequence) -> np.ndarray:

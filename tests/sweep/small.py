@@ -15,6 +15,7 @@ parser.add_argument("store", type=Path)
 parser.add_argument("--seeds", type=int, default=24)
 parser.add_argument("--runs-per-block", type=int, default=6)
 parser.add_argument("--chunk", type=int)
+parser.add_argument("--devices", type=int)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds before every block is written")
 parser.add_argument("--pausing", type=int, help="the only process that pauses; by default all")
 parser.add_argument("--ballast", type=int, default=0, help="zeros that every run returns beside its numbers")
@@ -84,6 +85,7 @@ def main(arguments):
             arguments.store,
             shared=(jnp.float32(0.25),),
             chunk=arguments.chunk,
+            devices=arguments.devices,
             progress=arguments.progress,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

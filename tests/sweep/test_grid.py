@@ -1,11 +1,14 @@
 import itertools
+import math
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.sweep.grid import Grid
+from jaxkd.sweep.grid import Block, Grid
 
 AXES = {"algorithm": ("ppo", "kto"), "capacity": (1, 2, 4), "temperature": (1.0, 0.5, 0.25), "kl_coef": (0.3, 1.0)}
 
@@ -102,6 +105,18 @@ def test_the_fingerprint_is_of_names_values_zips_and_seeds():
     assert same.fingerprint == grid().fingerprint
 
 
+def test_functions_and_classes_are_known_again_by_their_names():
+    axes = {"f": (jax.nn.relu, jnp.tanh, math.sin), "kind": (Block, None)}
+    named = Grid(axes, [0], static=("f", "kind"))
+    assert named.described()["axes"] == {
+        "f": [f"{jax.nn.relu.__module__}.relu", "jax.numpy.tanh", "math.sin"],
+        "kind": ["jaxkd.sweep.grid.Block", None],
+    }
+    assert named.coordinates()["f"] == ("f", named.described()["axes"]["f"])
+    # Programs take the values themselves.
+    assert named.block(0).static == {"f": jax.nn.relu, "kind": Block}
+
+
 @pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_another_process():
     code = f"from jaxkd.sweep.grid import Grid; print(Grid({AXES}, range(5), static=('algorithm',)).fingerprint)"
@@ -131,9 +146,15 @@ def test_the_fingerprint_is_the_same_in_another_process():
         ({"seeds": (1, 1)}, "axis 'seed' names the value 1 twice"),
         ({"seeds": (-1,)}, "axis 'seed' must hold whole numbers from 0"),
         ({"seeds": (0.5,)}, "axis 'seed' must hold whole numbers from 0"),
+        ({"axes": AXES | {"f": (object(),)}, "static": ("algorithm", "f")},
+         "axis 'f' must hold values that another process knows again, got <object object at 0x"),
+        ({"axes": AXES | {"f": ([].append,)}, "static": ("algorithm", "f")},
+         "axis 'f' must hold values .* got <built-in method"),
+        ({"axes": AXES | {"f": (lambda x: x, lambda x: -x)}, "static": ("algorithm", "f")},
+         "axis 'f' holds several values that are called .*test_grid.<lambda>: give each a name of its own"),
         ({"runs_per_block": 0}, "runs_per_block must be a whole number of at least 1, got 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_grids_are_refused_by_name_and_value(changes, message):
     with pytest.raises(ValueError, match=message):
         grid(**changes)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_neither_chunk_nor_devices_nor_padding_changes_a_number(finished, tmp_pa
     assert_same(finished, tmp_path / "s")
 
 
+def test_the_generator_that_jax_takes_by_default_changes_no_number(finished, tmp_path):
+    before = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        sweep(tmp_path / "s")
+    finally:
+        jax.config.update("jax_default_prng_impl", before)
+    assert_same(finished, tmp_path / "s")
+
+
 def calls_of(monkeypatch):
     """The batches that are started, each as its pieces: block, begin and end."""
     calls, start = [], engine._Sweep.start
@@ -207,6 +218,10 @@ def test_stores_of_other_seeds_are_joined_along_them(finished, tmp_path):
     sweep(tmp_path / "other", configuration={"steps": 5}, grid=Grid(GRID.axes, [9], {}, GRID.static, GRID.per_block, 6))
     with pytest.raises(ValueError, match="different sweeps: steps: 4 there, 5 now"):
         store.join([parts[0], xr.open_zarr(tmp_path / "other")])
+    function = scaled(2.0)
+    sweep(tmp_path / "changed", function=function, grid=Grid(GRID.axes, [9], {}, GRID.static, GRID.per_block, 6))
+    with pytest.raises(ValueError, match="different sweeps: other functions"):
+        store.join([parts[0], xr.open_zarr(tmp_path / "changed")])
 
 
 def test_a_run_that_goes_bad_stays_one_run(finished, tmp_path):
@@ -293,6 +308,59 @@ def test_a_store_of_a_few_blocks_takes_a_chunk_that_something_speaks_for(finishe
     assert_same(finished, path)
 
 
+def scaled(factor, constant=()):
+    """The run, in the algorithm "minus" with its draws multiplied, and with numbers that it closes over."""
+    constants = np.asarray(constant, np.float32)
+
+    def function(key, hyperparameters, shift, *, algorithm, padding=4):
+        shift = jax.tree.leaves(shift)[0].reshape(-1)[0]
+        result = one_run(key, hyperparameters, shift, algorithm=algorithm, padding=padding)
+        if algorithm == "minus":
+            result["draws"] = result["draws"] * jnp.float32(factor) + constants.sum()
+        return result
+
+    return function
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_another_function_or_other_shared_arrays_are_refused(tmp_path, monkeypatch, is_finished):
+    path, numbers = tmp_path / "s", np.arange(3)
+    with monkeypatch.context() as patch:
+        if not is_finished:
+            patch.setattr(engine.hosts, "own_share", lambda count: range(count // 4))
+        sweep(path, function=scaled(1.0, numbers))
+    begun = load(path)
+    # The algorithm whose numbers change is not the first one.
+    for function in (scaled(2.0, numbers), scaled(1.0, numbers + 1)):
+        with pytest.raises(FileExistsError, match=r"another sweep \(the function has changed\): choose another --out"):
+            sweep(path, function=function)
+    for shared, told in (
+        ((jnp.float32(0.2501),), "shared array 0: other values"),
+        ((np.full(2, 0.25, np.float32),), "shared array 0: other values"),
+        (({"shift": jnp.float32(0.25)},), "shared array 0: only .*; shared array 0.shift: only there or only now"),
+    ):
+        with pytest.raises(FileExistsError, match=rf"\(.*{told}\)"):
+            sweep(path, function=scaled(1.0, numbers), shared=shared)
+    xr.testing.assert_identical(load(path), begun)
+    # Another device may round what is shared in another way.
+    nearly = (np.nextafter(SHARED[0], np.float32(1)),)
+    sweep(path, function=scaled(1.0, numbers), shared=nearly, devices=1, settings=lambda block: {})
+    assert load(path).done.all()
+
+
+def test_a_store_that_tells_neither_function_nor_shared_arrays_is_gone_on_with(finished, tmp_path):
+    path = tmp_path / "s"
+    sweep(path)
+    shutil.rmtree(path / store._SHARED)
+    meta = path / "zarr.json"
+    told = json.loads(meta.read_text())
+    del told["attributes"][store.FUNCTION], told["consolidated_metadata"]
+    meta.write_text(json.dumps(told))
+    zarr.open_group(path, mode="r+")["done"][3] = 0
+    assert sweep(path).runs == 6
+    assert store.join([xr.open_zarr(path, consolidated=False)]).sizes["seed"] == 7
+
+
 def contents(folder):
     """Names in a folder, without the claims beside the stores."""
     return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -306,7 +374,7 @@ def test_a_store_that_another_process_is_writing_is_left_to_it(finished, tmp_pat
     def meanwhile(*arguments):
         before = {entry: entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
         for configuration in ({"steps": 4}, {"steps": 5}) if overwrite else ({"steps": 4},):
-            with pytest.raises(OSError, match=r"another process is writing .*s: wait until it ends, or"):
+            with pytest.raises(OSError, match=r"another process is writing .*s: wait .* delete .*/\.s\.lock"):
                 sweep(path, configuration=configuration, overwrite=overwrite)
             others.append(configuration)
         assert before == {entry: entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
@@ -356,7 +424,7 @@ def one_value(key, hyperparameters):
 @pytest.mark.parametrize("path", ["gs://bucket/plane", Path("s3://bucket/plane")])
 def test_a_bucket_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"--out must be a folder, got .*: buckets are not supported; mount it"):
+    with pytest.raises(ValueError, match=r"--out must be a folder, got .*: buckets are not supported, nor mounts of"):
         run_sweep(one_value, TINY, path, progress=False)
     for check in (store.check_writable, lambda path: store.write(xr.Dataset(), path, {})):
         with pytest.raises(ValueError, match="buckets are not supported"):
@@ -568,6 +636,20 @@ def test_an_error_in_one_process_is_one_in_both(uninterrupted, tmp_path):
     assert done_in(path) == 6
     assert [one.code for one in small_cluster(path)] == [0, 0]
     assert_same(uninterrupted, path)
+
+
+@pytest.mark.slow
+def test_too_few_devices_in_one_process_are_an_error_in_both(tmp_path):
+    begin = time.monotonic()
+    ended = small_cluster(tmp_path / "s", own=((), ("--devices", 3)))
+    assert time.monotonic() - begin < 60
+    assert [one.code for one in ended] == [2, 2], ended
+    own = "--devices (this process has 2) must be a whole number of at least 1 and at most 2; got 3"
+    assert [one.err.strip() for one in ended] == [
+        f"error: process 1 could not begin the sweep: {own}",
+        f"error: {own}",
+    ]
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.slow
