@@ -159,8 +159,9 @@ def learning_rates() -> str:
 
 
 def plane() -> str:
-    """What `experiments/phase_diagram.py` said of the plane: its table and the sentences under it."""
-    return f"```\n{(ROOT / 'figures' / 'plane.txt').read_text().rstrip()}\n```"
+    """What `experiments/phase_diagram.py` said of the plane below its table of all cells."""
+    told = (ROOT / "figures" / "plane.txt").read_text().rstrip()
+    return f"```\n{told.split(chr(10) * 2, 1)[1]}\n```"
 
 
 def speed() -> str:
