@@ -36,18 +36,29 @@ from jaxkd.smollm2.students import Start
 
 REWARDS = ("behaviour", *oracles.WRAPPERS, "plain")
 CEILING = "ceiling"
-STAGES = pipelines.STAGES | {CEILING: Distil(pipelines.TRUTH, temperature=1.0)}
-"""The stages of both orders, and the ceiling: a student fitted to samples of the truth that show the behaviour."""
-
-ARMS = (*pipelines.ARMS, CEILING)
+_CEILING = Distil(pipelines.TRUTH, temperature=1.0)
 FROM_PREFERENCES = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.data == "truth")
 """Algorithms that can be given a user's pairs."""
 
 EVALUATION = "evaluation.json"
 BEHAVIOUR = "behaviour.json"
+MODELS_HELD = 2
+"""Finished models that stay in memory, beside those that all seeds share."""
+MOST_SEED = 2**32 - 1
+"""The largest seed that a random key takes in."""
 _WAIT = 5.0  # seconds between looks at what other processes have made
 _TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY = range(4)
-_ALIGN, _DISTIL, _EVALUATE = range(3)
+_ALIGN, _DISTIL, _EVALUATE, _LEARN = range(4)
+
+
+def all_stages() -> dict[str, pipelines.Stage]:
+    """The stages of `pipelines.STAGES` as it is now, and the ceiling: a student of the truth's own good samples."""
+    return pipelines.STAGES | {CEILING: _CEILING}
+
+
+def arms() -> tuple[str, ...]:
+    """The arms that can be asked for: those of `pipelines.arms` as they are now, and the ceiling."""
+    return (*pipelines.arms(), CEILING)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Order:
       preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
-      arms: names of `ARMS`; the ceiling only where the reward is the behaviour.
+      arms: names of `arms()`; the ceiling only where the reward is the behaviour.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
       kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
@@ -107,12 +118,12 @@ class Order:
 
     def __post_init__(self):
         checks.name("reward", self.reward, REWARDS)
-        checks.names("arms", self.arms, ARMS)
+        checks.names("arms", self.arms, arms())
         checks.names("algorithms", self.algorithms, ALGORITHMS)
         checks.numbers("temperatures", self.temperatures, above=0)
         checks.numbers("kl_coefs", self.kl_coefs, above=0)
-        checks.wholes("seeds", self.seeds, least=0)
-        checks.wholes("seeds_of_rest", self.seeds_of_rest, least=0)
+        checks.wholes("--seeds", self.seeds, least=0, most=MOST_SEED)
+        checks.wholes("--seeds-of-rest", self.seeds_of_rest, least=0, most=MOST_SEED)
         checks.no_repeats("students", self.students)
         checks.whole("max_new_tokens", self.max_new_tokens, least=1)
         checks.whole("batch_size", self.batch_size, least=1)
@@ -202,14 +213,14 @@ def _involves(name: str, kind: type) -> bool:
     """Whether a stage, or what it is made from, is of a kind."""
     if name in (pipelines.ROOT, pipelines.TRUTH):
         return False
-    stage = STAGES[name]
+    stage = all_stages()[name]
     return type(stage) is kind or any(_involves(model, kind) for model in stage.models)
 
 
 def rows_of(order: Order, out: Path) -> list[Row]:
     """Every model of an experiment, each once, in an order in which they can be made."""
     # The student itself is always made: what it is shows whether an arm began with a low recall.
-    chosen = pipelines.needed(["student", *order.arms], STAGES | {CEILING: Distil(pipelines.ROOT, 1.0)})
+    chosen = pipelines.needed(["student", *order.arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
     rows: dict[Path, Row] = {}
     for seed, student, algorithm in _runs(order):
         plan = pipelines.plan(chosen, [pipelines.ROOT], order.lengths())
@@ -241,7 +252,7 @@ def _runs(order: Order) -> list[tuple[int, str, str]]:
 
 
 def _row(order: Order, out: Path, name, place, seed, student, algorithm, models, reference) -> Row:
-    axes = pipelines.axes_of(name, STAGES)
+    axes = pipelines.axes_of(name, all_stages())
     # math.nan is one object and so equal to itself as part of a key: rows of several seeds are grouped by such keys.
     temperature = order.temperatures[place[0]] if "temperature" in axes else math.nan
     kl_coef = order.kl_coefs[place[1]] if "kl_coef" in axes else math.nan
@@ -257,8 +268,33 @@ def _row(order: Order, out: Path, name, place, seed, student, algorithm, models,
     label = name
     label += f"-t{temperature:g}" if "temperature" in axes else ""
     label += f"-b{kl_coef:g}" if "kl_coef" in axes else ""
-    stage = STAGES[name]
-    return Row(name, stage, folder / label, tuple(models), reference, temperature, kl_coef, seed, student, algorithm)
+    stage = all_stages()[name]
+    return Row(
+        name,
+        stage,
+        folder / label,
+        tuple(models),
+        reference,
+        temperature,
+        kl_coef,
+        seed,
+        student,
+        algorithm,
+    )
+
+
+def deciding_student(order: Order, row: Row) -> Path:
+    """Folder of the unaligned student that decides on a row's admission; the row's own where none does."""
+    if not row.student or Start.parse(row.student).layers is None or row.name == "student":
+        return row.folder
+    # Where the row has no temperature, the student that was sharpened least decides.
+    temperature = row.temperature if not np.isnan(row.temperature) else max(order.temperatures)
+    return row.folder.parents[0 if not row.algorithm else 1] / f"student-t{temperature:g}"
+
+
+def is_admitted(order: Order, evaluation: dict) -> bool:
+    """Whether a cut student, as it was measured, is close enough to the truth to say anything about the orders."""
+    return evaluation["recall_gap_per_token"] <= order.most_held_out_kl
 
 
 class Laboratory:
@@ -490,7 +526,7 @@ class Laboratory:
         if folder == self.out / "base":
             return self.base
         if folder not in self._held:
-            while len(self._held) >= 2:
+            while len(self._held) >= MODELS_HELD:
                 self._held.pop(next(iter(self._held)))
             self._held[folder] = self.setting.load(folder / "model")
         return self._held[folder]

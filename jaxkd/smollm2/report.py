@@ -348,7 +348,7 @@ def comparisons(run: Run) -> list[dict]:
         known = value if math.isfinite(value) else math.nan if folder in ended else None
         runs.setdefault(_key(row), {})[row.seed] = known
     compared = []
-    for arm, other in _COMPARED:
+    for arm, other in _compared():
         for key in (key for key in runs if key[0] == arm):
             _, student, algorithm, temperature, kl_coef = key
             for other_temperature in order.temperatures if math.isnan(temperature) else (temperature,):
@@ -407,6 +407,11 @@ def sentences(run: Run) -> list[str]:
 def _sentence(row: dict) -> str:
     arms = [_named(row["arm"], row["temperature"]), _named(row["other"], row["other_temperature"])]
     about = f"{row['algorithm']}, student {row['student']}, β = {row['kl_coef']:g}"
+def _compared() -> tuple[tuple[str, str], ...]:
+    """The pairs of arms that are held against each other: an order that was added, against KD→Align."""
+    return (*_COMPARED, *((arm, "kd_align") for arm in pipelines.arms() if arm not in pipelines.ARMS))
+
+
     notes = []
     if row["left_out"]:
         notes.append(f"of one arm alone and left out: {_seeds(row['left_out'])}")

@@ -529,6 +529,8 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
     x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
     by_target = by_hand.log_prob(*weights.load(out / "target" / "model"), x)
     level = json.loads((out / "target" / "level.json").read_text())["level"]
+        ({"seeds": (2**32,)}, "--seeds must be a whole number of at least 0 and at most 4294967295; got 4294967296"),
+        ({"seeds_of_rest": (5_000_000_000,)}, "--seeds-of-rest must be a whole number of at least 0 and at most"),
     likelihood = by_target / x["completion_mask"].sum(axis=1)
     expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
