@@ -355,7 +355,9 @@ class Laboratory:
         found = {role: fingerprint(self.setting.load(source)) for role, source in given.items()}
         durable.check_weights(self.out, {"truth": fingerprint(self.truth)} | found)
         folder = self.out / "truth"
-        total = max(order.evaluation.num_samples, order.evaluation.num_truth_samples + self._truth_samples_to_learn())
+        total = order.evaluation.num_samples
+        if CEILING in order.arms:
+            total = max(total, order.evaluation.num_truth_samples + self._num_for_ceiling())
         self.workshop.begin()
         self.truth_samples = stages.kept_draws(
             folder / "samples.npz",
@@ -393,24 +395,13 @@ class Laboratory:
             None if pairs is None else self.base.log_prob(pairs),
         )
 
-    def _truth_samples_to_learn(self) -> int:
-        """Samples of the truth that some stage learns from; models are measured by others."""
-        order = self.order
-        by_ceiling = self._num_for_ceiling() if CEILING in order.arms else 0
-        learns = order.preferences is None and any(ALGORITHMS[name].data == "truth" for name in order.algorithms)
-        return max(by_ceiling, self._num_for_pairs() if learns else 0)
-
     def _num_for_ceiling(self) -> int:
         return self.order.evaluation.num_samples // 2
 
-    def _num_for_pairs(self) -> int:
-        settings = self.order.alignment.settings
-        return settings.dataset_batches * settings.batch_size
-
-    def _to_learn(self, total: int) -> slice:
-        """As many samples of the truth that no model is measured by, whatever else was drawn in this run folder."""
+    def _searched_for_ceiling(self) -> slice:
+        """Samples of the truth that no model is measured by, whatever else was drawn in this run folder."""
         first = self.order.evaluation.num_truth_samples
-        return slice(first, first + total)
+        return slice(first, first + self._num_for_ceiling())
 
     def _make_base(self) -> Network:
         base = self.order.base
@@ -622,13 +613,13 @@ class Laboratory:
                 row.kl_coef,
                 alignment,
                 self.workshop,
-                truth_samples=self._truth_samples_for(row.algorithm),
+                truth_samples=self._truth_samples_for(row),
                 preferences=self._preference_data(row, reference),
             )
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
-            self._take_truth_samples(self._num_for_ceiling())
+            self._charge_for(take(self.truth_samples, self._searched_for_ceiling()))
         temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
@@ -642,17 +633,20 @@ class Laboratory:
             samples,
         )
 
-    def _truth_samples_for(self, algorithm: str) -> Texts | None:
-        """What an algorithm pairs and labels; None where it learns from other texts."""
-        if self._pairs is not None or ALGORITHMS[algorithm].data != "truth":
+    def _truth_samples_for(self, row: Row) -> Texts | None:
+        """What an algorithm pairs and labels, every seed draws of its own; None where it learns from other texts."""
+        if self._pairs is not None or ALGORITHMS[row.algorithm].data != "truth":
             return None
-        return self._take_truth_samples(self._num_for_pairs())
-
-    def _take_truth_samples(self, total: int) -> Texts:
-        """Samples of the truth to learn from, charged to whatever is being made: it alone would have to draw them."""
-        x = take(self.truth_samples, self._to_learn(total))
-        Coster(self.workshop, self.truth, self.truth).sampled(x)
+        settings, path = self.order.alignment.settings, self.out / f"seed-{row.seed}" / "truth.npz"
+        total, key = settings.dataset_batches * settings.batch_size, self._seed_key(row.seed, _LEARN)
+        with files.claim(path, wait=True):
+            x = stages.kept_draws(path, self.truth, key, total, 1.0, self.workshop)
+        self._charge_for(x)
         return x
+
+    def _charge_for(self, x: Texts) -> None:
+        """Charge samples of the truth to whatever is being made from them: it alone would have to draw them."""
+        Coster(self.workshop, self.truth, self.truth).sampled(x)
 
     def _preference_data(self, row: Row, reference: Network) -> PreferenceData | None:
         """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""
@@ -663,14 +657,17 @@ class Laboratory:
         return preferences.batched(self._pairs, key, self.order.alignment.settings.batch_size, log_prob)
 
     def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
-        """Samples of the truth that show the behaviour, some of them held out, as many updates as an alignment's.
+        """Samples of the truth that show the behaviour, some of them held out; updates and batches of an alignment.
 
-        None of them is a sample that models are measured by.
+        None of them is a sample that models are measured by. They are the same for every seed, which has an order of
+        batches of its own alone. All updates are made, as in an alignment: no look at the held-out ones ends them
+        early, though the best student by these looks is kept, as of every distillation.
         """
         rows = self._rows_for_ceiling(self.behaviour)
         held_out = max(1, len(rows) // 8)
-        batch_size = min(settings.batch_size, len(rows) - held_out)
-        changes = {"num_updates": self.order.alignment.settings.num_updates, "method": "sequence"}
+        matched = self.order.alignment.settings
+        batch_size = min(matched.batch_size, len(rows) - held_out)
+        changes = {"num_updates": matched.num_updates, "patience": matched.num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), replace(settings, **changes)
 
@@ -680,7 +677,7 @@ class Laboratory:
         Raises:
           ValueError: where one can't be held out and another learned from.
         """
-        searched = self._to_learn(self._num_for_ceiling())
+        searched = self._searched_for_ceiling()
         rows = searched.start + np.flatnonzero(oracles.hits(behaviour, self.truth_texts[searched]))
         if len(rows) < 2:
             raise ValueError(

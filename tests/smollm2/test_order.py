@@ -639,8 +639,7 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     laboratory = tiny_order.laboratory(order, tmp_path, meshed=False)
     laboratory.truth = laboratory.base = laboratory.setting.load("random:tiny")
     laboratory.behaviour, laboratory.oracle = behaviours.parse("digit"), None
-    mask = np.ones((24, 9), bool)
-    laboratory.truth_samples = orders.Texts(np.zeros((24, 9), np.int32), mask, mask & (np.arange(9) > 0))
+    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
     laboratory.truth_texts = ["1"] * 24
     laboratory.model = lambda folder: laboratory.base
     given = {}
@@ -821,6 +820,21 @@ def test_stages_interrupted_at_any_step_end_bit_equal_and_compile_once(tmp_path,
     while True:
         # Each time one checkpoint further, at least.
         left = chance.randint(4, 6)
+def test_the_ceiling_makes_as_many_updates_as_an_alignment(tmp_path):
+    """Also where its own distillation would look often, and stop at the first look that finds nothing better."""
+    tiny = tiny_order.make()
+    hasty = replace(tiny.distillation, check_every=1, patience=1, num_updates=40)
+    order = tiny_order.make(arms=("kd_align", CEILING), distillation=hasty)
+    laboratory = tiny_order.laboratory(order, tmp_path)
+    laboratory.behaviour, laboratory.truth_texts = behaviours.parse("digit"), ["1"] * 24
+    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
+    texts, settings = laboratory._shown(order.distillation)
+    assert settings.num_updates == order.alignment.settings.num_updates == 6
+    # Six looks, of which the last comes after the last update.
+    assert settings.patience >= settings.num_updates / settings.check_every
+    assert len(texts.tokens) == 8 and settings.batch_size == 8 - settings.num_held_out
+
+
         try:
             tiny_order.run(order, tmp_path / "interrupted", meshed=True)
         except KeyboardInterrupt:
@@ -843,6 +857,7 @@ def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
             step, seen = make(*arguments), []
             stages_seen.append(seen)
 
+    monkeypatch.setattr(stages, "kept_draws", _drawn_at_random)
             def one_step(*inputs):
                 made = step(*inputs)
                 programs = (step, generate._generate, network._log_prob)
@@ -856,6 +871,35 @@ def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
     for name in ("_sequence_step", "_token_step", "_alignment_step"):
         monkeypatch.setattr(stages, name, watched(getattr(stages, name)))
     return stages_seen
+
+
+def _drawn_at_random(path, network, key, total, *_) -> orders.Texts:
+    """Texts of nine tokens, as a key has them."""
+    mask = np.ones((total, 9), bool)
+    tokens = np.asarray(jax.random.randint(key, (total, 9), 5, 90, np.int32))
+    return orders.Texts(tokens, mask, mask & (np.arange(9) > 0))
+
+
+def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
+    """All arms and algorithms of a seed the same ones, kept in a file that is the seed's."""
+    order = tiny_order.make(algorithms=("offline_dpo_data", "kto"), seeds=(0, 1), seeds_of_rest=(0, 1))
+    laboratory, paths, drawn = tiny_order.laboratory(order, tmp_path, meshed=False), {}, {}
+    laboratory.truth = laboratory.setting.load("random:tiny")
+
+    def keep(path, *arguments):
+        paths.setdefault(path, set()).add(jax.random.key_data(arguments[1]).tobytes())
+        return _drawn_at_random(path, *arguments)
+
+    monkeypatch.setattr(stages, "kept_draws", keep)
+    aligned = [row for row in orders.rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
+    assert {(row.seed, row.algorithm) for row in aligned} == {
+        (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
+    }
+    for row in aligned:
+        drawn.setdefault(row.seed, set()).add(laboratory._truth_samples_for(row).tokens.tobytes())
+    assert {seed: len(found) for seed, found in drawn.items()} == {0: 1, 1: 1}
+    assert drawn[0] != drawn[1]
+    assert len(paths) == 2 and all(len(keys) == 1 for keys in paths.values())
 
 
 def _files(folder: Path) -> list[Path]:
