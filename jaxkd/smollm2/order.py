@@ -442,6 +442,7 @@ class Laboratory:
         if CEILING in self.order.arms:
             self._rows_for_ceiling(behaviour)
         if not path.exists():
+        durable.let_checkpoint_go(folder)
             durable.write_json(path, held)
         return held["chosen"], behaviour
 
@@ -544,6 +545,8 @@ class Laboratory:
             left.remove(row)
             if row.folder not in there and (row.folder / EVALUATION).exists():
                 yield row
+        for row in rows:
+            durable.let_checkpoint_go(row.folder)
         # Another process that was at it may have ended.
         self._measure_base(wait=True)
 

@@ -214,6 +214,7 @@ def make_checkpoint(
         durable.check_configuration(out, configuration)
         durable.check_weights(out, {role: fingerprint(network) for role, network in networks.items()})
         if durable.read_record(out) is not None:
+            durable.let_checkpoint_go(out)
             print(f"{out} is finished: the checkpoint is in {out / 'model'}", file=sys.stderr)
             return
         workshop = Workshop(durable.Progress(), sinks())
@@ -344,10 +345,11 @@ def kept_draws(
 ) -> Texts:
     """Draws from a file, or drawn now and written to it; goes on where there are fewer, and after a kill."""
     begun = path.with_name(f"begun-{path.name}")
-    parts = next(([_read_texts(kept)] for kept in (begun, path) if kept.exists()), [])
-    if parts and len(parts[0].tokens) >= total:
-        return parts[0]
+    kept = {file: _read_texts(file) for file in (path, begun) if file.exists()}
+    parts = [max(kept.values(), key=lambda x: len(x.tokens))] if kept else []
     done = sum(len(part.tokens) for part in parts)
+    if done >= total and [*kept] == [path]:
+        return parts[0]
     bar = workshop.progress.bar(total, done, "sample", "text")
     kept_at = time.monotonic()
     for part in network.draws(key, total, temperature, first=done):

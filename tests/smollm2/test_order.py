@@ -747,6 +747,31 @@ def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch)
         begun.append(first)
         for number, part in enumerate(network.draws(*args, first=first)):
             if number == 2:
+def test_draws_that_were_complete_when_a_process_was_killed_become_the_file(tmp_path):
+    """Killed before the file was written, or before its beginning was deleted."""
+    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), stages.Workshop(durable.Progress(quiet=True))
+    path, begun = tmp_path / "x.npz", tmp_path / "begun-x.npz"
+    network = SimpleNamespace(draws=lambda key, n, temperature, first: iter([None] * (n - first)))
+    for there in ([begun], [path, begun]):
+        for file in there:
+            stages.write_arrays(file, x._asdict())
+        found = stages.kept_draws(path, network, None, 24, 1.0, workshop)
+        assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+        for kept in (found, stages._read_texts(path)):
+            np.testing.assert_array_equal(kept.tokens, x.tokens)
+        path.unlink()
+
+
+def test_a_checkpoint_that_a_kill_left_to_a_finished_stage_is_let_go(tmp_path):
+    order = tiny_order.make()
+    rows = write_measurements(order, tmp_path)
+    for row, record in zip(rows, [{"failed": "it diverged"}, *[{"cost": Cost().to_dict()}] * 9], strict=False):
+        durable.write_json(row.folder / durable.RECORD, record)
+        (row.folder / durable.CHECKPOINT / "2").mkdir(parents=True)
+    assert not list(tiny_order.laboratory(order, tmp_path).run(rows))
+    assert not list(tmp_path.rglob(durable.CHECKPOINT))
+
+
                 raise KeyboardInterrupt
             yield part
 
