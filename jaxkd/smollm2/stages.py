@@ -507,6 +507,9 @@ def align_policy(
         coster.trained(used, updates=settings.updates_per_step)
         if draws is not None:
             coster.scored(draws, by=reference)
+        if draws is not None and batch is not None:
+            # The policy learns from other texts: its pass over its own draws is one more.
+            coster.scored(draws)
         tokens = float(np.asarray(used.completion_mask).sum())
         metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
         metrics["seconds"] = time.perf_counter() - begin

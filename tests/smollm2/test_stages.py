@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxkd import durable
-from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.align import AlignmentSettings, Coefficients, Info, PreferenceData
 from jaxkd.smollm2 import cost, stages, students
-from jaxkd.smollm2.network import Network
+from jaxkd.smollm2.network import Network, ScoredTexts
 from jaxkd.smollm2.policy import Texts
 from tests.smollm2 import by_hand, tiny_order
 
@@ -60,6 +60,34 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
         assert workshop.cost.tokens_sampled == workshop.cost.tokens_scored == 16 * 8
         # Every text is nine tokens, which attend to five in the mean.
         assert workshop.cost.model_flops == pytest.approx(2 * cost.forward_flops(base.config, 16 * 9, 5))
+
+
+def test_kto_is_charged_for_the_policys_pass_over_its_own_draws(tmp_path, base, monkeypatch):
+    """Two passes over the fresh draws, the reference's and the policy's, and one forth and back over the pairs."""
+    mask = np.ones((8, 9), bool)
+    x = Texts(np.full((8, 9), 7, np.int32), mask, mask & (np.arange(9) > 0))
+    settings = AlignmentSettings("kto", 3, 8, dataset_batches=2)
+    log_prob = np.zeros((2, 8, 8), np.float32)
+    given = PreferenceData(
+        ScoredTexts(*(np.stack([leaf] * 2) for leaf in x), np.zeros((2, 8), np.float32), np.zeros((2, 8), bool)),
+        np.zeros((2, 8), np.float32),
+        np.ones((2, 4), bool),
+        log_prob,
+    )
+    nothing = Info(*[np.float32(0.0)] * len(Info._fields))
+    monkeypatch.setattr(Network, "draw", lambda *_, **more: x)
+    monkeypatch.setattr(stages, "_alignment_step", lambda *_: lambda state, inputs: (state, nothing))
+    workshop = stages.Workshop(durable.Progress(quiet=True))
+    workshop.begin()
+    reward = (np.zeros(8, np.float32), np.zeros(8, bool))
+    alignment = replace(tiny_order.make().alignment, settings=settings)
+    stages.align_policy(
+        tmp_path, jax.random.key(0), base, base, lambda *_: reward, 0.1, alignment, workshop, preferences=given
+    )
+    assert workshop.cost.tokens_sampled == workshop.cost.tokens_trained == 3 * 8 * 8
+    assert workshop.cost.tokens_scored == 2 * 3 * 8 * 8
+    # To draw, two passes over what was drawn, and three for an update.
+    assert workshop.cost.model_flops == pytest.approx(3 * 6 * cost.forward_flops(base.config, 8 * 9, 5))
 
 
 def held_out_loss(folder, network):
