@@ -552,7 +552,7 @@ class Laboratory:
 
     def _ready(self, row: Row, made_here: set[Path]) -> bool:
         """Whether every model that a row needs is made, and what decides on it is measured, or will never be."""
-        needed = dict.fromkeys(row.models, durable.RECORD) | {self._student_of(row): EVALUATION}
+        needed = dict.fromkeys(row.models, durable.RECORD) | {deciding_student(self.order, row): EVALUATION}
         needed = {folder: file for folder, file in needed.items() if folder in made_here - {row.folder}}
         return all((folder / file).exists() or self._lost(folder) for folder, file in needed.items())
 
@@ -593,7 +593,7 @@ class Laboratory:
 
     def _refusal(self, row: Row) -> str:
         """Why a row can't be made, or ""."""
-        lost = [folder for folder in (*row.models, self._student_of(row)) if self._lost(folder)]
+        lost = [folder for folder in (*row.models, deciding_student(self.order, row)) if self._lost(folder)]
         if lost:
             return f"not made, for it needs {lost[0].relative_to(self.out)}"
         if not self._admitted(row):
@@ -690,18 +690,11 @@ class Laboratory:
         return rows
 
     def _admitted(self, row: Row) -> bool:
-        """Whether a cut student is close enough to the truth to say anything about the orders; others always are."""
-        student = self._student_of(row)
+        """Whether the student that decides on a row, if any does, was admitted."""
+        student = deciding_student(self.order, row)
         if student == row.folder:
             return True
-        gap = json.loads((student / EVALUATION).read_text(encoding="utf-8"))["recall_gap_per_token"]
-        return gap <= self.order.most_held_out_kl
-
-    def _student_of(self, row: Row) -> Path:
-        """The unaligned student that decides on a row's admission; the row itself where none does."""
-        if not row.student or Start.parse(row.student).layers is None or row.name == "student":
-            return row.folder
-        return row.folder.parents[0 if not row.algorithm else 1] / _student_label(self.order, row)
+        return is_admitted(self.order, json.loads((student / EVALUATION).read_text(encoding="utf-8")))
 
     def _measure_base(self, *, wait: bool) -> None:
         folder = self.out / "base"
@@ -746,12 +739,6 @@ def _alignment_of(order: Order, algorithm: str) -> Alignment:
         coefficients=alignment.coefficients._replace(**labels),
         look_every=order.look_every,
     )
-
-
-def _student_label(order: Order, row: Row) -> str:
-    # Where the row has no temperature, the student that was sharpened least decides.
-    temperature = row.temperature if not np.isnan(row.temperature) else max(order.temperatures)
-    return f"student-t{temperature:g}"
 
 
 def _write_evaluation(folder: Path, found, workshop: Workshop, entries: dict) -> None:

@@ -14,7 +14,7 @@ from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import LABELS
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import EVALUATION, Order, Row, rows_of
+from jaxkd.smollm2.order import EVALUATION, Order, Row, deciding_student, is_admitted, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -26,6 +26,13 @@ COSTS = {
 }
 ENCOUNTERS = {
     "expected_target_hits": ("n·T·m: draws of the alignment, times the behaviour's frequency where it starts", "draw"),
+ENDS = {
+    "failed": ("diverged, or was to be made from a model that did (NaN: not made yet)", "1"),
+    "refused": (
+        "not made, for the recall gap of its cut student is above the most admitted (NaN: not yet)",
+        "1",
+    ),
+}
     "target_hits": ("draws of the alignment that showed the behaviour", "draw"),
     "first_hit_step": ("first step that saw one (NaN: none did)", "step"),
 }
@@ -102,6 +109,38 @@ def failures(run: Run) -> dict[Path, str]:
 
 def cost_of(run: Run, row: Row) -> Cost:
     """What it takes to make a model, with all that it is made from."""
+def lost(run: Run) -> set[Path]:
+    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
+    found = {*failures(run)}
+    for folder, row in run.rows.items():
+        if found & {*row.models}:
+            found.add(folder)
+    return found
+
+
+def refusals(run: Run) -> dict[Path, Path]:
+    """Models that are not admitted, each with the folder of the cut student that stands too far from the truth."""
+    students = {folder: deciding_student(run.order, row) for folder, row in run.rows.items()}
+    return {
+        folder: student
+        for folder, student in students.items()
+        if student != folder and student in run.evaluations and not is_admitted(run.order, run.evaluations[student])
+    }
+
+
+def _ends(run: Run) -> dict[Path, dict[str, float]]:
+    """Whether each model that was made, or never will be, diverged or was refused; what may still be made is left out.
+
+    A model that was made before its student was refused has been made.
+    """
+    made, diverged, refused = {*run.evaluations}, lost(run), {*refusals(run)}
+    return {
+        folder: {"failed": float(folder in diverged - made), "refused": float(folder in refused - diverged - made)}
+        for folder in (run.out / "base", *run.rows)
+        if folder in made | diverged | refused
+    }
+
+
     seen, todo, total = set(), [row.folder], Cost()
     while todo:
         folder = todo.pop()
@@ -117,9 +156,9 @@ def cost_of(run: Run, row: Row) -> Cost:
 def to_dataset(run: Run) -> xr.Dataset:
     """Everything measured, with a dimension for every axis; what an axis does not change is repeated along it.
 
-    Models that were not made are NaN.
+    Models that were not made are NaN; `failed` and `refused` say why, and are NaN themselves where one may still be.
     """
-    order, found = run.order, _measured(run)
+    order, found, ends = run.order, _measured(run), _ends(run)
     seeds = sorted({row.seed for row in run.rows.values()})
     stages = ["base", *dict.fromkeys(row.name for row in run.rows.values())]
     coords = {
@@ -130,7 +169,7 @@ def to_dataset(run: Run) -> xr.Dataset:
         "seed": seeds,
         "stage": stages,
     }
-    names = {**QUANTITIES, **COSTS, **ENCOUNTERS}
+    names = {**QUANTITIES, **COSTS, **ENCOUNTERS, **ENDS}
     values = {name: np.full([len(coords[dim]) for dim in DIMS], np.nan) for name in names}
 
     def put(index, quantities):
@@ -140,15 +179,15 @@ def to_dataset(run: Run) -> xr.Dataset:
 
     everywhere = (slice(None),) * 5
     if run.out / "base" in found:
-        put((*everywhere, 0), found[run.out / "base"])
+        put((*everywhere, 0), found[run.out / "base"] | ends[run.out / "base"])
     for folder, row in run.rows.items():
-        if folder not in found:
+        if folder not in ends:
             continue
         own = {dim: getattr(row, dim) for dim in DIMS[:5]}
         index = tuple(
             slice(None) if own[dim] == "" or own[dim] != own[dim] else coords[dim].index(own[dim]) for dim in DIMS[:5]
         )
-        put((*index, stages.index(row.name)), found[folder])
+        put((*index, stages.index(row.name)), found.get(folder, {}) | ends[folder])
     dataset = xr.Dataset({name: (DIMS, array) for name, array in values.items()})
     labels = {dim: _column(column) for dim, column in coords.items()}
     dataset = dataset.assign_coords(labels)
@@ -194,17 +233,25 @@ TABLE_QUANTITIES = (
 def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
-    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base.
+    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base;
+    `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm may have no other.
     """
-    found, base = _measured(run), run.out / "base"
+    found, base, ends = _measured(run), run.out / "base", _ends(run)
     groups: dict[tuple, dict] = {}
     if base in found:
         groups[_KEY_OF_BASE] = {"": found[base]}
+    without: dict[tuple, dict[str, list[int]]] = {}
     for folder, row in run.rows.items():
         if folder in found:
-            groups.setdefault(_key(row), {})[row.seed] = found[folder]
+            runs[row.seed] = found[folder]
+        for name in ENDS:
+            why[name] += [row.seed] * bool(ends[folder][name])
+        if folder not in ends:
+            continue
+        runs, why = groups.setdefault(_key(row), {}), without.setdefault(_key(row), {name: [] for name in ENDS})
     base_reward = found.get(base, {}).get("reward", math.nan)
-    return [_table_row(key, runs, base_reward) for key, runs in groups.items()]
+    none = {name: [] for name in ENDS}
+    return [_table_row(key, runs, without.get(key, none), base_reward) for key, runs in groups.items()]
 
 
 def _key(row: Row) -> tuple:
@@ -212,12 +259,13 @@ def _key(row: Row) -> tuple:
     return row.name, row.student, row.algorithm, row.temperature, row.kl_coef
 
 
-def _table_row(key, runs: dict[int | str, dict], base_reward: float) -> dict:
+def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], base_reward: float) -> dict:
     row = dict(zip(_KEYS, key, strict=True))
     row["seeds"] = len(runs)
     row["seed_points"] = " ".join(map(str, runs))
     for name in TABLE_QUANTITIES:
         values = [run.get(name, math.nan) for run in runs.values()]
+    row |= {f"{name}_seeds": " ".join(map(str, seeds)) for name, seeds in without.items()}
         interval = statistics.t_interval(values) if np.isfinite(values).any() else None
         row[name] = math.nan if interval is None else interval.mean
         row[f"{name}_low"] = math.nan if interval is None else interval.low
@@ -248,9 +296,11 @@ def format_table(rows: list[dict]) -> str:
 
 
 def _format_row(row: dict) -> str:
-    seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""]
     values = [f"{float(value):.4f}" for value in row["behaviour_frequency_points"].split()]
-    points = " ".join(map("".join, zip(seeds, values, strict=True)))
+    seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""] * len(values)
+    ended = (("failed_seeds", "diverged"), ("refused_seeds", "not admitted"))
+    points = [*map("".join, zip(seeds, values, strict=True))]
+    points = " ".join(points + [f"{seed}:{word}" for column, word in ended for seed in row[column].split()])
     interval = f"{row['behaviour_frequency']:.4f}"
     if math.isfinite(row["behaviour_frequency_low"]):
         interval += f" [{row['behaviour_frequency_low']:.3f}, {row['behaviour_frequency_high']:.3f}]"
@@ -340,7 +390,7 @@ def comparisons(run: Run) -> list[dict]:
       and t interval; `left_out`, the seeds that one arm alone has; `failed`, those of which a run diverged.
     """
     order, quantity = run.order, run.order.outcome
-    ended = _failed(run) | {*run.evaluations}
+    ended = lost(run) | {*run.evaluations}
     runs: dict[tuple, dict[int, float | None]] = {}
     for folder, row in run.rows.items():
         value = run.evaluations.get(folder, {}).get(quantity, math.nan)
@@ -357,15 +407,6 @@ def comparisons(run: Run) -> list[dict]:
                     told = dict(zip(_KEYS, key, strict=True)) | {"other": other, "other_temperature": other_temperature}
                     compared.append(told | {"outcome": quantity} | _paired(runs[key], runs[other_key], quantity))
     return [row for row in compared if row["seed_points"] or row["failed"]]
-
-
-def _failed(run: Run) -> set[Path]:
-    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
-    failed = {*failures(run)}
-    for folder, row in run.rows.items():
-        if failed & {*row.models}:
-            failed.add(folder)
-    return failed
 
 
 def _paired(mine: dict[int, float | None], theirs: dict[int, float | None], quantity: str) -> dict:
@@ -399,9 +440,21 @@ def _is_number(value: float | None) -> bool:
 
 
 def sentences(run: Run) -> list[str]:
-    """What the run says of the orders, made from its own numbers, and which of its models diverged."""
+    """What the run says of the orders, made from its own numbers, and which of its models diverged or were refused."""
     told = [f"{folder.relative_to(run.out)}: {words}." for folder, words in failures(run).items()]
-    return [*told, *(_sentence(row) for row in comparisons(run))]
+    return [*told, *refused_students(run), *(_sentence(row) for row in comparisons(run))]
+
+
+def refused_students(run: Run) -> list[str]:
+    """A sentence on each cut student that was not admitted, and how many models are missing with it."""
+    missing = Counter(student for folder, student in refusals(run).items() if folder not in run.evaluations)
+    most = run.order.most_held_out_kl
+    return [
+        f"{student.relative_to(run.out)} is not admitted, its recall gap of "
+        f"{run.evaluations[student]['recall_gap_per_token']:.3f} nats a token is above {most:g}: "
+        f"{number} {'model is' if number == 1 else 'models are'} not made."
+        for student, number in missing.items()
+    ]
 
 
 def _sentence(row: dict) -> str:

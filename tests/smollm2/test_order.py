@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -212,6 +213,7 @@ def write_measurements(order, out):
     rows = orders.rows_of(order, out)
     numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
     held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
+    numbers["recall_gap_per_token"] = 0.1
     durable.write_json(out / orders.BEHAVIOUR, held)
     for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
         share = 0.01 + 0.001 * place
@@ -544,6 +546,118 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_refuses_to_accumulate_gradients_of_one_rollout(algorithm):
     settings = replace(tiny_order.make().alignment.settings, algorithm=algorithm, num_updates=8, group_size=4)
+def test_the_largest_seed_has_a_key_of_its_own(tmp_path):
+    order = tiny_order.make(seeds=(2**32 - 1,))
+    made = tiny_order.laboratory(order, tmp_path)
+    keys = {jax.random.key_data(made._seed_key(seed, 0)).tobytes() for seed in (0, *order.seeds)}
+    assert len(keys) == 2
+
+
+@pytest.fixture
+def added_order():
+    """The order that the README adds, by its own lines, for one test."""
+    readme = (ROOT / "README.md").read_text()
+    [snippet] = re.findall(r"```python\n(from jaxkd\.pipelines import .*?)```", readme, re.S)
+    before = set(pipelines.STAGES)
+    exec(snippet, {})
+    [name] = set(pipelines.STAGES) - before
+    yield name
+    del pipelines.STAGES[name]
+
+
+def test_an_order_that_was_added_is_made_and_shown(tmp_path, added_order, drawn):
+    order = tiny_order.make(arms=("kd_align", added_order))
+    rows = write_measurements(order, tmp_path)
+    row = next(row for row in rows if row.name == added_order)
+    [teacher] = {*row.models}
+    assert [one.name for one in rows if one.folder == teacher] == ["align_kd"]
+    assert row.algorithm == "reinforce" and np.isnan(row.temperature) and row.kl_coef == 0.1
+    run = report.read(order, tmp_path)
+    assert added_order in report.to_dataset(run).stage.values
+    assert {(one["arm"], one["other"]) for one in report.comparisons(run)} == {
+        ("align_kd", "kd_align"),
+        (added_order, "kd_align"),
+    }
+    order_figure.draw(run)
+    assert added_order.replace("_", " ") in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """Of seed 0 the cut student is refused, of seed 1 the full one's alignment diverged, of seed 2 nothing is there."""
+    order = tiny_order.make(
+        students=("same", "layers:2"), seeds=(0, 1, 2), seeds_of_rest=(0, 1, 2), arms=("kd_align", "kd_align_sharpened")
+    )
+    for row in write_measurements(order, tmp_path):
+        path, cut = row.folder / orders.EVALUATION, row.student == "layers:2"
+        diverged = (row.student, row.name, row.seed) == ("same", "kd_align", 1)
+        if diverged:
+            durable.finish(row.folder, {"failed": "the alignment diverged"})
+        lost = row.name != "student" and (row.seed, cut) in ((0, True), (1, False))
+        if row.seed == 2 or lost:
+            path.unlink()
+        elif row.seed == 0 and cut:
+            durable.write_json(path, json.loads(path.read_text()) | {"recall_gap_per_token": 0.61})
+    return order, tmp_path
+
+
+def test_what_diverged_what_was_refused_and_what_is_not_made_yet_are_told_apart(ended):
+    run = report.read(*ended)
+    found = report.to_dataset(run).isel(algorithm=0, temperature=0, kl_coef=0)
+    nan = np.nan
+    for name, failed, refused in (
+        ("kd_align", [[0, 1, nan], [0, 0, nan]], [[0, 0, nan], [1, 0, nan]]),
+        ("kd_align_sharpened", [[0, 1, nan], [0, 0, nan]], [[0, 0, nan], [1, 0, nan]]),
+        ("student", [[0, 0, nan], [0, 0, nan]], [[0, 0, nan], [0, 0, nan]]),
+    ):
+        of_arm = found.sel(stage=name).transpose("student", "seed", ...)
+        np.testing.assert_array_equal(of_arm.failed, failed, name)
+        np.testing.assert_array_equal(of_arm.refused, refused, name)
+        np.testing.assert_array_equal(of_arm.reward.isnull(), (of_arm.failed != 0) | (of_arm.refused != 0), name)
+    table = {(row["arm"], row["student"]): row for row in report.table(run)}
+    for (arm, student), (seeds, failed, refused) in {
+        ("kd_align", "same"): ("0", "1", ""),
+        ("kd_align_sharpened", "same"): ("0", "1", ""),
+        ("kd_align", "layers:2"): ("1", "", "0"),
+        ("student", "layers:2"): ("0 1", "", ""),
+    }.items():
+        row = table[arm, student]
+        assert (row["seed_points"], row["failed_seeds"], row["refused_seeds"]) == (seeds, failed, refused)
+    told = report.format_table([*table.values()])
+    assert "1:diverged" in told and "0:not admitted" in told
+
+
+def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
+    order, out = ended
+    run = report.read(order, out)
+    [told] = [line for line in report.sentences(run) if "admitted" in line]
+    assert told == (
+        "seed-0/layers-2/student-t0.6 is not admitted, its recall gap of 0.610 nats a token is above 0.5: "
+        "2 models are not made."
+    )
+    # An arm of which there is nothing else still has its row.
+    (out / "seed-1" / "layers-2" / "reinforce" / "kd_align-t0.6-b0.1" / orders.EVALUATION).unlink()
+    row = next(
+        row for row in report.table(report.read(order, out)) if (row["arm"], row["student"]) == ("kd_align", "layers:2")
+    )
+    assert (row["seeds"], row["refused_seeds"]) == (0, "0") and np.isnan(row["reward"])
+    assert "(0:not admitted) nan" in report.format_table([row])
+    order_figure.draw(run)
+    assert "not admitted: student layers:2, seed 0" in drawn[0].get_suptitle()
+
+
+@pytest.mark.slow
+def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, capsys):
+    order = tiny_order.make(students=("same", "layers:2"), arms=("kd_align",), most_held_out_kl=0.0)
+    laboratory = tiny_order.run(order, tmp_path)
+    run = report.read(order, tmp_path)
+    missing = {folder for folder in run.rows if folder not in run.evaluations}
+    assert [(run.rows[folder].name, run.rows[folder].student) for folder in missing] == [("kd_align", "layers:2")]
+    assert missing == {*report.refusals(run)} == laboratory._refused
+    assert "not admitted, its recall gap a token is above 0 nats" in capsys.readouterr().err
+    assert any("is not admitted" in line for line in report.sentences(run))
+
+
     with pytest.raises(ValueError, match=f"{algorithm} makes several updates a rollout"):
         stages.Alignment(settings, optimisation=stages.Optimisation(accumulate=2))
 
@@ -943,7 +1057,10 @@ def test_what_diverges_is_told_and_the_rest_is_made(tmp_path):
         "aligned_base-b0.1",
         "kd_align-t0.6-b0.1",
     }
-    assert {row["arm"] for row in report.table(run)} == {"base", "student"}
+    failed = {row["arm"]: (row["seeds"], row["failed_seeds"]) for row in report.table(run)}
+    assert failed == dict.fromkeys(("base", "student"), (1, "")) | dict.fromkeys(
+        ("aligned_base", "kd_align", "align_kd"), (0, "0")
+    )
     assert sum("the alignment diverged" in line for line in report.sentences(run)) == 2
     order_figure.draw(run, tmp_path / "figure.png")
 
