@@ -238,7 +238,7 @@ def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
     assert where == {values[row.folder]["kl_to_base"] for row in rows if row.algorithm == "online_dpo"}
     sizes = {line.get_markersize() for line in drawn[0].axes[0].get_lines() if line.get_marker() != "+"}
     assert len(sizes - {6.5}) == 1
-    assert {"τ 0.6, β 0.1", "τ 0.6, β 0.2"} <= {text.get_text() for text in drawn[0].axes[0].texts}
+    assert {"β 0.1", "β 0.2"} <= {text.get_text() for text in drawn[0].axes[0].texts}
     assert "β =" not in drawn[0].get_suptitle()
 
 
@@ -260,11 +260,11 @@ def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     order_figure.draw(report.read(order, tmp_path))
     panel = drawn[0].axes[0]
     point = next(line for line in panel.get_lines() if list(line.get_ydata()) == [0.004])
-    assert (point.get_marker(), point.get_markerfacecolor()) == ("v", "none")
+    assert point.get_marker() not in order_figure.MARKERS.values()
     assert list(point.get_xdata()) == [json.loads(path.read_text())["kl_to_base"]]
     low, high = panel.get_ylim()
     assert 0 < low < 0.004 < high
-    assert "never, τ 0.6" in {text.get_text() for text in panel.texts}
+    assert "never" in {text.get_text() for text in panel.texts}
     assert "never shown: at its upper limit" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert all(y > 0 for line in panel.get_lines() for y in line.get_ydata())
 
