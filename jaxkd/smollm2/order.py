@@ -208,6 +208,21 @@ class Row:
     student: str
     algorithm: str
 
+    @property
+    def is_alignment(self) -> bool:
+        """Whether it is aligned itself, and not made from what was."""
+        return isinstance(self.stage, Align)
+
+    @property
+    def is_distillation(self) -> bool:
+        """Whether it is fitted to texts, and not sharpened alone."""
+        return type(self.stage) is Distil
+
+
+def role_of(row: Row) -> str:
+    """Whose shape a row's model has: that of the base, or of a student by name."""
+    return f"student {row.student}" if row.student else "base"
+
 
 def _involves(name: str, kind: type) -> bool:
     """Whether a stage, or what it is made from, is of a kind."""
