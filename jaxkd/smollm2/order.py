@@ -442,6 +442,7 @@ class Laboratory:
             made = stages.distil(folder, key, teacher, start, temperature, self.order.distillation, self.workshop)
             made.save(folder / "model")
             durable.finish(folder, {"cost": self.workshop.spent()})
+        durable.let_checkpoint_go(folder)
         return self.setting.load(folder / "model")
 
     def _choose_behaviour(self):
@@ -457,7 +458,6 @@ class Laboratory:
         if CEILING in self.order.arms:
             self._rows_for_ceiling(behaviour)
         if not path.exists():
-        durable.let_checkpoint_go(folder)
             durable.write_json(path, held)
         return held["chosen"], behaviour
 
@@ -545,6 +545,8 @@ class Laboratory:
         there, and waits where there is none.
         """
         self._measure_base(wait=False)
+        for row in rows:
+            durable.let_checkpoint_go(row.folder)
         numbers = {row.folder: f"[{number}/{len(rows)}] {_words(row)}" for number, row in enumerate(rows, start=1)}
         left, made_here, waiting = list(rows), {row.folder for row in rows}, False
         there = {row.folder for row in rows if (row.folder / EVALUATION).exists()}
@@ -560,8 +562,6 @@ class Laboratory:
             left.remove(row)
             if row.folder not in there and (row.folder / EVALUATION).exists():
                 yield row
-        for row in rows:
-            durable.let_checkpoint_go(row.folder)
         # Another process that was at it may have ended.
         self._measure_base(wait=True)
 

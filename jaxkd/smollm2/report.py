@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,6 @@ COSTS = {
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
     "seconds": ("wall-clock, the same", "s"),
 }
-ENCOUNTERS = {
-    "expected_target_hits": ("n·T·m: draws of the alignment, times the behaviour's frequency where it starts", "draw"),
 ENDS = {
     "failed": ("diverged, or was to be made from a model that did (NaN: not made yet)", "1"),
     "refused": (
@@ -33,6 +33,8 @@ ENDS = {
         "1",
     ),
 }
+ENCOUNTERS = {
+    "expected_target_hits": ("n·T·m: draws of the alignment, times the behaviour's frequency where it starts", "draw"),
     "target_hits": ("draws of the alignment that showed the behaviour", "draw"),
     "first_hit_step": ("first step that saw one (NaN: none did)", "step"),
 }
@@ -107,8 +109,6 @@ def failures(run: Run) -> dict[Path, str]:
     return {folder: record["failed"] for folder, record in run.records.items() if "failed" in record}
 
 
-def cost_of(run: Run, row: Row) -> Cost:
-    """What it takes to make a model, with all that it is made from."""
 def lost(run: Run) -> set[Path]:
     """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
     found = {*failures(run)}
@@ -141,6 +141,8 @@ def _ends(run: Run) -> dict[Path, dict[str, float]]:
     }
 
 
+def cost_of(run: Run, row: Row) -> Cost:
+    """What it takes to make a model, with all that it is made from."""
     seen, todo, total = set(), [row.folder], Cost()
     while todo:
         folder = todo.pop()
@@ -238,17 +240,17 @@ def table(run: Run) -> list[dict]:
     """
     found, base, ends = _measured(run), run.out / "base", _ends(run)
     groups: dict[tuple, dict] = {}
+    without: dict[tuple, dict[str, list[int]]] = {}
     if base in found:
         groups[_KEY_OF_BASE] = {"": found[base]}
-    without: dict[tuple, dict[str, list[int]]] = {}
     for folder, row in run.rows.items():
+        if folder not in ends:
+            continue
+        runs, why = groups.setdefault(_key(row), {}), without.setdefault(_key(row), {name: [] for name in ENDS})
         if folder in found:
             runs[row.seed] = found[folder]
         for name in ENDS:
             why[name] += [row.seed] * bool(ends[folder][name])
-        if folder not in ends:
-            continue
-        runs, why = groups.setdefault(_key(row), {}), without.setdefault(_key(row), {name: [] for name in ENDS})
     base_reward = found.get(base, {}).get("reward", math.nan)
     none = {name: [] for name in ENDS}
     return [_table_row(key, runs, without.get(key, none), base_reward) for key, runs in groups.items()]
@@ -263,9 +265,9 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
     row = dict(zip(_KEYS, key, strict=True))
     row["seeds"] = len(runs)
     row["seed_points"] = " ".join(map(str, runs))
+    row |= {f"{name}_seeds": " ".join(map(str, seeds)) for name, seeds in without.items()}
     for name in TABLE_QUANTITIES:
         values = [run.get(name, math.nan) for run in runs.values()]
-    row |= {f"{name}_seeds": " ".join(map(str, seeds)) for name, seeds in without.items()}
         interval = statistics.t_interval(values) if np.isfinite(values).any() else None
         row[name] = math.nan if interval is None else interval.mean
         row[f"{name}_low"] = math.nan if interval is None else interval.low
@@ -326,15 +328,27 @@ def _blank(value: float) -> str:
     return "" if math.isnan(value) else f"{value:g}"
 
 
-def stage_costs(run: Run) -> list[dict]:
-    """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind."""
+def stage_costs(run: Run, step_flops: Callable[[Row], float | None] = lambda row: None) -> list[dict]:
+    """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind.
+
+    Args:
+      run: what there is.
+      step_flops: FLOPs by XLA's own analysis of a row's step, sampling left out (`passes.step_flops`); None where that
+        is not known.
+
+    Returns:
+      Rows with the cost of either kind. `made_steps` are those that were taken, `made_program_flops` their FLOPs by
+      XLA: other than `made_model_flops` it counts padding, masked scores and what is computed again, but neither
+      sampling nor looks at held-out texts; NaN where it is not known.
+    """
     groups: dict[tuple, list[dict]] = {}
     base = run.out / "base"
     if base in run.evaluations:
-        groups[_KEY_OF_BASE] = [_both_costs(run.records.get(base, {}), run.evaluations[base])]
+        own = _both_costs(run.records.get(base, {}), run.evaluations[base])
+        groups[_KEY_OF_BASE] = [own | {"made_steps": 0, "made_program_flops": math.nan}]
     for folder, row in run.rows.items():
         if "cost" in run.records.get(folder, {}):
-            both = _both_costs(run.records[folder], run.evaluations.get(folder, {}))
+            both = _both_costs(run.records[folder], run.evaluations.get(folder, {})) | _steps(row, step_flops)
             groups.setdefault(_key(row), []).append(both)
     return [
         dict(zip(_KEYS, key, strict=True))
@@ -342,6 +356,14 @@ def stage_costs(run: Run) -> list[dict]:
         | {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
         for key, runs in groups.items()
     ]
+
+
+def _steps(row: Row, step_flops: Callable[[Row], float | None]) -> dict[str, float]:
+    """How many steps were taken, and their FLOPs by XLA."""
+    path = row.folder / METRICS
+    steps = len(entries(path)) if path.exists() else 0
+    flops = step_flops(row) if steps else 0.0
+    return {"made_steps": steps, "made_program_flops": math.nan if flops is None else steps * flops}
 
 
 def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
@@ -353,8 +375,9 @@ def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
 def format_costs(rows: list[dict]) -> str:
     """The costs for a terminal."""
     head = (
-        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<43}to measure it:\n"
-        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}{'min':>7}"
+        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<51}to measure it:\n"
+        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'by XLA':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}"
+        f"{'min':>7}\n{'':<61}  {'':<28}{'updates':>8}"
     )
     return "\n".join([head, *(_format_cost(row) for row in rows)])
 
@@ -364,9 +387,14 @@ def _format_cost(row: dict) -> str:
     return (
         f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
         f"{_blank(row['kl_coef']):>6}  {row['made_tokens_sampled']:>10.0f}{row['made_tokens_trained']:>10.0f}"
-        f"{row['made_model_flops'] / 1e15:>8.3f}{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"
+        f"{row['made_model_flops'] / 1e15:>8.3f}{_blank_or(row['made_program_flops'] / 1e15):>8}"
+        f"{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"
         f"{row['measured_model_flops'] / 1e15:>8.3f}{row['measured_seconds'] / 60:>7.1f}"
     )
+
+
+def _blank_or(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 # --- the orders, held against each other ------------------------------------------------------------------------------
@@ -377,6 +405,11 @@ _COMPARED = (
     ("align_kd_sharpened", "kd_align_sharpened"),
 )
 """The headline at every τ of KD→Align; then what was sharpened, at the same τ."""
+
+
+def _compared() -> tuple[tuple[str, str], ...]:
+    """The pairs of arms that are held against each other: an order that was added, against KD→Align."""
+    return (*_COMPARED, *((arm, "kd_align") for arm in pipelines.arms() if arm not in pipelines.ARMS))
 
 
 def comparisons(run: Run) -> list[dict]:
@@ -460,11 +493,6 @@ def refused_students(run: Run) -> list[str]:
 def _sentence(row: dict) -> str:
     arms = [_named(row["arm"], row["temperature"]), _named(row["other"], row["other_temperature"])]
     about = f"{row['algorithm']}, student {row['student']}, β = {row['kl_coef']:g}"
-def _compared() -> tuple[tuple[str, str], ...]:
-    """The pairs of arms that are held against each other: an order that was added, against KD→Align."""
-    return (*_COMPARED, *((arm, "kd_align") for arm in pipelines.arms() if arm not in pipelines.ARMS))
-
-
     notes = []
     if row["left_out"]:
         notes.append(f"of one arm alone and left out: {_seeds(row['left_out'])}")

@@ -24,10 +24,11 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, generate, network, order_figure, passes, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
-from jaxkd.smollm2.cost import Cost, forward_flops
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.cost import Cost, forward_flops, log_prob_flops
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.preferences import Preferences
 from jaxkd.sweep import cache
@@ -212,8 +213,8 @@ def write_measurements(order, out):
     """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
     rows = orders.rows_of(order, out)
     numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
-    held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
     numbers["recall_gap_per_token"] = 0.1
+    held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
     durable.write_json(out / orders.BEHAVIOUR, held)
     for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
         share = 0.01 + 0.001 * place
@@ -294,6 +295,29 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
     assert plt.imread(out / "smollm2_order.png")[..., :3].std() > 0.05
 
 
+def test_comparisons_of_other_flags_do_not_stay(tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(orders.Laboratory, "prepare", lambda laboratory: setattr(laboratory, "behaviour_name", "digit"))
+    monkeypatch.setattr(orders.Laboratory, "run", lambda laboratory, rows: iter([]))
+    for arms, compared in ((("kd_align", "align_kd"), True), (("kd_align",), False)):
+        order, out = tiny_order.make(arms=arms), tmp_path / "run"
+        durable.check_configuration(out, tiny_order.laboratory(order, out).configuration() | {"dtype": "float32"})
+        write_measurements(order, out)
+        monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags, order=order: order)
+        script["main"](script["Flags"](out=out))
+        assert (out / "comparisons.csv").exists() == compared
+        told = capsys.readouterr().out.partition("\nWrote ")[2]
+        assert ("comparisons.csv" in told) == compared and "costs.csv, " in told and "smollm2_order.png" in told
+
+
+def test_no_mode_has_the_run_folder_of_another(tmp_path):
+    make_flags = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))["Flags"]
+    modes = [{}, {"quick": True}, {"preset": "paper"}]
+    assert len({make_flags(**mode).folder for mode in modes}) == 3
+    assert {make_flags(out=tmp_path, **mode).folder for mode in modes} == {tmp_path}
+
+
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
     order = tiny_order.make(seeds=(0, 2, 1))
     write_measurements(order, tmp_path)
@@ -330,6 +354,42 @@ def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
         assert row["seed_points"] == "0 1 2"
     assert "(0:0.0000 1:0.1000 2:0.2000) 0.1000" in report.format_table(table)
     assert {row["seeds"] for row in report.stage_costs(run)} == {3}
+
+
+def test_costs_have_the_flops_of_the_programs_besides(tmp_path):
+    """Of the steps that were taken; blank where the shapes of a step are not known from the order."""
+    order = tiny_order.make(
+        algorithms=("reinforce", "offline_dpo_ref"),
+        arms=("kd_align", "kd_align_sharpened", CEILING),
+        distillation=replace(tiny_order.make().distillation, method="forward_kl"),
+        students=("layers:2",),
+    )
+    for row in write_measurements(order, tmp_path):
+        durable.finish(row.folder, {"cost": Cost().to_dict()})
+        if row.name == "kd_align_sharpened":
+            (row.folder / durable.METRICS).unlink()
+    large = Config.tiny()
+    small = replace(large, num_layers=2)
+    step_flops = passes.step_flops(order, tmp_path, {"base": large, "student layers:2": small}, 9, network.Layout())
+    costs = report.stage_costs(report.read(order, tmp_path), step_flops)
+    found = {(row["arm"], row["algorithm"]): row for row in costs}
+
+    def flops(config, *, differentiate):
+        return log_prob_flops(config, 8, 9, differentiate=differentiate, remat="products")
+
+    forth, back = (flops(small, differentiate=differentiate) for differentiate in (False, True))
+    for key, expected in {
+        ("kd_align", "reinforce"): 4 * (forth + back),
+        ("kd_align", "offline_dpo_ref"): 4 * back,
+        ("student", ""): 4 * (flops(large, differentiate=False) + back),
+        ("kd_align_sharpened", "reinforce"): 0,
+    }.items():
+        assert found[key]["made_program_flops"] == pytest.approx(expected)
+        assert found[key]["made_steps"] == (4 if expected else 0)
+    assert np.isnan(found[CEILING, ""]["made_program_flops"]) and found[CEILING, ""]["made_steps"] == 4
+    # A tiny model's norms and masked scores weigh much.
+    assert 1 < found["kd_align", "reinforce"]["made_program_flops"] / (16 * forward_flops(small, 8 * 9, 4.5)) < 2
+    assert "by XLA" in report.format_costs(costs)
 
 
 SHARES = {
@@ -469,6 +529,8 @@ def test_one_implementation_of_each_step():
         ({"temperatures": (0.0,)}, "temperatures must be"),
         ({"temperatures": ()}, "at least one value"),
         ({"seeds": (1, 1)}, "names a value twice"),
+        ({"seeds": (2**32,)}, "--seeds must be a whole number of at least 0 and at most 4294967295; got 4294967296"),
+        ({"seeds_of_rest": (5_000_000_000,)}, "--seeds-of-rest must be a whole number of at least 0 and at most"),
         ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
         ({"reward": "plain", "target": "random:tiny", "algorithms": ("kto",)}, "kto needs a reward that tells"),
         ({"algorithms": ("reinforce", "ppo")}, "num_updates must be a multiple of epochs"),
@@ -484,68 +546,6 @@ def test_refuses_orders(changes, message):
         tiny_order.make(**changes)
 
 
-@pytest.mark.slow
-def test_a_users_pairs_replace_the_reward(tmp_path):
-    file, out = tmp_path / "pairs.jsonl", tmp_path / "run"
-    rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": f" no {i}"} for i in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    order = tiny_order.make(
-        preferences=Preferences(str(file), max_length=32), algorithms=("offline_dpo_data",), arms=("kd_align",)
-    )
-    tiny_order.run(order, out)
-    run = report.read(order, out)
-    table = {row["arm"]: row for row in report.table(run)}
-    assert table["base"]["preference_accuracy"] == 0.5
-    assert table["kd_align"]["preference_accuracy"] > 0.9
-    assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
-    aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
-    first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
-    assert "held-out pairs ranked right" in report.format_table(report.table(run))
-    order_figure.draw(run, tmp_path / "figure.png")
-    file.write_text(file.read_text().replace(" yes", " yeah"))
-    with pytest.raises(ValueError, match="pairs: "):
-        tiny_order.run(order, out)
-
-
-@pytest.mark.slow
-def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
-    """Truth, base, target, student and policy are five models here: none can stand for another unseen."""
-    out, base = tmp_path / "run", tmp_path / "base"
-    config, params = weights.load("random:tiny")
-    weights.save_pretrained(base, config, tiny_order.uneven(params), text.byte_tokenizer())
-    fast = replace(tiny_order.OPTIMISATION, learning_rate=0.01)
-    order = tiny_order.make(
-        base=str(base),
-        reward="reflected",
-        target="distil:0.5",
-        algorithms=("offline_dpo_data",),
-        arms=("kd_align",),
-        distillation=replace(tiny_order.make().distillation, method="forward_kl", num_held_out=32),
-        alignment=replace(tiny_order.make().alignment, optimisation=fast),
-    )
-    tiny_order.run(order, out, meshed=False)
-    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
-    found = json.loads((row.folder / "evaluation.json").read_text())
-    expected = _measured_by_hand(order, out, row, base, next(out.rglob("student-t0.6")) / "model")
-    x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
-    by_target = by_hand.log_prob(*weights.load(out / "target" / "model"), x)
-    level = json.loads((out / "target" / "level.json").read_text())["level"]
-        ({"seeds": (2**32,)}, "--seeds must be a whole number of at least 0 and at most 4294967295; got 4294967296"),
-        ({"seeds_of_rest": (5_000_000_000,)}, "--seeds-of-rest must be a whole number of at least 0 and at most"),
-    likelihood = by_target / x["completion_mask"].sum(axis=1)
-    expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert len({round(expected[name], 3) for name in expected}) == len(expected)
-    assert 0 < expected["bounded_recall"] < 1
-    lines = [json.loads(line) for line in (row.folder / durable.METRICS).read_text().splitlines()]
-    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert all(np.isfinite(line["reward"]) and line["reward"] <= level for line in lines)
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_refuses_to_accumulate_gradients_of_one_rollout(algorithm):
-    settings = replace(tiny_order.make().alignment.settings, algorithm=algorithm, num_updates=8, group_size=4)
 def test_the_largest_seed_has_a_key_of_its_own(tmp_path):
     order = tiny_order.make(seeds=(2**32 - 1,))
     made = tiny_order.laboratory(order, tmp_path)
@@ -658,6 +658,66 @@ def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, caps
     assert any("is not admitted" in line for line in report.sentences(run))
 
 
+@pytest.mark.slow
+def test_a_users_pairs_replace_the_reward(tmp_path):
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": f" no {i}"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    order = tiny_order.make(
+        preferences=Preferences(str(file), max_length=32), algorithms=("offline_dpo_data",), arms=("kd_align",)
+    )
+    tiny_order.run(order, out)
+    run = report.read(order, out)
+    table = {row["arm"]: row for row in report.table(run)}
+    assert table["base"]["preference_accuracy"] == 0.5
+    assert table["kd_align"]["preference_accuracy"] > 0.9
+    assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
+    aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert "held-out pairs ranked right" in report.format_table(report.table(run))
+    order_figure.draw(run, tmp_path / "figure.png")
+    file.write_text(file.read_text().replace(" yes", " yeah"))
+    with pytest.raises(ValueError, match="pairs: "):
+        tiny_order.run(order, out)
+
+
+@pytest.mark.slow
+def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
+    """Truth, base, target, student and policy are five models here: none can stand for another unseen."""
+    out, base = tmp_path / "run", tmp_path / "base"
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(base, config, tiny_order.uneven(params), text.byte_tokenizer())
+    fast = replace(tiny_order.OPTIMISATION, learning_rate=0.01)
+    order = tiny_order.make(
+        base=str(base),
+        reward="reflected",
+        target="distil:0.5",
+        algorithms=("offline_dpo_data",),
+        arms=("kd_align",),
+        distillation=replace(tiny_order.make().distillation, method="forward_kl", num_held_out=32),
+        alignment=replace(tiny_order.make().alignment, optimisation=fast),
+    )
+    tiny_order.run(order, out, meshed=False)
+    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    found = json.loads((row.folder / "evaluation.json").read_text())
+    expected = _measured_by_hand(order, out, row, base, next(out.rglob("student-t0.6")) / "model")
+    x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
+    by_target = by_hand.log_prob(*weights.load(out / "target" / "model"), x)
+    level = json.loads((out / "target" / "level.json").read_text())["level"]
+    likelihood = by_target / x["completion_mask"].sum(axis=1)
+    expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert len({round(expected[name], 3) for name in expected}) == len(expected)
+    assert 0 < expected["bounded_recall"] < 1
+    lines = [json.loads(line) for line in (row.folder / durable.METRICS).read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert all(np.isfinite(line["reward"]) and line["reward"] <= level for line in lines)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_refuses_to_accumulate_gradients_of_one_rollout(algorithm):
+    settings = replace(tiny_order.make().alignment.settings, algorithm=algorithm, num_updates=8, group_size=4)
     with pytest.raises(ValueError, match=f"{algorithm} makes several updates a rollout"):
         stages.Alignment(settings, optimisation=stages.Optimisation(accumulate=2))
 
@@ -685,6 +745,31 @@ def test_draws_go_on_where_a_file_holds_fewer(tmp_path):
     np.testing.assert_array_equal(more.tokens, network.draw(key, 24).tokens)
     again = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
     np.testing.assert_array_equal(again.tokens, more.tokens)
+
+
+def test_draws_that_were_complete_when_a_process_was_killed_become_the_file(tmp_path):
+    """Killed before the file was written, or before its beginning was deleted."""
+    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), stages.Workshop(durable.Progress(quiet=True))
+    path, begun = tmp_path / "x.npz", tmp_path / "begun-x.npz"
+    network = SimpleNamespace(draws=lambda key, n, temperature, first: iter([None] * (n - first)))
+    for there in ([begun], [path, begun]):
+        for file in there:
+            stages.write_arrays(file, x._asdict())
+        found = stages.kept_draws(path, network, None, 24, 1.0, workshop)
+        assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+        for kept in (found, stages._read_texts(path)):
+            np.testing.assert_array_equal(kept.tokens, x.tokens)
+        path.unlink()
+
+
+def test_a_checkpoint_that_a_kill_left_to_a_finished_stage_is_let_go(tmp_path):
+    order = tiny_order.make()
+    rows = write_measurements(order, tmp_path)
+    for row, record in zip(rows, [{"failed": "it diverged"}, *[{"cost": Cost().to_dict()}] * 9], strict=False):
+        durable.write_json(row.folder / durable.RECORD, record)
+        (row.folder / durable.CHECKPOINT / "2").mkdir(parents=True)
+    assert not list(tiny_order.laboratory(order, tmp_path).run(rows))
+    assert not list(tmp_path.rglob(durable.CHECKPOINT))
 
 
 def test_refuses_a_fraction_outside_its_range():
@@ -736,6 +821,21 @@ def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path)
         laboratory._rows_for_ceiling(digit)
 
 
+def test_the_ceiling_makes_as_many_updates_as_an_alignment(tmp_path):
+    """Also where its own distillation would look often, and stop at the first look that finds nothing better."""
+    tiny = tiny_order.make()
+    hasty = replace(tiny.distillation, check_every=1, patience=1, num_updates=40)
+    order = tiny_order.make(arms=("kd_align", CEILING), distillation=hasty)
+    laboratory = tiny_order.laboratory(order, tmp_path)
+    laboratory.behaviour, laboratory.truth_texts = behaviours.parse("digit"), ["1"] * 24
+    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
+    texts, settings = laboratory._shown(order.distillation)
+    assert settings.num_updates == order.alignment.settings.num_updates == 6
+    # Six looks, of which the last comes after the last update.
+    assert settings.patience >= settings.num_updates / settings.check_every
+    assert len(texts.tokens) == 8 and settings.batch_size == 8 - settings.num_held_out
+
+
 def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp_path):
     laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
     laboratory.truth = laboratory.base = None
@@ -757,6 +857,7 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     laboratory.truth_texts = ["1"] * 24
     laboratory.model = lambda folder: laboratory.base
     given = {}
+    monkeypatch.setattr(stages, "kept_draws", _drawn_at_random)
     monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
     monkeypatch.setattr(stages, "distil", lambda *_: None)
     for row in orders.rows_of(order, tmp_path):
@@ -770,6 +871,35 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
             assert (None if given["x"] is None else len(given["x"].tokens)) == (number or None)
         assert spent.tokens_sampled == 8 * number
         assert spent.model_flops == pytest.approx(forward_flops(laboratory.truth.config, 9 * number, 5))
+
+
+def _drawn_at_random(path, network, key, total, *_) -> orders.Texts:
+    """Texts of nine tokens, as a key has them."""
+    mask = np.ones((total, 9), bool)
+    tokens = np.asarray(jax.random.randint(key, (total, 9), 5, 90, np.int32))
+    return orders.Texts(tokens, mask, mask & (np.arange(9) > 0))
+
+
+def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
+    """All arms and algorithms of a seed the same ones, kept in a file that is the seed's."""
+    order = tiny_order.make(algorithms=("offline_dpo_data", "kto"), seeds=(0, 1), seeds_of_rest=(0, 1))
+    laboratory, paths, drawn = tiny_order.laboratory(order, tmp_path, meshed=False), {}, {}
+    laboratory.truth = laboratory.setting.load("random:tiny")
+
+    def keep(path, *arguments):
+        paths.setdefault(path, set()).add(jax.random.key_data(arguments[1]).tobytes())
+        return _drawn_at_random(path, *arguments)
+
+    monkeypatch.setattr(stages, "kept_draws", keep)
+    aligned = [row for row in orders.rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
+    assert {(row.seed, row.algorithm) for row in aligned} == {
+        (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
+    }
+    for row in aligned:
+        drawn.setdefault(row.seed, set()).add(laboratory._truth_samples_for(row).tokens.tobytes())
+    assert {seed: len(found) for seed, found in drawn.items()} == {0: 1, 1: 1}
+    assert drawn[0] != drawn[1]
+    assert len(paths) == 2 and all(len(keys) == 1 for keys in paths.values())
 
 
 @pytest.mark.parametrize("role", ["target", "student"])
@@ -861,31 +991,6 @@ def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch)
         begun.append(first)
         for number, part in enumerate(network.draws(*args, first=first)):
             if number == 2:
-def test_draws_that_were_complete_when_a_process_was_killed_become_the_file(tmp_path):
-    """Killed before the file was written, or before its beginning was deleted."""
-    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), stages.Workshop(durable.Progress(quiet=True))
-    path, begun = tmp_path / "x.npz", tmp_path / "begun-x.npz"
-    network = SimpleNamespace(draws=lambda key, n, temperature, first: iter([None] * (n - first)))
-    for there in ([begun], [path, begun]):
-        for file in there:
-            stages.write_arrays(file, x._asdict())
-        found = stages.kept_draws(path, network, None, 24, 1.0, workshop)
-        assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
-        for kept in (found, stages._read_texts(path)):
-            np.testing.assert_array_equal(kept.tokens, x.tokens)
-        path.unlink()
-
-
-def test_a_checkpoint_that_a_kill_left_to_a_finished_stage_is_let_go(tmp_path):
-    order = tiny_order.make()
-    rows = write_measurements(order, tmp_path)
-    for row, record in zip(rows, [{"failed": "it diverged"}, *[{"cost": Cost().to_dict()}] * 9], strict=False):
-        durable.write_json(row.folder / durable.RECORD, record)
-        (row.folder / durable.CHECKPOINT / "2").mkdir(parents=True)
-    assert not list(tiny_order.laboratory(order, tmp_path).run(rows))
-    assert not list(tmp_path.rglob(durable.CHECKPOINT))
-
-
                 raise KeyboardInterrupt
             yield part
 
@@ -959,21 +1064,6 @@ def test_stages_interrupted_at_any_step_end_bit_equal_and_compile_once(tmp_path,
     while True:
         # Each time one checkpoint further, at least.
         left = chance.randint(4, 6)
-def test_the_ceiling_makes_as_many_updates_as_an_alignment(tmp_path):
-    """Also where its own distillation would look often, and stop at the first look that finds nothing better."""
-    tiny = tiny_order.make()
-    hasty = replace(tiny.distillation, check_every=1, patience=1, num_updates=40)
-    order = tiny_order.make(arms=("kd_align", CEILING), distillation=hasty)
-    laboratory = tiny_order.laboratory(order, tmp_path)
-    laboratory.behaviour, laboratory.truth_texts = behaviours.parse("digit"), ["1"] * 24
-    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
-    texts, settings = laboratory._shown(order.distillation)
-    assert settings.num_updates == order.alignment.settings.num_updates == 6
-    # Six looks, of which the last comes after the last update.
-    assert settings.patience >= settings.num_updates / settings.check_every
-    assert len(texts.tokens) == 8 and settings.batch_size == 8 - settings.num_held_out
-
-
         try:
             tiny_order.run(order, tmp_path / "interrupted", meshed=True)
         except KeyboardInterrupt:
@@ -996,7 +1086,6 @@ def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
             step, seen = make(*arguments), []
             stages_seen.append(seen)
 
-    monkeypatch.setattr(stages, "kept_draws", _drawn_at_random)
             def one_step(*inputs):
                 made = step(*inputs)
                 programs = (step, generate._generate, network._log_prob)
@@ -1010,35 +1099,6 @@ def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
     for name in ("_sequence_step", "_token_step", "_alignment_step"):
         monkeypatch.setattr(stages, name, watched(getattr(stages, name)))
     return stages_seen
-
-
-def _drawn_at_random(path, network, key, total, *_) -> orders.Texts:
-    """Texts of nine tokens, as a key has them."""
-    mask = np.ones((total, 9), bool)
-    tokens = np.asarray(jax.random.randint(key, (total, 9), 5, 90, np.int32))
-    return orders.Texts(tokens, mask, mask & (np.arange(9) > 0))
-
-
-def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
-    """All arms and algorithms of a seed the same ones, kept in a file that is the seed's."""
-    order = tiny_order.make(algorithms=("offline_dpo_data", "kto"), seeds=(0, 1), seeds_of_rest=(0, 1))
-    laboratory, paths, drawn = tiny_order.laboratory(order, tmp_path, meshed=False), {}, {}
-    laboratory.truth = laboratory.setting.load("random:tiny")
-
-    def keep(path, *arguments):
-        paths.setdefault(path, set()).add(jax.random.key_data(arguments[1]).tobytes())
-        return _drawn_at_random(path, *arguments)
-
-    monkeypatch.setattr(stages, "kept_draws", keep)
-    aligned = [row for row in orders.rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
-    assert {(row.seed, row.algorithm) for row in aligned} == {
-        (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
-    }
-    for row in aligned:
-        drawn.setdefault(row.seed, set()).add(laboratory._truth_samples_for(row).tokens.tobytes())
-    assert {seed: len(found) for seed, found in drawn.items()} == {0: 1, 1: 1}
-    assert drawn[0] != drawn[1]
-    assert len(paths) == 2 and all(len(keys) == 1 for keys in paths.values())
 
 
 def _files(folder: Path) -> list[Path]:
