@@ -243,6 +243,41 @@ def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
     assert "β =" not in drawn[0].get_suptitle()
 
 
+def test_a_temperature_is_told_where_no_marker_tells_it(tmp_path, drawn):
+    """Hollow is one temperature; another stands beside its points, and 1 is told by a full point."""
+    order = tiny_order.make(temperatures=(1.0, 0.3, 0.6), arms=("kd_align",))
+    rows = write_measurements(order, tmp_path)
+    next(row for row in rows if (row.name, row.temperature) == ("kd_align", 0.3)).folder.joinpath(
+        orders.EVALUATION
+    ).unlink()
+    order_figure.draw(report.read(order, tmp_path))
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["τ 0.3"]
+    assert "hollow: distilled at τ = 0.6, unless told" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    ticks = [tick.get_text() for tick in drawn[0].axes[2].get_xticklabels()]
+    assert {"student, τ 0.3", "student, τ 0.6", "student, τ 1", "KD→Align, τ 0.6"} <= set(ticks)
+
+
+def test_each_curve_is_told_by_its_seed_and_no_words_lie_on_others(tmp_path, drawn):
+    order = tiny_order.make(seeds=(0, 1, 2), arms=("kd_align", "kd_align_anchored"))
+    rows = write_measurements(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
+    panel = drawn[0].axes[3]
+    aligned = [row for row in rows if row.algorithm]
+    assert sorted(text.get_text() for text in panel.texts) == sorted(f"seed {row.seed}" for row in aligned)
+    drawn[0].canvas.draw()
+    renderer = drawn[0].canvas.get_renderer()
+    places = sorted(plt.Text.get_window_extent(text, renderer).intervaly.tolist() for text in panel.texts)
+    # Letters fill nine tenths of their line.
+    height = places[0][1] - places[0][0]
+    assert (np.diff([low for low, _ in places]) > 0.9 * height).all()
+    ends = {text.get_text(): text.xy[1] for text in panel.texts}
+    curves = [line for line in panel.get_lines() if len(line.get_xdata()) > 1]
+    heights = {
+        panel.transAxes.inverted().transform(panel.transData.transform((0, line.get_ydata()[-1])))[1] for line in curves
+    }
+    assert all(min(abs(end - height) for height in heights) < 1e-6 for end in ends.values())
+
+
 def test_the_figure_says_what_all_models_share(tmp_path, drawn):
     order = tiny_order.make()
     write_measurements(order, tmp_path)
@@ -648,9 +683,14 @@ def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
 
 @pytest.mark.slow
 def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, capsys):
-    order = tiny_order.make(students=("same", "layers:2"), arms=("kd_align",), most_held_out_kl=0.0)
-    laboratory = tiny_order.run(order, tmp_path)
-    run = report.read(order, tmp_path)
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(tmp_path / "truth", config, tiny_order.uneven(params), text.byte_tokenizer())
+    order = tiny_order.make(
+        truth=str(tmp_path / "truth"), students=("same", "layers:2"), arms=("kd_align",), most_held_out_kl=0.0
+    )
+    out = tmp_path / "run"
+    laboratory = tiny_order.run(order, out)
+    run = report.read(order, out)
     missing = {folder for folder in run.rows if folder not in run.evaluations}
     assert [(run.rows[folder].name, run.rows[folder].student) for folder in missing] == [("kd_align", "layers:2")]
     assert missing == {*report.refusals(run)} == laboratory._refused
