@@ -263,7 +263,8 @@ def main(flags: Flags) -> None:
     """Run, measure, draw."""
     from jaxkd import durable
     from jaxkd.smollm2 import dry_run, passes
-    from jaxkd.smollm2 import order as orders
+    from jaxkd.smollm2.laboratory import EVALUATION, Laboratory
+    from jaxkd.smollm2.rows import rows_of
     from jaxkd.smollm2.stages import Workshop
     from jaxkd.sweep.cache import use_compile_cache
 
@@ -276,9 +277,9 @@ def main(flags: Flags) -> None:
     dtype, out = flags.training.dtype, flags.folder
     resolved, layout = asdict(order) | {"dtype": dtype}, flags.training.layout()
     workshop = Workshop(durable.Progress())
-    if flags.report and not (out / "base" / orders.EVALUATION).exists():
+    if flags.report and not (out / "base" / EVALUATION).exists():
         raise ValueError(f"--report: {out} holds no run that has begun to measure")
-    laboratory = orders.Laboratory(order, out, workshop, layout)
+    laboratory = Laboratory(order, out, workshop, layout)
     laboratory.check_folder(dtype=dtype)
     shapes = {role: config for role, (config, *_) in dry_run.shapes_of(order).items()}
     length = laboratory.setting.prompt_tokens.shape[1] + order.max_new_tokens
@@ -287,7 +288,7 @@ def main(flags: Flags) -> None:
         print(write_results(order, out, resolved, step_flops))
         return
     workshop.sinks = durable.sinks(flags.training.wandb, flags.training.tensorboard, out, resolved)
-    rows = orders.rows_of(order, out)
+    rows = rows_of(order, out)
     print(budget(order, rows), file=sys.stderr)
     laboratory.prepare()
     print(f"behaviour: {laboratory.behaviour_name}", file=sys.stderr)

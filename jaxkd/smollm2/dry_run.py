@@ -20,13 +20,14 @@ from jaxkd import align, distill
 from jaxkd.align import AlignmentSettings, Coefficients, Inputs, State
 from jaxkd.pipelines import Align, Distil
 from jaxkd.smollm2 import behaviours, cost, generate, passes, sharding, weights
-from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.distillation import make_comparison
+from jaxkd.smollm2.laboratory import MODELS_HELD
 from jaxkd.smollm2.model import Model, make_model
 from jaxkd.smollm2.network import Layout, ScoredTexts
-from jaxkd.smollm2.order import CEILING, Order, Row, role_of
+from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.policy import Texts, add_value_head, make_policy, token_log_probs, with_value_head
+from jaxkd.smollm2.rows import Row, role_of, rows_of
 from jaxkd.smollm2.students import Start
 
 _OUT = Path()  # nothing is written
@@ -134,9 +135,9 @@ def _resident(order: Order, configs: dict[str, Config], mesh: Mesh) -> tuple[flo
     kept = ["truth"] + ["base"] * (order.base != "truth") + ["target"] * (order.target is not None)
     sizes = {role: _bytes(_abstract(config, mesh)) for role, config in configs.items()}
     # What was made or read last.
-    last = max({orders.role_of(row) for row in orders.rows_of(order, _OUT)}, key=sizes.__getitem__)
-    told = f"{', '.join(kept)} and the last {orders.MODELS_HELD} others, each a {last} at most"
-    return sum(sizes[role] for role in kept) + orders.MODELS_HELD * sizes[last], told
+    last = max({role_of(row) for row in rows_of(order, _OUT)}, key=sizes.__getitem__)
+    told = f"{', '.join(kept)} and the last {MODELS_HELD} others, each a {last} at most"
+    return sum(sizes[role] for role in kept) + MODELS_HELD * sizes[last], told
 
 
 def _bytes(shapes) -> float:
@@ -176,7 +177,7 @@ def _shards(config: Config, mesh: Mesh) -> list[str]:
 def _steps(order: Order, configs: dict[str, Config], layout: Layout):
     """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
     length, batch = 1 + order.max_new_tokens, order.batch_size
-    rows = orders.rows_of(order, _OUT)
+    rows = rows_of(order, _OUT)
     scored = -(-len(rows) * order.evaluation.num_scored // batch)
     yield _scoring("truth: score a batch", scored, configs["truth"], layout, batch, length)
     made = {row.folder: row for row in rows}
@@ -230,7 +231,7 @@ def _length_of_data(order: Order) -> int:
 
 def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, float]:
     """Model FLOPs of what `_steps` leaves out: sampling, scoring, and the steps that make base and target."""
-    rows = {row.folder: row for row in orders.rows_of(order, _OUT)}
+    rows = {row.folder: row for row in rows_of(order, _OUT)}
     evaluation, distillation = order.evaluation, order.distillation
     to_distil = distillation.num_samples + distillation.num_held_out
     total: Counter = Counter()

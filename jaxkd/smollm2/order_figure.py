@@ -17,8 +17,10 @@ from jaxkd.align import ALGORITHMS
 from jaxkd.durable import METRICS
 from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.smollm2 import behaviours
-from jaxkd.smollm2.order import BEHAVIOUR, CEILING, Row
+from jaxkd.smollm2.laboratory import BEHAVIOUR
+from jaxkd.smollm2.order import CEILING
 from jaxkd.smollm2.report import Run, entries, read_json, refusals
+from jaxkd.smollm2.rows import Row
 
 _FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _SIGNS = (None, "+", ".", "|", "1", "_")

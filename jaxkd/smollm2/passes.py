@@ -12,7 +12,8 @@ from jaxkd.align import ALGORITHMS, AlignmentSettings
 from jaxkd.smollm2 import cost
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.network import Layout
-from jaxkd.smollm2.order import CEILING, Order, Row, role_of, rows_of
+from jaxkd.smollm2.order import CEILING, Order
+from jaxkd.smollm2.rows import Row, role_of, rows_of
 from jaxkd.smollm2.stages import Distillation
 
 

@@ -16,7 +16,9 @@ from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import LABELS
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import EVALUATION, Order, Row, deciding_student, is_admitted, rows_of
+from jaxkd.smollm2.laboratory import EVALUATION
+from jaxkd.smollm2.order import Order
+from jaxkd.smollm2.rows import Row, deciding_student, is_admitted, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {

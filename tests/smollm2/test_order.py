@@ -29,8 +29,11 @@ from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.cost import Cost, forward_flops, log_prob_flops
+from jaxkd.smollm2.laboratory import BEHAVIOUR, EVALUATION, Laboratory
 from jaxkd.smollm2.order import CEILING, Order
+from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
+from jaxkd.smollm2.rows import Row, rows_of
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -64,13 +67,13 @@ def offline(tmp_path_factory):
 @pytest.mark.slow
 def test_every_row_is_made_once(finished):
     order, out, laboratory = finished
-    rows = orders.rows_of(order, out)
+    rows = rows_of(order, out)
     assert len({row.folder for row in rows}) == len(rows)
     for row in rows:
         assert durable.read_record(row.folder)["name"] == row.name
         assert not (row.folder / durable.CHECKPOINT).exists()
     # Neither a student nor the aligned base depends on all axes.
-    many = orders.rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
+    many = rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
     assert sum(row.name == "student" for row in many) == 2
     assert sum(row.name == "aligned_base" for row in many) == 2
     assert not list(laboratory.run(rows))
@@ -84,10 +87,10 @@ def test_what_was_measured_is_what_it_says(finished):
     order, out, laboratory = finished
     base = json.loads((out / "base" / "evaluation.json").read_text())
     assert base["recall_gap"] == 0 and base["kl_to_base"] == 0 and base["bounded_recall"] == 1
-    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.name == "kd_align")
     found = json.loads((row.folder / "evaluation.json").read_text())
     with np.load(row.folder / "samples.npz") as file:
-        texts = laboratory.setting.texts_of(orders.Texts(**file))
+        texts = laboratory.setting.texts_of(Texts(**file))
     shown = np.mean([any(sign.isdigit() and sign.isascii() for sign in text) for text in texts])
     assert found["behaviour_frequency"] == pytest.approx(shown)
     assert found["behaviour_frequency_low"] <= shown <= found["behaviour_frequency_high"]
@@ -100,7 +103,7 @@ def _texts(path: Path, n: int) -> dict[str, np.ndarray]:
         return {name: file[name][:n] for name in file}
 
 
-def _measured_by_hand(order: Order, out: Path, row: orders.Row, base, reference) -> dict[str, float]:
+def _measured_by_hand(order: Order, out: Path, row: Row, base, reference) -> dict[str, float]:
     """An arm's quantities from its samples and the checkpoints on disk."""
 
     def of(source, x) -> np.ndarray:
@@ -134,7 +137,7 @@ def _measured_by_hand(order: Order, out: Path, row: orders.Row, base, reference)
 def test_what_was_measured_by_hand(finished, name):
     """Of an arm that is held to the student, and of one that is held to the base, which is the truth."""
     order, out, _ = finished
-    row = next(row for row in orders.rows_of(order, out) if row.name == name)
+    row = next(row for row in rows_of(order, out) if row.name == name)
     reference = row.folder.parents[1] / "student-t0.6" / "model" if name == "kd_align" else "random:tiny"
     expected = _measured_by_hand(order, out, row, "random:tiny", reference)
     found = json.loads((row.folder / "evaluation.json").read_text())
@@ -144,7 +147,7 @@ def test_what_was_measured_by_hand(finished, name):
 @pytest.mark.slow
 def test_step_0_of_an_alignment_is_at_its_reference(finished, offline):
     for order, out, _ in (finished, offline):
-        for row in orders.rows_of(order, out):
+        for row in rows_of(order, out):
             if isinstance(row.stage, pipelines.Align) and row.stage.start == row.stage.reference:
                 first = json.loads((row.folder / durable.METRICS).read_text().splitlines()[0])
                 assert first["step"] == 0 and first["kl"] == pytest.approx(0, abs=1e-4)
@@ -169,7 +172,7 @@ def test_sharpening_divides_the_logits(finished):
 @pytest.mark.slow
 def test_cut_students_are_checkpoints(offline):
     order, out, laboratory = offline
-    row = next(row for row in orders.rows_of(order, out) if row.student == "layers:2" and row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.student == "layers:2" and row.name == "kd_align")
     config, _ = weights.load(row.folder / "model")
     assert config.num_layers == 2 and laboratory.base.config.num_layers == 3
 
@@ -197,7 +200,7 @@ def test_report(finished, tmp_path):
     arm = next(row for row in rows if row["arm"] == "kd_align")
     student = next(row for row in rows if row["arm"] == "student")
     assert arm["expected_target_hits"] == pytest.approx(6 * 8 * student["behaviour_frequency"])
-    folder = next(row.folder for row in orders.rows_of(order, out) if row.name == "kd_align")
+    folder = next(row.folder for row in rows_of(order, out) if row.name == "kd_align")
     seen = [json.loads(line)["target_hits"] for line in (folder / durable.METRICS).read_text().splitlines()]
     assert arm["target_hits"] == sum(seen) > 0 and seen[int(arm["first_hit_step"])] > 0
     costs = {row["arm"]: row for row in report.stage_costs(run)}
@@ -211,16 +214,16 @@ def test_report(finished, tmp_path):
 
 def write_measurements(order, out):
     """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
-    rows = orders.rows_of(order, out)
+    rows = rows_of(order, out)
     numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
     numbers["recall_gap_per_token"] = 0.1
     held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
-    durable.write_json(out / orders.BEHAVIOUR, held)
+    durable.write_json(out / BEHAVIOUR, held)
     for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
         share = 0.01 + 0.001 * place
         own = {f"behaviour_frequency{end}": share * (1 + by) for end, by in (("", 0), ("_low", -0.1), ("_high", 0.1))}
         own |= {"kl_to_base": 0.5 * place + 100 * seed, "reward": share, "completions": ["none", f"{place}"]}
-        durable.write_json(folder / orders.EVALUATION, numbers | own)
+        durable.write_json(folder / EVALUATION, numbers | own)
         entries = [{"step": step, "reward": share, "loss": 1.0, "target_hits": 0} for step in range(4)]
         (folder / durable.METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return rows
@@ -247,9 +250,7 @@ def test_a_temperature_is_told_where_no_marker_tells_it(tmp_path, drawn):
     """Hollow is one temperature; another stands beside its points, and 1 is told by a full point."""
     order = tiny_order.make(temperatures=(1.0, 0.3, 0.6), arms=("kd_align",))
     rows = write_measurements(order, tmp_path)
-    next(row for row in rows if (row.name, row.temperature) == ("kd_align", 0.3)).folder.joinpath(
-        orders.EVALUATION
-    ).unlink()
+    next(row for row in rows if (row.name, row.temperature) == ("kd_align", 0.3)).folder.joinpath(EVALUATION).unlink()
     order_figure.draw(report.read(order, tmp_path))
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["τ 0.3"]
     assert "hollow: distilled at τ = 0.6, unless told" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -290,7 +291,7 @@ def test_the_figure_says_what_all_models_share(tmp_path, drawn):
 def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     order = tiny_order.make()
     rows = write_measurements(order, tmp_path)
-    path = next(row.folder for row in rows if row.name == "kd_align") / orders.EVALUATION
+    path = next(row.folder for row in rows if row.name == "kd_align") / EVALUATION
     none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
     durable.write_json(path, json.loads(path.read_text()) | none)
     order_figure.draw(report.read(order, tmp_path))
@@ -315,7 +316,7 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags: order)
     monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
     for maker in ("prepare", "run"):
-        monkeypatch.setattr(orders.Laboratory, maker, None)
+        monkeypatch.setattr(Laboratory, maker, None)
     before = {path: path.read_bytes() for path in _files(out)}
     script["main"](script["Flags"](report=True, out=out))
     assert {path: path.read_bytes() for path in before} == before
@@ -333,8 +334,8 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
 def test_comparisons_of_other_flags_do_not_stay(tmp_path, monkeypatch, capsys):
     script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
     monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
-    monkeypatch.setattr(orders.Laboratory, "prepare", lambda laboratory: setattr(laboratory, "behaviour_name", "digit"))
-    monkeypatch.setattr(orders.Laboratory, "run", lambda laboratory, rows: iter([]))
+    monkeypatch.setattr(Laboratory, "prepare", lambda laboratory: setattr(laboratory, "behaviour_name", "digit"))
+    monkeypatch.setattr(Laboratory, "run", lambda laboratory, rows: iter([]))
     for arms, compared in ((("kd_align", "align_kd"), True), (("kd_align",), False)):
         order, out = tiny_order.make(arms=arms), tmp_path / "run"
         durable.check_configuration(out, tiny_order.laboratory(order, out).configuration() | {"dtype": "float32"})
@@ -376,9 +377,9 @@ def test_completions_that_have_no_room_are_counted():
 def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
     """Also of models that have no temperature or no KL coefficient."""
     order = tiny_order.make(seeds=(0, 1, 2), arms=pipelines.ARMS)
-    rows = orders.rows_of(order, tmp_path)
+    rows = rows_of(order, tmp_path)
     for row in rows:
-        durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
+        durable.write_json(row.folder / EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
         durable.finish(row.folder, {"cost": Cost().to_dict()})
     run = report.read(order, tmp_path)
     table = report.table(run)
@@ -442,10 +443,10 @@ def compared(tmp_path):
     order = tiny_order.make(
         seeds=(0, 1, 2, 3), temperatures=(0.6, 1.0), arms=("kd_align", "align_kd", "align_kd_sharpened")
     )
-    for row in orders.rows_of(order, tmp_path):
+    for row in rows_of(order, tmp_path):
         share = SHARES.get((row.name, None if np.isnan(row.temperature) else row.temperature), {}).get(row.seed)
         if share is not None:
-            durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": share, "reward": -share})
+            durable.write_json(row.folder / EVALUATION, {"behaviour_frequency": share, "reward": -share})
         if (row.name, row.seed) == ("aligned_base", 3):
             durable.finish(row.folder, {"failed": "the alignment diverged"})
     return order, tmp_path
@@ -490,7 +491,7 @@ def test_of_a_likelihood_the_mean_reward_is_compared(compared):
     assert np.isnan(headline["difference_failures_as_0"])
     told = "\n".join(report.sentences(report.read(order, out)))
     assert "has a mean reward of -0.200, -0.750, -0.500" in told and "the behaviour" not in told
-    for row in orders.rows_of(order, out):
+    for row in rows_of(order, out):
         if row.folder.exists():
             (row.folder / durable.METRICS).write_text('{"step": 0, "target_hits": 1}\n')
     table = report.table(report.read(order, out))
@@ -500,7 +501,7 @@ def test_of_a_likelihood_the_mean_reward_is_compared(compared):
 
 def test_a_model_is_held_to_the_reference_of_its_last_alignment(tmp_path):
     order = tiny_order.make(arms=pipelines.ARMS)
-    references = {row.name: row.reference.name for row in orders.rows_of(order, tmp_path)}
+    references = {row.name: row.reference.name for row in rows_of(order, tmp_path)}
     assert references == dict.fromkeys(references, references["student"]) | {
         "student": "base",
         "aligned_base": "base",
@@ -526,7 +527,7 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
     texts = laboratory.setting.texts_of(shown)
     searched = laboratory.truth_texts[measured_by : measured_by + order.evaluation.num_samples // 2]
     assert texts == [text for text in searched if laboratory.behaviour(text)]
-    ceiling = next(row.folder for row in orders.rows_of(order, out) if row.name == CEILING)
+    ceiling = next(row.folder for row in rows_of(order, out) if row.name == CEILING)
     assert durable.read_record(ceiling)["cost"]["tokens_sampled"] > 0
 
 
@@ -624,7 +625,7 @@ def ended(tmp_path):
         students=("same", "layers:2"), seeds=(0, 1, 2), seeds_of_rest=(0, 1, 2), arms=("kd_align", "kd_align_sharpened")
     )
     for row in write_measurements(order, tmp_path):
-        path, cut = row.folder / orders.EVALUATION, row.student == "layers:2"
+        path, cut = row.folder / EVALUATION, row.student == "layers:2"
         diverged = (row.student, row.name, row.seed) == ("same", "kd_align", 1)
         if diverged:
             durable.finish(row.folder, {"failed": "the alignment diverged"})
@@ -671,7 +672,7 @@ def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
         "2 models are not made."
     )
     # An arm of which there is nothing else still has its row.
-    (out / "seed-1" / "layers-2" / "reinforce" / "kd_align-t0.6-b0.1" / orders.EVALUATION).unlink()
+    (out / "seed-1" / "layers-2" / "reinforce" / "kd_align-t0.6-b0.1" / EVALUATION).unlink()
     row = next(
         row for row in report.table(report.read(order, out)) if (row["arm"], row["student"]) == ("kd_align", "layers:2")
     )
@@ -712,7 +713,7 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
     assert table["base"]["preference_accuracy"] == 0.5
     assert table["kd_align"]["preference_accuracy"] > 0.9
     assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
-    aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    aligned = next(row for row in rows_of(order, out) if row.name == "kd_align")
     first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert "held-out pairs ranked right" in report.format_table(report.table(run))
@@ -739,7 +740,7 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
         alignment=replace(tiny_order.make().alignment, optimisation=fast),
     )
     tiny_order.run(order, out, meshed=False)
-    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.name == "kd_align")
     found = json.loads((row.folder / "evaluation.json").read_text())
     expected = _measured_by_hand(order, out, row, base, next(out.rglob("student-t0.6")) / "model")
     x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
@@ -828,7 +829,7 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
 
     with pytest.raises(ValueError, match="never shown by 16 samples"):
         prepared("words:unlikelihood")
-    assert not (out / orders.BEHAVIOUR).exists()
+    assert not (out / BEHAVIOUR).exists()
     before = (out / "truth" / "samples.npz").stat().st_mtime_ns
     assert prepared("digit").behaviour_name == "digit"
     assert (out / "truth" / "samples.npz").stat().st_mtime_ns == before
@@ -841,12 +842,12 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
 def test_robust_dpo_assumes_the_noise_there_is():
     """And no other algorithm assumes any; a tenth of the oracle's labels are not presumed wrong where none is."""
     tiny = tiny_order.make(algorithms=("robust_dpo", "cdpo"))
-    clean, smoothing = orders._alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
+    clean, smoothing = orders.alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
     assert (clean.coefficients.flip_rate, clean.coefficients.label_smoothing) == (0, 0)
     alignment = replace(tiny.alignment, coefficients=tiny.alignment.coefficients._replace(flip_rate=0.2))
-    noisy = orders._alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
+    noisy = orders.alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
     assert (noisy.coefficients.flip_rate, noisy.coefficients.label_smoothing) == (0.2, 0.2)
-    other = orders._alignment_of(replace(tiny, alignment=alignment), "cdpo")
+    other = orders.alignment_of(replace(tiny, alignment=alignment), "cdpo")
     assert (other.coefficients.flip_rate, other.coefficients.label_smoothing) == (0.2, smoothing)
 
 
@@ -882,7 +883,7 @@ def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp
     laboratory.truth_texts = ["1"] * 8 + ["none"] * 8
     with pytest.raises(ValueError, match="too few for the ceiling: leave it away"):
         laboratory._choose_behaviour()
-    assert not (tmp_path / orders.BEHAVIOUR).exists()
+    assert not (tmp_path / BEHAVIOUR).exists()
     laboratory.order = replace(laboratory.order, arms=("kd_align",))
     assert laboratory._choose_behaviour()[0] == "digit"
 
@@ -900,7 +901,7 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     monkeypatch.setattr(stages, "kept_draws", _drawn_at_random)
     monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
     monkeypatch.setattr(stages, "distil", lambda *_: None)
-    for row in orders.rows_of(order, tmp_path):
+    for row in rows_of(order, tmp_path):
         laboratory.workshop.begin()
         laboratory._make(row)
         learns = row.name == CEILING or row.algorithm == "offline_dpo_data"
@@ -913,11 +914,11 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
         assert spent.model_flops == pytest.approx(forward_flops(laboratory.truth.config, 9 * number, 5))
 
 
-def _drawn_at_random(path, network, key, total, *_) -> orders.Texts:
+def _drawn_at_random(path, network, key, total, *_) -> Texts:
     """Texts of nine tokens, as a key has them."""
     mask = np.ones((total, 9), bool)
     tokens = np.asarray(jax.random.randint(key, (total, 9), 5, 90, np.int32))
-    return orders.Texts(tokens, mask, mask & (np.arange(9) > 0))
+    return Texts(tokens, mask, mask & (np.arange(9) > 0))
 
 
 def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
@@ -931,7 +932,7 @@ def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
         return _drawn_at_random(path, *arguments)
 
     monkeypatch.setattr(stages, "kept_draws", keep)
-    aligned = [row for row in orders.rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
+    aligned = [row for row in rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
     assert {(row.seed, row.algorithm) for row in aligned} == {
         (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
     }
@@ -966,7 +967,7 @@ def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):
     automatic = tiny_order.laboratory(tiny_order.make(behaviour="auto"), out)
     automatic.check_folder()
     spec = behaviours.READY["women"]
-    durable.write_json(out / orders.BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
+    durable.write_json(out / BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
     for asked in (spec, "auto"):
         tiny_order.laboratory(tiny_order.make(behaviour=asked), out).check_folder()
         assert json.loads((out / "config.json").read_text())["behaviour"] == asked
@@ -1202,7 +1203,7 @@ def test_a_base_is_fitted_and_only_a_cut_student_needs_admission(tmp_path):
     order = tiny_order.make(base="fit:random:tiny", students=("layers:2",), arms=("kd_align",))
     laboratory = tiny_order.run(order, out)
     assert laboratory.base is not laboratory.truth and durable.read_record(out / "base") is not None
-    row = orders.rows_of(order, out)[-1]
+    row = rows_of(order, out)[-1]
     assert row.name == "kd_align" and laboratory._admitted(row)
     path = next(out.rglob("student-t0.6")) / "evaluation.json"
     durable.write_json(path, json.loads(path.read_text()) | {"recall_gap_per_token": 0.6})
