@@ -264,8 +264,8 @@ def main(flags: Flags) -> None:
     from jaxkd import durable
     from jaxkd.smollm2 import dry_run, passes
     from jaxkd.smollm2.laboratory import EVALUATION, Laboratory
+    from jaxkd.smollm2.metering import Workshop
     from jaxkd.smollm2.rows import rows_of
-    from jaxkd.smollm2.stages import Workshop
     from jaxkd.sweep.cache import use_compile_cache
 
     begin = time.perf_counter()

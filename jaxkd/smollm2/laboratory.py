@@ -26,13 +26,14 @@ import numpy as np
 from jaxkd import checks, durable, files
 from jaxkd.align import ALGORITHMS, PreferenceData
 from jaxkd.pipelines import Align, Sharpen
-from jaxkd.smollm2 import behaviours, oracles, preferences, stages, text, weights
+from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, text, weights
 from jaxkd.smollm2.evaluate import Yardstick, evaluate
+from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.order import CEILING, Order, alignment_of, configuration, target_temperature
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.rows import Row, coordinates_of, deciding_student, is_admitted, words_of
-from jaxkd.smollm2.stages import Coster, Distillation, Workshop
+from jaxkd.smollm2.stages import Distillation
 from jaxkd.smollm2.students import Start
 
 EVALUATION = "evaluation.json"
@@ -106,7 +107,7 @@ class Laboratory:
         if CEILING in order.arms:
             total = max(total, order.evaluation.num_truth_samples + self._num_for_ceiling())
         self.workshop.begin()
-        self.truth_samples = stages.kept_draws(
+        self.truth_samples = draws.kept_draws(
             folder / "samples.npz",
             self.truth,
             self._shared_key(_TRUTH_KEY),
@@ -123,7 +124,7 @@ class Laboratory:
         kept = take(self.truth_samples, slice(order.evaluation.num_truth_samples))
         path = folder / "log_prob.npz"
         if not path.exists():
-            stages.write_arrays(path, {"log_prob": self.truth.log_prob(kept)})
+            draws.write_arrays(path, {"log_prob": self.truth.log_prob(kept)})
         with np.load(path) as file:
             log_prob = file["log_prob"]
         hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
@@ -218,7 +219,7 @@ class Laboratory:
 
     def _base_texts(self) -> list[str]:
         total = self.order.evaluation.num_samples
-        x = stages.kept_draws(
+        x = draws.kept_draws(
             self.out / "base" / "samples.npz",
             self.base,
             self._seed_key(0, _EVALUATE),
@@ -390,7 +391,7 @@ class Laboratory:
         settings, path = self.order.alignment.settings, self.out / f"seed-{row.seed}" / "truth.npz"
         total, key = settings.dataset_batches * settings.batch_size, self._seed_key(row.seed, _LEARN)
         with files.claim(path, wait=True):
-            x = stages.kept_draws(path, self.truth, key, total, 1.0, self.workshop)
+            x = draws.kept_draws(path, self.truth, key, total, 1.0, self.workshop)
         self._charge_for(x)
         return x
 
@@ -452,7 +453,7 @@ class Laboratory:
                 # The truth's own samples are the base's: its recall gap is 0 whatever is drawn.
                 folder.mkdir(exist_ok=True)
                 total = self.order.evaluation.num_samples
-                stages.write_arrays(folder / "samples.npz", take(self.truth_samples, slice(total))._asdict())
+                draws.write_arrays(folder / "samples.npz", take(self.truth_samples, slice(total))._asdict())
             self.workshop.progress.prefix = "base"
             self.workshop.begin()
             found = evaluate(

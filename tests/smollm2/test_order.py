@@ -24,12 +24,13 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import behaviours, generate, network, order_figure, passes, report, stages, text, weights
+from jaxkd.smollm2 import behaviours, draws, generate, network, order_figure, passes, report, stages, text, weights
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.cost import Cost, forward_flops, log_prob_flops
 from jaxkd.smollm2.laboratory import BEHAVIOUR, EVALUATION, Laboratory
+from jaxkd.smollm2.metering import Workshop
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
@@ -779,26 +780,26 @@ def test_a_loss_that_is_no_number_fails_whatever_the_parameters_are(tmp_path):
 
 def test_draws_go_on_where_a_file_holds_fewer(tmp_path):
     network = tiny_order.laboratory(tiny_order.make(), tmp_path).setting.load("random:tiny")
-    key, workshop = jax.random.key(3), stages.Workshop(durable.Progress(quiet=True))
-    few = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
-    more = stages.kept_draws(tmp_path / "x.npz", network, key, 24, 1.0, workshop)
+    key, workshop = jax.random.key(3), Workshop(durable.Progress(quiet=True))
+    few = draws.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    more = draws.kept_draws(tmp_path / "x.npz", network, key, 24, 1.0, workshop)
     np.testing.assert_array_equal(more.tokens[:16], few.tokens)
     np.testing.assert_array_equal(more.tokens, network.draw(key, 24).tokens)
-    again = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    again = draws.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
     np.testing.assert_array_equal(again.tokens, more.tokens)
 
 
 def test_draws_that_were_complete_when_a_process_was_killed_become_the_file(tmp_path):
     """Killed before the file was written, or before its beginning was deleted."""
-    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), stages.Workshop(durable.Progress(quiet=True))
+    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), Workshop(durable.Progress(quiet=True))
     path, begun = tmp_path / "x.npz", tmp_path / "begun-x.npz"
     network = SimpleNamespace(draws=lambda key, n, temperature, first: iter([None] * (n - first)))
     for there in ([begun], [path, begun]):
         for file in there:
-            stages.write_arrays(file, x._asdict())
-        found = stages.kept_draws(path, network, None, 24, 1.0, workshop)
+            draws.write_arrays(file, x._asdict())
+        found = draws.kept_draws(path, network, None, 24, 1.0, workshop)
         assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
-        for kept in (found, stages._read_texts(path)):
+        for kept in (found, draws.read_texts(path)):
             np.testing.assert_array_equal(kept.tokens, x.tokens)
         path.unlink()
 
@@ -898,7 +899,7 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     laboratory.truth_texts = ["1"] * 24
     laboratory.model = lambda folder: laboratory.base
     given = {}
-    monkeypatch.setattr(stages, "kept_draws", _drawn_at_random)
+    monkeypatch.setattr(draws, "kept_draws", _drawn_at_random)
     monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
     monkeypatch.setattr(stages, "distil", lambda *_: None)
     for row in rows_of(order, tmp_path):
@@ -931,7 +932,7 @@ def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
         paths.setdefault(path, set()).add(jax.random.key_data(arguments[1]).tobytes())
         return _drawn_at_random(path, *arguments)
 
-    monkeypatch.setattr(stages, "kept_draws", keep)
+    monkeypatch.setattr(draws, "kept_draws", keep)
     aligned = [row for row in rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
     assert {(row.seed, row.algorithm) for row in aligned} == {
         (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
@@ -950,7 +951,7 @@ def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, r
     def stop(*arguments):
         raise ValueError("this far")
 
-    monkeypatch.setattr(stages, "kept_draws", stop)
+    monkeypatch.setattr(draws, "kept_draws", stop)
     config, params = weights.load("random:tiny")
     source, out = str(tmp_path / "source"), tmp_path / "run"
     changes = {"students": ("same", source)} if role == "student" else {"reward": "plain", "target": source}
@@ -1028,18 +1029,18 @@ def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch)
 
     network, key, begun = finished[2].base, jax.random.key(3), []
 
-    def draws(*args, first):
+    def until_killed(*args, first):
         begun.append(first)
         for number, part in enumerate(network.draws(*args, first=first)):
             if number == 2:
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(stages, "KEEP_EVERY", 0.0)
-    path, workshop = tmp_path / "samples.npz", stages.Workshop(durable.Progress(quiet=True))
+    monkeypatch.setattr(draws, "KEEP_EVERY", 0.0)
+    path, workshop = tmp_path / "samples.npz", Workshop(durable.Progress(quiet=True))
     with pytest.raises(KeyboardInterrupt):
-        stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
-    x = stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
+        draws.kept_draws(path, SimpleNamespace(draws=until_killed), key, 20, 1.0, workshop)
+    x = draws.kept_draws(path, SimpleNamespace(draws=until_killed), key, 20, 1.0, workshop)
     assert begun == [0, 16] and [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
     for one, other in zip(x, network.draw(key, 20), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -10,6 +10,8 @@ import pytest
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings, Coefficients, Info, PreferenceData
 from jaxkd.smollm2 import cost, stages, students
+from jaxkd.smollm2.draws import write_arrays
+from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.network import Network, ScoredTexts
 from jaxkd.smollm2.policy import Texts
 from tests.smollm2 import by_hand, tiny_order
@@ -29,7 +31,7 @@ def distilled(folder, base, learning_rate, **changes):
     optimisation = replace(tiny_order.OPTIMISATION, learning_rate=learning_rate)
     changes = {"method": "forward_kl", "num_held_out": 32, "optimisation": optimisation} | changes
     settings = replace(tiny_order.make().distillation, **changes)
-    workshop = stages.Workshop(durable.Progress(quiet=True))
+    workshop = Workshop(durable.Progress(quiet=True))
     student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop)
     return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
 
@@ -44,8 +46,8 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
     completion[:, 0] = False
     settings = AlignmentSettings("offline_dpo_ref", 4, 8, dataset_batches=2)
     for asked in ("first", "again"):
-        workshop = stages.Workshop(durable.Progress(quiet=True), root=tmp_path)
-        stages.write_arrays(tmp_path / asked / "pairs.npz", Texts(tokens, mask, completion)._asdict())
+        workshop = Workshop(durable.Progress(quiet=True), root=tmp_path)
+        write_arrays(tmp_path / asked / "pairs.npz", Texts(tokens, mask, completion)._asdict())
         stages._preference_data(
             tmp_path / asked,
             jax.random.key(0),
@@ -53,7 +55,7 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
             lambda texts, x: (np.zeros(16, np.float32), np.zeros(16, bool)),
             Coefficients(),
             settings,
-            stages.Coster(workshop, start, base),
+            Coster(workshop, start, base),
             None,
             "reference",
         )
@@ -77,7 +79,7 @@ def test_kto_is_charged_for_the_policys_pass_over_its_own_draws(tmp_path, base, 
     nothing = Info(*[np.float32(0.0)] * len(Info._fields))
     monkeypatch.setattr(Network, "draw", lambda *_, **more: x)
     monkeypatch.setattr(stages, "_alignment_step", lambda *_: lambda state, inputs: (state, nothing))
-    workshop = stages.Workshop(durable.Progress(quiet=True))
+    workshop = Workshop(durable.Progress(quiet=True))
     workshop.begin()
     reward = (np.zeros(8, np.float32), np.zeros(8, bool))
     alignment = replace(tiny_order.make().alignment, settings=settings)

@@ -15,10 +15,11 @@ from jaxkd.align import AlignmentSettings, Coefficients
 from jaxkd.smollm2 import sharding
 from jaxkd.smollm2.evaluate import Evaluation
 from jaxkd.smollm2.laboratory import Laboratory
+from jaxkd.smollm2.metering import Workshop
 from jaxkd.smollm2.network import Layout
 from jaxkd.smollm2.order import Order
 from jaxkd.smollm2.rows import rows_of
-from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation, Workshop
+from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation
 
 OPTIMISATION = Optimisation(learning_rate=3e-3, warmup_updates=1, checkpoint_every=2)
 
