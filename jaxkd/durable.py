@@ -282,7 +282,13 @@ def train(
 def finish(folder: Path, record: dict) -> None:
     """Say that a stage is finished, and let its checkpoints go."""
     write_json(folder / RECORD, record)
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    let_checkpoint_go(folder)
+
+
+def let_checkpoint_go(folder: Path) -> None:
+    """Delete the checkpoint of a finished stage, which a kill right after the record leaves; else nothing."""
+    if (folder / RECORD).exists():
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
 
 
 @contextmanager

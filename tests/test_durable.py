@@ -72,6 +72,17 @@ def test_a_finished_stage_keeps_its_record_and_no_checkpoint(tmp_path):
     assert not (tmp_path / "stage" / durable.CHECKPOINT).exists()
 
 
+def test_a_checkpoint_is_let_go_once_its_stage_is_finished(tmp_path):
+    """A process may be killed between the record and the deletion."""
+    checkpoint = tmp_path / durable.CHECKPOINT / "4"
+    checkpoint.mkdir(parents=True)
+    durable.let_checkpoint_go(tmp_path)
+    assert checkpoint.exists()
+    durable.write_json(tmp_path / durable.RECORD, {})
+    durable.let_checkpoint_go(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [durable.RECORD]
+
+
 def test_sinks_are_given_every_line(tmp_path):
     seen = []
     log = durable.Log("stage", tmp_path / durable.METRICS, (lambda *told: seen.append(told),))

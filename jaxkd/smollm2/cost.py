@@ -9,6 +9,7 @@ mask throws away, keys of padding, activations computed again to save memory. He
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +142,7 @@ def counted_flops(program: Any) -> float:
     return float(analysis["flops"])
 
 
+@lru_cache
 def log_prob_flops(config: Config, batch: int, length: int, *, differentiate: bool, dtype="float32", remat="none"):
     """FLOPs by XLA of the log-probabilities of whole texts, as `policy.token_log_probs` computes them.
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxkd import checks, statistics
 from jaxkd.smollm2 import diversity, oracles, preferences
 from jaxkd.smollm2.behaviours import Behaviour
+from jaxkd.smollm2.draws import kept_draws
+from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.network import Network, take
 from jaxkd.smollm2.policy import Texts
-from jaxkd.smollm2.stages import Coster, Workshop, kept_draws
 
 QUANTITIES = {
     "behaviour_frequency": ("share of completions that show the behaviour", "1"),

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,16 @@ from jaxkd.align import ALGORITHMS
 from jaxkd.durable import METRICS
 from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
 from jaxkd.smollm2 import behaviours
-from jaxkd.smollm2.order import BEHAVIOUR, CEILING, Order, Row
-from jaxkd.smollm2.report import Run, entries, read_json
+from jaxkd.smollm2.laboratory import BEHAVIOUR
+from jaxkd.smollm2.order import CEILING
+from jaxkd.smollm2.report import Run, entries, read_json, refusals
+from jaxkd.smollm2.rows import Row
 
 _FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_LABELS = LABELS | {CEILING: "ceiling"}
-_COLOURS = COLOURS | {CEILING: "0.45"}
-_MARKERS = MARKERS | {CEILING: "*"}
 _SIGNS = (None, "+", ".", "|", "1", "_")
 """Inside a point: of which algorithm it is."""
-_NEVER = "v"
-"""A point that stands for a frequency of 0, open."""
+_NEVER = r"$\downarrow$"
+"""What stands for a frequency of 0: no arm's own marker."""
 _MOST_LINES = 28  # of completions: more leave no room for the panels
 
 
@@ -38,11 +38,16 @@ class _Kinds:
       algorithms: told apart by a sign inside the points.
       students: told apart by size.
       kl_coefs: told beside the points.
+      temperatures: other than 1, those of most models first: the first is what a hollow point means by itself, others
+        are told beside the points.
+      seeds: told beside curves.
     """
 
     algorithms: tuple[str, ...]
     students: tuple[str, ...]
     kl_coefs: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    seeds: tuple[int, ...]
 
     @classmethod
     def of(cls, shown: list[Row]) -> "_Kinds":
@@ -51,6 +56,8 @@ class _Kinds:
             tuple(dict.fromkeys(row.algorithm for row in shown if row.algorithm)),
             tuple(dict.fromkeys(row.student for row in shown if row.student)),
             tuple(sorted({row.kl_coef for row in shown if not math.isnan(row.kl_coef)})),
+            tuple(tau for tau, _ in Counter(row.temperature for row in shown if _distilled_apart(row)).most_common()),
+            tuple(sorted({row.seed for row in shown})),
         )
 
     def sign(self, algorithm: str) -> str | None:
@@ -61,18 +68,37 @@ class _Kinds:
         """Of a point (pt)."""
         return 6.5 - 2.5 * self.students.index(student) / len(self.students) if student in self.students else 6.5
 
+    def point(self, row: Row) -> str:
+        """The point of a model on its axes, in words."""
+        return self._told(row, not math.isnan(row.temperature))
+
     def note(self, row: Row) -> str:
-        """What stands beside a point."""
-        told = [] if math.isnan(row.temperature) else [f"τ {row.temperature:g}"]
+        """What stands beside a point: what neither its marker nor its being hollow says."""
+        return self._told(row, row.temperature in self.temperatures[1:])
+
+    def _told(self, row: Row, with_temperature: bool) -> str:
+        told = [f"τ {row.temperature:g}"] if with_temperature else []
         told += [f"β {row.kl_coef:g}"] if len(self.kl_coefs) > 1 and not math.isnan(row.kl_coef) else []
         return ", ".join(told)
 
     def name(self, row: Row) -> str:
         """A model in words, its seed aside."""
-        told = [_LABELS.get(row.name, row.name).replace("\n", " "), self.note(row)]
+        told = [_label(row.name).replace("\n", " "), self.point(row)]
         told += [row.student] if len(self.students) > 1 else []
         told += [_algorithm(row.algorithm)] if len(self.algorithms) > 1 else []
         return ", ".join(filter(None, told))
+
+
+def _label(name: str) -> str:
+    return "ceiling" if name == CEILING else LABELS[name]
+
+
+def _colour(name: str) -> str:
+    return "0.45" if name == CEILING else COLOURS[name]
+
+
+def _marker(name: str) -> str:
+    return "*" if name == CEILING else MARKERS[name]
 
 
 def _algorithm(name: str) -> str:
@@ -93,7 +119,7 @@ def draw(run: Run, *paths: Path) -> None:
         lines = _completions(found, rows, kinds, behaviours.parse(behaviour["spec"]), order.prompt + " … ")
         height, (handles, labels) = 0.135 * len(lines), _legend(found, rows, kinds)
         figure = plt.figure(figsize=(7.2, 6.1 + height + 0.17 * math.ceil(len(labels) / 4)), layout="constrained")
-        figure.suptitle(_title(order, kinds), fontsize=8)
+        figure.suptitle(_title(run, kinds), fontsize=8)
         grid = figure.add_gridspec(3, 2, height_ratios=(2.5, 2.5, height))
         axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(2)]
         _frontier(axes[0], found, rows, kinds, "behaviour_frequency", f"share showing “{behaviour['chosen']}”")
@@ -124,22 +150,29 @@ def draw(run: Run, *paths: Path) -> None:
         save(figure, paths)
 
 
-def _title(order: Order, kinds: _Kinds) -> str:
-    """What all models share."""
+def _title(run: Run, kinds: _Kinds) -> str:
+    """What all models share, and which cut students were not admitted."""
+    order = run.order
     told = [f"truth and base {order.truth}" if order.base == "truth" else f"truth {order.truth} · base {order.base}"]
     told += [_algorithm(name) for name in kinds.algorithms if len(kinds.algorithms) == 1]
     told += [f"β = {value:g}" for value in kinds.kl_coefs if len(kinds.kl_coefs) == 1]
-    return f"{' · '.join(told)}\n{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"
+    lines = [" · ".join(told), f"{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"]
+    refused = dict.fromkeys((run.rows[student].student, run.rows[student].seed) for student in refusals(run).values())
+    lines += [f"not admitted: {' · '.join(f'student {name}, seed {seed}' for name, seed in refused)}"] * bool(refused)
+    return "\n".join(lines)
 
 
 def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
     """Arms by colour and marker, then what a hollow point, a sign and a size mean, where there are such."""
     names = dict.fromkeys("base" if folder not in rows else rows[folder].name for folder in found)
-    shown = {_LABELS.get(name, name).replace("\n", " "): _handle(name) for name in names}
+    shown = {_label(name).replace("\n", " "): _handle(name) for name in names}
     grey = {"ls": "none", "color": "0.4"}
-    shown["hollow: distilled at τ ≠ 1"] = Line2D([], [], marker="o", mfc="none", ms=6, **grey)
+    if kinds.temperatures:
+        others = ", unless told" if len(kinds.temperatures) > 1 else ""
+        words = f"hollow: distilled at τ = {kinds.temperatures[0]:g}{others}"
+        shown[words] = Line2D([], [], marker="o", mfc="none", ms=6, **grey)
     if any(values["behaviour_frequency"] == 0 for values in found.values()):
-        shown["never shown: at its upper limit"] = Line2D([], [], marker=_NEVER, mfc="none", ms=6, **grey)
+        shown["never shown: at its upper limit"] = Line2D([], [], marker=_NEVER, ms=6, **grey)
     for name in kinds.algorithms if len(kinds.algorithms) > 1 else ():
         inside = Line2D([], [], marker=kinds.sign(name) or "none", ms=3.5, mew=0.8, **grey)
         shown[f"sign: {_algorithm(name)}"] = (Line2D([], [], marker="o", mfc="none", ms=6.5, **grey), inside)
@@ -149,19 +182,19 @@ def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
 
 
 def _handle(name: str) -> Line2D:
-    return Line2D([], [], ls="none", marker=_MARKERS.get(name, "o"), color=_COLOURS.get(name, "0.2"), ms=6)
+    return Line2D([], [], ls="none", marker=_marker(name), color=_colour(name), ms=6)
 
 
 def _point(axis, x, y, error, row: Row | None, kinds: _Kinds) -> None:
     """One model; the base where there is no row."""
     name = "base" if row is None else row.name
     filled = row is None or not _distilled_apart(row)
-    colour = _COLOURS.get(name, "0.2")
+    colour = _colour(name)
     axis.errorbar(
         x,
         y,
         yerr=None if error is None else np.reshape(error, (2, 1)),
-        marker=_MARKERS.get(name, "o"),
+        marker=_marker(name),
         color=colour,
         # Nothing inside, so that a point beneath another is seen.
         markerfacecolor=colour if filled else "none",
@@ -219,7 +252,7 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
             error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
         _point(axis, values["kl_to_base"], y, error, row, kinds)
         if row is not None and kinds.note(row) and math.isfinite(y):
-            noted.append((values["kl_to_base"], y, kinds.note(row), _COLOURS.get(row.name, "0.2")))
+            noted.append((values["kl_to_base"], y, kinds.note(row), _colour(row.name)))
     axis.set(xlabel="KL to the base (nats per completion)", ylabel=label)
     if quantity == "behaviour_frequency":
         axis.set_yscale("log")
@@ -233,9 +266,9 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
 def _never_shown(axis, values: dict, row: Row | None, kinds: _Kinds) -> tuple[float, float, str, str]:
     """A model without a completion that shows the behaviour, at the largest share that is compatible; its note."""
     name = "base" if row is None else row.name
-    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _COLOURS.get(name, "0.2")
+    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _colour(name)
     size = 6.5 if row is None else kinds.size(row.student)
-    axis.plot(x, y, _NEVER, color=colour, markerfacecolor="none", markersize=size)
+    axis.plot(x, y, marker=_NEVER, linestyle="none", color=colour, markersize=size)
     return x, y, ", ".join(filter(None, ["never", "" if row is None else kinds.note(row)])), colour
 
 
@@ -244,14 +277,14 @@ def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:
     shown = [(rows[folder], values) for folder, values in found.items() if folder in rows]
 
     def name_of(row):
-        words = [_LABELS.get(row.name, row.name), kinds.note(row)]
+        words = [_label(row.name), kinds.point(row)]
         return ", ".join(filter(None, [*words, "" if row.student == "same" else row.student]))
 
     names = list(dict.fromkeys(name_of(row) for row, _ in shown))
     for row, values in shown:
         x = names.index(name_of(row))
         _point(axis, x - 0.12, values["recall_gap"], None, row, kinds)
-        axis.plot(x + 0.12, values["target_recall_gap"], "_", color=_COLOURS.get(row.name, "0.2"), markersize=9)
+        axis.plot(x + 0.12, values["target_recall_gap"], "_", color=_colour(row.name), markersize=9)
     axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=6.5)
     axis.set_ylabel("recall gap (nats per completion)\ndashes: where the behaviour shows")
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
@@ -259,7 +292,7 @@ def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:
 
 def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
     """Loss, or reward of the draws, along every alignment; and of the draws apart that it was looked at by."""
-    handles, noted = {}, []
+    handles, ends = {}, []
     for folder, row in rows.items():
         path = folder / METRICS
         if not isinstance(row.stage, pipelines.Align) or not path.exists():
@@ -272,7 +305,7 @@ def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
         # A step sees few draws.
         width = min(4, max(1, len(values) // 4))
         running = np.convolve(values, np.ones(width) / width, mode="valid") if len(values) else values
-        look = {"color": _COLOURS.get(row.name, "0.2"), "linestyle": "--" if _distilled_apart(row) else "-"}
+        look = {"color": _colour(row.name), "linestyle": "--" if _distilled_apart(row) else "-"}
         axis.plot(
             np.arange(width, width + len(running)),
             running,
@@ -281,21 +314,45 @@ def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
             markersize=3,
             **look,
         )
-        name = _LABELS.get(row.name, row.name).replace("\n", " ") + (", τ ≠ 1" if _distilled_apart(row) else "")
+        name = _label(row.name).replace("\n", " ") + (", τ ≠ 1" if _distilled_apart(row) else "")
         handles[name] = Line2D([], [], linewidth=1, **look)
-        if len(values) and kinds.note(row):
-            noted.append((len(values), running[-1], kinds.note(row), look["color"]))
+        told = ", ".join(filter(None, [kinds.note(row), f"seed {row.seed}" if len(kinds.seeds) > 1 else ""]))
+        if len(values) and told:
+            ends.append((running[-1], told, look["color"], look["linestyle"]))
         if quantity != "reward":
             continue
         looks = [(entry["step"] + 1, entry["look_reward"]) for entry in logged if "look_reward" in entry]
-        axis.plot(
-            *zip(*looks, strict=True) if looks else ([], []), "x", color=_COLOURS.get(row.name, "0.2"), markersize=4
-        )
-    _note_all(axis, noted)
+        axis.plot(*zip(*looks, strict=True) if looks else ([], []), "x", color=_colour(row.name), markersize=4)
+    _note_ends(axis, ends)
     axis.legend(handles.values(), handles.keys(), loc="upper left", handlelength=3, edgecolor="none")
     rewards = "mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)"
     axis.set(xlabel="step of the alignment", ylabel=rewards if quantity == "reward" else "mean loss of up to 4 steps")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _note_ends(axis, ends: list[tuple[float, str, str, str]]) -> None:
+    """Say at the right what each curve is, (height, words, colour, dashes), none on another, in the order of ends."""
+    axis.autoscale_view()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    ends = sorted((to_axes.transform((0, y))[1], *told) for y, *told in ends if math.isfinite(y))
+    step = min(0.055, 1 / max(len(ends), 1))
+    places = np.asarray([height for height, *_ in ends])
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + step)
+    # What was pushed beyond the top comes back, and pushes those below it.
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], 1 - step * (len(places) - 1 - i))
+    for place, (height, words, colour, dashes) in zip(places, ends, strict=True):
+        axis.annotate(
+            words,
+            (1, height),
+            (1.05, place),
+            xycoords="axes fraction",
+            fontsize=6 if step == 0.055 else 5,
+            color=colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0, "ls": dashes},
+        )
 
 
 def _completions(found, rows, kinds: _Kinds, behaviour: behaviours.Behaviour, prompt: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,9 @@ from jaxkd.durable import METRICS, read_record
 from jaxkd.figures import LABELS
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
-from jaxkd.smollm2.order import EVALUATION, Order, Row, rows_of
+from jaxkd.smollm2.laboratory import EVALUATION
+from jaxkd.smollm2.order import Order
+from jaxkd.smollm2.rows import Row, deciding_student, is_admitted, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -23,6 +27,13 @@ COSTS = {
     "tokens_scored": ("tokens scored, the same", "token"),
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
     "seconds": ("wall-clock, the same", "s"),
+}
+ENDS = {
+    "failed": ("diverged, or was to be made from a model that did (NaN: not made yet)", "1"),
+    "refused": (
+        "not made, for the recall gap of its cut student is above the most admitted (NaN: not yet)",
+        "1",
+    ),
 }
 ENCOUNTERS = {
     "expected_target_hits": ("n·T·m: draws of the alignment, times the behaviour's frequency where it starts", "draw"),
@@ -100,6 +111,38 @@ def failures(run: Run) -> dict[Path, str]:
     return {folder: record["failed"] for folder, record in run.records.items() if "failed" in record}
 
 
+def lost(run: Run) -> set[Path]:
+    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
+    found = {*failures(run)}
+    for folder, row in run.rows.items():
+        if found & {*row.models}:
+            found.add(folder)
+    return found
+
+
+def refusals(run: Run) -> dict[Path, Path]:
+    """Models that are not admitted, each with the folder of the cut student that stands too far from the truth."""
+    students = {folder: deciding_student(run.order, row) for folder, row in run.rows.items()}
+    return {
+        folder: student
+        for folder, student in students.items()
+        if student != folder and student in run.evaluations and not is_admitted(run.order, run.evaluations[student])
+    }
+
+
+def _ends(run: Run) -> dict[Path, dict[str, float]]:
+    """Whether each model that was made, or never will be, diverged or was refused; what may still be made is left out.
+
+    A model that was made before its student was refused has been made.
+    """
+    made, diverged, refused = {*run.evaluations}, lost(run), {*refusals(run)}
+    return {
+        folder: {"failed": float(folder in diverged - made), "refused": float(folder in refused - diverged - made)}
+        for folder in (run.out / "base", *run.rows)
+        if folder in made | diverged | refused
+    }
+
+
 def cost_of(run: Run, row: Row) -> Cost:
     """What it takes to make a model, with all that it is made from."""
     seen, todo, total = set(), [row.folder], Cost()
@@ -117,9 +160,9 @@ def cost_of(run: Run, row: Row) -> Cost:
 def to_dataset(run: Run) -> xr.Dataset:
     """Everything measured, with a dimension for every axis; what an axis does not change is repeated along it.
 
-    Models that were not made are NaN.
+    Models that were not made are NaN; `failed` and `refused` say why, and are NaN themselves where one may still be.
     """
-    order, found = run.order, _measured(run)
+    order, found, ends = run.order, _measured(run), _ends(run)
     seeds = sorted({row.seed for row in run.rows.values()})
     stages = ["base", *dict.fromkeys(row.name for row in run.rows.values())]
     coords = {
@@ -130,7 +173,7 @@ def to_dataset(run: Run) -> xr.Dataset:
         "seed": seeds,
         "stage": stages,
     }
-    names = {**QUANTITIES, **COSTS, **ENCOUNTERS}
+    names = {**QUANTITIES, **COSTS, **ENCOUNTERS, **ENDS}
     values = {name: np.full([len(coords[dim]) for dim in DIMS], np.nan) for name in names}
 
     def put(index, quantities):
@@ -140,15 +183,15 @@ def to_dataset(run: Run) -> xr.Dataset:
 
     everywhere = (slice(None),) * 5
     if run.out / "base" in found:
-        put((*everywhere, 0), found[run.out / "base"])
+        put((*everywhere, 0), found[run.out / "base"] | ends[run.out / "base"])
     for folder, row in run.rows.items():
-        if folder not in found:
+        if folder not in ends:
             continue
         own = {dim: getattr(row, dim) for dim in DIMS[:5]}
         index = tuple(
             slice(None) if own[dim] == "" or own[dim] != own[dim] else coords[dim].index(own[dim]) for dim in DIMS[:5]
         )
-        put((*index, stages.index(row.name)), found[folder])
+        put((*index, stages.index(row.name)), found.get(folder, {}) | ends[folder])
     dataset = xr.Dataset({name: (DIMS, array) for name, array in values.items()})
     labels = {dim: _column(column) for dim, column in coords.items()}
     dataset = dataset.assign_coords(labels)
@@ -194,17 +237,25 @@ TABLE_QUANTITIES = (
 def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
-    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base.
+    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base;
+    `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm may have no other.
     """
-    found, base = _measured(run), run.out / "base"
+    found, base, ends = _measured(run), run.out / "base", _ends(run)
     groups: dict[tuple, dict] = {}
+    without: dict[tuple, dict[str, list[int]]] = {}
     if base in found:
         groups[_KEY_OF_BASE] = {"": found[base]}
     for folder, row in run.rows.items():
+        if folder not in ends:
+            continue
+        runs, why = groups.setdefault(_key(row), {}), without.setdefault(_key(row), {name: [] for name in ENDS})
         if folder in found:
-            groups.setdefault(_key(row), {})[row.seed] = found[folder]
+            runs[row.seed] = found[folder]
+        for name in ENDS:
+            why[name] += [row.seed] * bool(ends[folder][name])
     base_reward = found.get(base, {}).get("reward", math.nan)
-    return [_table_row(key, runs, base_reward) for key, runs in groups.items()]
+    none = {name: [] for name in ENDS}
+    return [_table_row(key, runs, without.get(key, none), base_reward) for key, runs in groups.items()]
 
 
 def _key(row: Row) -> tuple:
@@ -212,10 +263,11 @@ def _key(row: Row) -> tuple:
     return row.name, row.student, row.algorithm, row.temperature, row.kl_coef
 
 
-def _table_row(key, runs: dict[int | str, dict], base_reward: float) -> dict:
+def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], base_reward: float) -> dict:
     row = dict(zip(_KEYS, key, strict=True))
     row["seeds"] = len(runs)
     row["seed_points"] = " ".join(map(str, runs))
+    row |= {f"{name}_seeds": " ".join(map(str, seeds)) for name, seeds in without.items()}
     for name in TABLE_QUANTITIES:
         values = [run.get(name, math.nan) for run in runs.values()]
         interval = statistics.t_interval(values) if np.isfinite(values).any() else None
@@ -248,9 +300,11 @@ def format_table(rows: list[dict]) -> str:
 
 
 def _format_row(row: dict) -> str:
-    seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""]
     values = [f"{float(value):.4f}" for value in row["behaviour_frequency_points"].split()]
-    points = " ".join(map("".join, zip(seeds, values, strict=True)))
+    seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""] * len(values)
+    ended = (("failed_seeds", "diverged"), ("refused_seeds", "not admitted"))
+    points = [*map("".join, zip(seeds, values, strict=True))]
+    points = " ".join(points + [f"{seed}:{word}" for column, word in ended for seed in row[column].split()])
     interval = f"{row['behaviour_frequency']:.4f}"
     if math.isfinite(row["behaviour_frequency_low"]):
         interval += f" [{row['behaviour_frequency_low']:.3f}, {row['behaviour_frequency_high']:.3f}]"
@@ -276,15 +330,27 @@ def _blank(value: float) -> str:
     return "" if math.isnan(value) else f"{value:g}"
 
 
-def stage_costs(run: Run) -> list[dict]:
-    """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind."""
+def stage_costs(run: Run, step_flops: Callable[[Row], float | None] = lambda row: None) -> list[dict]:
+    """What each kind of stage itself took, to make and to measure: means over its seeds, one row a kind.
+
+    Args:
+      run: what there is.
+      step_flops: FLOPs by XLA's own analysis of a row's step, sampling left out (`passes.step_flops`); None where that
+        is not known.
+
+    Returns:
+      Rows with the cost of either kind. `made_steps` are those that were taken, `made_program_flops` their FLOPs by
+      XLA: other than `made_model_flops` it counts padding, masked scores and what is computed again, but neither
+      sampling nor looks at held-out texts; NaN where it is not known.
+    """
     groups: dict[tuple, list[dict]] = {}
     base = run.out / "base"
     if base in run.evaluations:
-        groups[_KEY_OF_BASE] = [_both_costs(run.records.get(base, {}), run.evaluations[base])]
+        own = _both_costs(run.records.get(base, {}), run.evaluations[base])
+        groups[_KEY_OF_BASE] = [own | {"made_steps": 0, "made_program_flops": math.nan}]
     for folder, row in run.rows.items():
         if "cost" in run.records.get(folder, {}):
-            both = _both_costs(run.records[folder], run.evaluations.get(folder, {}))
+            both = _both_costs(run.records[folder], run.evaluations.get(folder, {})) | _steps(row, step_flops)
             groups.setdefault(_key(row), []).append(both)
     return [
         dict(zip(_KEYS, key, strict=True))
@@ -292,6 +358,14 @@ def stage_costs(run: Run) -> list[dict]:
         | {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
         for key, runs in groups.items()
     ]
+
+
+def _steps(row: Row, step_flops: Callable[[Row], float | None]) -> dict[str, float]:
+    """How many steps were taken, and their FLOPs by XLA."""
+    path = row.folder / METRICS
+    steps = len(entries(path)) if path.exists() else 0
+    flops = step_flops(row) if steps else 0.0
+    return {"made_steps": steps, "made_program_flops": math.nan if flops is None else steps * flops}
 
 
 def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
@@ -303,8 +377,9 @@ def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
 def format_costs(rows: list[dict]) -> str:
     """The costs for a terminal."""
     head = (
-        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<43}to measure it:\n"
-        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}{'min':>7}"
+        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<51}to measure it:\n"
+        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'by XLA':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}"
+        f"{'min':>7}\n{'':<61}  {'':<28}{'updates':>8}"
     )
     return "\n".join([head, *(_format_cost(row) for row in rows)])
 
@@ -314,9 +389,14 @@ def _format_cost(row: dict) -> str:
     return (
         f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
         f"{_blank(row['kl_coef']):>6}  {row['made_tokens_sampled']:>10.0f}{row['made_tokens_trained']:>10.0f}"
-        f"{row['made_model_flops'] / 1e15:>8.3f}{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"
+        f"{row['made_model_flops'] / 1e15:>8.3f}{_blank_or(row['made_program_flops'] / 1e15):>8}"
+        f"{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"
         f"{row['measured_model_flops'] / 1e15:>8.3f}{row['measured_seconds'] / 60:>7.1f}"
     )
+
+
+def _blank_or(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 # --- the orders, held against each other ------------------------------------------------------------------------------
@@ -327,6 +407,11 @@ _COMPARED = (
     ("align_kd_sharpened", "kd_align_sharpened"),
 )
 """The headline at every τ of KD→Align; then what was sharpened, at the same τ."""
+
+
+def _compared() -> tuple[tuple[str, str], ...]:
+    """The pairs of arms that are held against each other: an order that was added, against KD→Align."""
+    return (*_COMPARED, *((arm, "kd_align") for arm in pipelines.arms() if arm not in pipelines.ARMS))
 
 
 def comparisons(run: Run) -> list[dict]:
@@ -340,7 +425,7 @@ def comparisons(run: Run) -> list[dict]:
       and t interval; `left_out`, the seeds that one arm alone has; `failed`, those of which a run diverged.
     """
     order, quantity = run.order, run.order.outcome
-    ended = _failed(run) | {*run.evaluations}
+    ended = lost(run) | {*run.evaluations}
     runs: dict[tuple, dict[int, float | None]] = {}
     for folder, row in run.rows.items():
         value = run.evaluations.get(folder, {}).get(quantity, math.nan)
@@ -348,7 +433,7 @@ def comparisons(run: Run) -> list[dict]:
         known = value if math.isfinite(value) else math.nan if folder in ended else None
         runs.setdefault(_key(row), {})[row.seed] = known
     compared = []
-    for arm, other in _COMPARED:
+    for arm, other in _compared():
         for key in (key for key in runs if key[0] == arm):
             _, student, algorithm, temperature, kl_coef = key
             for other_temperature in order.temperatures if math.isnan(temperature) else (temperature,):
@@ -357,15 +442,6 @@ def comparisons(run: Run) -> list[dict]:
                     told = dict(zip(_KEYS, key, strict=True)) | {"other": other, "other_temperature": other_temperature}
                     compared.append(told | {"outcome": quantity} | _paired(runs[key], runs[other_key], quantity))
     return [row for row in compared if row["seed_points"] or row["failed"]]
-
-
-def _failed(run: Run) -> set[Path]:
-    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
-    failed = {*failures(run)}
-    for folder, row in run.rows.items():
-        if failed & {*row.models}:
-            failed.add(folder)
-    return failed
 
 
 def _paired(mine: dict[int, float | None], theirs: dict[int, float | None], quantity: str) -> dict:
@@ -399,9 +475,21 @@ def _is_number(value: float | None) -> bool:
 
 
 def sentences(run: Run) -> list[str]:
-    """What the run says of the orders, made from its own numbers, and which of its models diverged."""
+    """What the run says of the orders, made from its own numbers, and which of its models diverged or were refused."""
     told = [f"{folder.relative_to(run.out)}: {words}." for folder, words in failures(run).items()]
-    return [*told, *(_sentence(row) for row in comparisons(run))]
+    return [*told, *refused_students(run), *(_sentence(row) for row in comparisons(run))]
+
+
+def refused_students(run: Run) -> list[str]:
+    """A sentence on each cut student that was not admitted, and how many models are missing with it."""
+    missing = Counter(student for folder, student in refusals(run).items() if folder not in run.evaluations)
+    most = run.order.most_held_out_kl
+    return [
+        f"{student.relative_to(run.out)} is not admitted, its recall gap of "
+        f"{run.evaluations[student]['recall_gap_per_token']:.3f} nats a token is above {most:g}: "
+        f"{number} {'model is' if number == 1 else 'models are'} not made."
+        for student, number in missing.items()
+    ]
 
 
 def _sentence(row: dict) -> str:

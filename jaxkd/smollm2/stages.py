@@ -22,12 +22,13 @@ from jaxkd import align, checks, distill, durable, files
 from jaxkd.align import AlignmentSettings, Coefficients, PreferenceData, State
 from jaxkd.policy import Policy
 from jaxkd.rewards import bradley_terry
-from jaxkd.smollm2 import cost, distillation
+from jaxkd.smollm2 import distillation
 from jaxkd.smollm2.adapters import LoRA, WithFrozen, adapt, init, merge, of_draws
 from jaxkd.smollm2.adapters import reference as adapters_reference
-from jaxkd.smollm2.cost import Cost
+from jaxkd.smollm2.draws import kept_draws, write_arrays
+from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.model import Model
-from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, join, take
+from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, take
 from jaxkd.smollm2.oracles import Oracle
 from jaxkd.smollm2.policy import DIVERGENCES, Texts, add_value_head, with_value_head
 
@@ -149,48 +150,6 @@ class Alignment:
             raise ValueError("ppo trains a critic beside the policy, adapters have none: use grpo or reinforce on them")
 
 
-@dataclass
-class Workshop:
-    """What every stage is given: where to say what is done, and what was spent.
-
-    Attributes:
-      progress: bars.
-      sinks: of metrics, beside the file.
-      root: run folder, to which stages are named; None names them by their own folder.
-      cost: spent by the stage so far.
-    """
-
-    progress: durable.Progress
-    sinks: tuple = ()
-    root: Path | None = None
-    cost: Cost = Cost()
-    _since: float = 0.0
-
-    def begin(self) -> None:
-        """Begin a stage: nothing is spent."""
-        self.cost, self._since = Cost(), time.perf_counter()
-
-    def spend(self, **spent: float) -> None:
-        """Add to what was spent."""
-        self.cost = self.cost.add(Cost(**spent))
-
-    def spent(self) -> dict:
-        """All that was spent, with the seconds since the stage began or went on."""
-        now = time.perf_counter()
-        self.spend(seconds=now - self._since)
-        self._since = now
-        return self.cost.to_dict()
-
-    def restore(self, spent: dict) -> None:
-        """Go on from what a checkpoint says was spent."""
-        self.cost = Cost.from_dict(spent)
-
-    def log(self, folder: Path) -> durable.Log:
-        """The log of a stage."""
-        name = folder.name if self.root is None else folder.relative_to(self.root).as_posix()
-        return durable.Log(name, folder / durable.METRICS, self.sinks)
-
-
 def make_checkpoint(
     out: Path,
     configuration: dict,
@@ -214,6 +173,7 @@ def make_checkpoint(
         durable.check_configuration(out, configuration)
         durable.check_weights(out, {role: fingerprint(network) for role, network in networks.items()})
         if durable.read_record(out) is not None:
+            durable.let_checkpoint_go(out)
             print(f"{out} is finished: the checkpoint is in {out / 'model'}", file=sys.stderr)
             return
         workshop = Workshop(durable.Progress(), sinks())
@@ -333,45 +293,6 @@ def _kept_samples(folder, key, teacher: Network, temperature, settings: Distilla
     samples = kept_draws(folder / "teacher.npz", teacher, key, total, temperature, workshop)
     Coster(workshop, teacher, teacher).sampled(samples)
     return samples
-
-
-KEEP_EVERY = 60.0
-"""Seconds after which draws that are not complete are kept on disk."""
-
-
-def kept_draws(
-    path: Path, network: Network, key: jax.Array, total: int, temperature: float, workshop: Workshop
-) -> Texts:
-    """Draws from a file, or drawn now and written to it; goes on where there are fewer, and after a kill."""
-    begun = path.with_name(f"begun-{path.name}")
-    parts = next(([_read_texts(kept)] for kept in (begun, path) if kept.exists()), [])
-    if parts and len(parts[0].tokens) >= total:
-        return parts[0]
-    done = sum(len(part.tokens) for part in parts)
-    bar = workshop.progress.bar(total, done, "sample", "text")
-    kept_at = time.monotonic()
-    for part in network.draws(key, total, temperature, first=done):
-        parts.append(part)
-        workshop.progress.tokens(bar, int(part.completion_mask.sum()), len(part.tokens))
-        if time.monotonic() - kept_at >= KEEP_EVERY:
-            write_arrays(begun, join(parts)._asdict())
-            kept_at = time.monotonic()
-    bar.close()
-    x = join(parts)
-    write_arrays(path, x._asdict())
-    begun.unlink(missing_ok=True)
-    return x
-
-
-def _read_texts(path: Path) -> Texts:
-    with np.load(path) as file:
-        return Texts(**{name: file[name] for name in Texts._fields})
-
-
-def write_arrays(path: Path, arrays: dict) -> None:
-    """Write named arrays whole or not at all."""
-    with files.whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 def _distillation_step(settings: Distillation, policy: Policy, teacher: Network, start: Network) -> Callable:
@@ -505,6 +426,9 @@ def align_policy(
         coster.trained(used, updates=settings.updates_per_step)
         if draws is not None:
             coster.scored(draws, by=reference)
+        if draws is not None and batch is not None:
+            # The policy learns from other texts: its pass over its own draws is one more.
+            coster.scored(draws)
         tokens = float(np.asarray(used.completion_mask).sum())
         metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
         metrics["seconds"] = time.perf_counter() - begin
@@ -685,30 +609,3 @@ def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Worksh
             write_arrays(path, {"log_prob": reference.token_log_prob(x)})
     with np.load(path) as file:
         return file["log_prob"]
-
-
-class Coster:
-    """Says what a stage does, in tokens and model FLOPs."""
-
-    def __init__(self, workshop: Workshop, model: Network, other: Network):
-        self.workshop, self.model, self.other = workshop, model, other
-
-    def _flops(self, network: Network, x, of: Callable = cost.forward_flops) -> float:
-        lengths = np.asarray(x.mask).sum(axis=1)
-        return of(network.config, int(lengths.sum()), cost.mean_context(lengths))
-
-    def sampled(self, x, by: Network | None = None) -> None:
-        """Texts were drawn."""
-        network = by or self.model
-        self.workshop.spend(tokens_sampled=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
-
-    def scored(self, x, by: Network | None = None) -> None:
-        """Log-probabilities were computed."""
-        network = by or self.model
-        self.workshop.spend(tokens_scored=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
-
-    def trained(self, x, updates: int = 1, *, teacher: bool = False) -> None:
-        """Updates were made on a batch: a forward and a backward pass each, and the teacher's forward pass."""
-        tokens = int(np.asarray(x.completion_mask).sum()) * updates
-        flops = self._flops(self.model, x, cost.training_flops) + (self._flops(self.other, x) if teacher else 0)
-        self.workshop.spend(tokens_trained=tokens, model_flops=updates * flops)

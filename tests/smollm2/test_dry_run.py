@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd.smollm2 import cost, dry_run, sharding
+from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.network import Layout
+from jaxkd.smollm2.preferences import Preferences
 from tests.smollm2 import tiny_order
+
+TINY = Config.tiny()
+
+
+def one_device() -> Layout:
+    return Layout(mesh=sharding.make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(
@@ -48,3 +57,114 @@ def test_a_token_level_step_is_compiled_with_its_teacher(monkeypatch):
     times, compiled, flops, _ = steps["distil student same"]
     assert times == 6 and flops == 3 * cost.forward_flops(config, 72, 4.5)
     assert compiled.memory_analysis().argument_size_in_bytes < 4 * (3 * config.num_parameters + teacher.num_parameters)
+
+
+@pytest.fixture
+def alignments(monkeypatch):
+    """Of an order: name, how often, and settings of each alignment's step that would be compiled."""
+    monkeypatch.setattr(dry_run, "_scoring", lambda name, *_: (name,))
+    monkeypatch.setattr(dry_run, "_distilling", lambda name, *_: (name,))
+    monkeypatch.setattr(dry_run, "_aligning", lambda name, steps, both, layout, order, *more: (name, steps, *more))
+
+    def of(order):
+        configs = dict.fromkeys(("truth", "base", "student same"), TINY)
+        found = [one for one in dry_run._steps(order, configs, None) if one[0].startswith("align")]
+        return {name: (steps, settings, length) for name, steps, settings, length in found}
+
+    return of
+
+
+def test_each_kind_of_alignment_has_a_step_of_its_own(alignments):
+    """Of algorithms that differ in the loss alone, one is compiled; a critic, epochs and fixed data are others."""
+    tiny = tiny_order.make()
+    settings = replace(tiny.alignment.settings, num_updates=8, group_size=4)
+    order = tiny_order.make(
+        arms=("kd_align",),
+        algorithms=("online_dpo", "reinforce", "ppo", "grpo", "offline_dpo_ref", "kto", "ipo"),
+        alignment=replace(tiny.alignment, settings=settings),
+    )
+    found = alignments(order)
+    assert {name: steps for name, (steps, _, _) in found.items()} == {
+        "align student same (online_dpo, reinforce)": 16,
+        "align student same (ppo)": 2,
+        "align student same (grpo)": 2,
+        "align student same (offline_dpo_ref, ipo)": 16,
+        "align student same (kto)": 8,
+    }
+    assert all(name.split("(")[1].startswith(settings.algorithm) for name, (_, settings, _) in found.items())
+
+
+def test_pairs_of_a_user_are_taken_to_be_as_long_as_they_may_be(alignments):
+    order = tiny_order.make(
+        preferences=Preferences("pairs.jsonl", max_length=40), algorithms=("offline_dpo_data",), arms=("kd_align",)
+    )
+    [(name, (steps, settings, length))] = alignments(order).items()
+    assert name == "align student same (offline_dpo_data, on pairs of 40 tokens)"
+    assert (steps, settings.algorithm, length) == (6, "offline_dpo_data", 9)
+    assert dry_run._length_of_data(order) == 40
+    longer = replace(order, preferences=Preferences("pairs.jsonl", max_length=10**6))
+    assert dry_run._length_of_data(longer) == dry_run.config_of("random:tiny")[0].max_positions
+
+
+def test_moments_lie_as_their_parameters_do():
+    """Of a plain policy as the rules say, of one with a critic the same."""
+    mesh, optimizer = sharding.make_mesh(4, devices=jax.devices()[:4]), tiny_order.OPTIMISATION.make(4)
+    params = dry_run._abstract(TINY, mesh)
+    state = dry_run._state(params, mesh, optimizer).optimizer_state
+    expected = sharding.state_shardings(TINY, mesh, jax.eval_shape(optimizer.init, params))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == expected
+    with_critic = dry_run._with_critic(Layout(mesh=mesh).model(TINY), params, mesh)
+    cut = NamedSharding(mesh, PartitionSpec(None, sharding.DATA))
+
+    def number_of_cut(tree):
+        return sum(leaf.sharding == cut for leaf in jax.tree.leaves(tree))
+
+    again = dry_run._state(with_critic, mesh, optimizer).optimizer_state
+    assert number_of_cut(again) == number_of_cut(state) == 2 * number_of_cut(params) > 0
+
+
+def test_models_that_stay_are_counted():
+    """Truth, base, target, and two of the larger of the models that are made."""
+    order = tiny_order.make(base="fit:random:tiny", reward="plain", target="distil:0.5", students=("layers:1",))
+    small, large = replace(TINY, num_layers=1), replace(TINY, num_layers=4)
+    configs = {"truth": large, "base": TINY, "target": TINY, "student layers:1": small}
+    found, told = dry_run._resident(order, configs, one_device().mesh)
+    assert found == 4 * (large.num_parameters + 4 * TINY.num_parameters)
+    assert told == "truth, base, target and the last 2 others, each a base at most"
+    found, told = dry_run._resident(tiny_order.make(), configs | {"student same": TINY}, one_device().mesh)
+    assert found == 4 * (large.num_parameters + 2 * TINY.num_parameters) and told.startswith("truth and the last 2")
+
+
+@pytest.mark.slow
+@pytest.mark.loose
+def test_sampling_holds_keys_and_values():
+    """Two products a layer of 16 texts, as many positions as prompt and completion have room for; one shape once."""
+    order = tiny_order.make(batch_size=16, max_new_tokens=24, students=("same", "layers:1"))
+    configs = {"truth": TINY, "base": TINY, "student same": TINY, "student layers:1": replace(TINY, num_layers=1)}
+    found = {name: (compiled, cache) for name, compiled, cache in dry_run._samplings(order, configs, one_device())}
+    assert [*found] == ["truth, student same: sample a batch", "student layers:1: sample a batch"]
+    compiled, cache = found["truth, student same: sample a batch"]
+    assert cache == 4 * 2 * TINY.num_layers * 16 * TINY.num_kv_heads * TINY.head_dim * 25
+    assert dry_run._memory(compiled) > cache + 4 * TINY.num_parameters
+
+
+@pytest.mark.slow
+@pytest.mark.loose
+@pytest.mark.parametrize("algorithm", ["ppo", "kto", "offline_dpo_data"])
+def test_the_step_of_each_kind_is_compiled(algorithm):
+    tiny = tiny_order.make()
+    settings = replace(tiny.alignment.settings, num_updates=8, algorithm=algorithm)
+    both, order = (TINY, replace(TINY, num_layers=1)), tiny
+    name, steps, compiled, flops, by_xla = dry_run._aligning("align", 2, both, one_device(), order, settings, 9)
+    policy, reference = (cost.forward_flops(config, 8 * 9, 4.5) for config in both)
+    expected = {
+        "ppo": (1 + 3 * 4) * policy + reference,
+        "kto": (1 + 1 + 3) * policy + reference,
+        "offline_dpo_data": 3 * policy,
+    }
+    assert (name, steps) == ("align", 2) and flops == pytest.approx(expected[algorithm])
+    # Without sampling; norms, softmax and masked scores weigh much in so small a model.
+    sampled = 0 if algorithm == "offline_dpo_data" else policy
+    assert 1 < by_xla / (flops - sampled) < 2
+    given = compiled.memory_analysis().argument_size_in_bytes
+    assert given > 4 * (3 * TINY.num_parameters + (algorithm != "offline_dpo_data") * both[1].num_parameters)

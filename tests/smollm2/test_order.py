@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -23,12 +24,28 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
-from jaxkd.smollm2 import behaviours, generate, network, order_figure, report, stages, tokenization, weights
+from jaxkd.smollm2 import (
+    behaviours,
+    draws,
+    generate,
+    network,
+    order_figure,
+    passes,
+    report,
+    stages,
+    tokenization,
+    weights,
+)
 from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2.adapters import LoRA
-from jaxkd.smollm2.cost import Cost, forward_flops
+from jaxkd.smollm2.config import Config
+from jaxkd.smollm2.cost import Cost, forward_flops, log_prob_flops
+from jaxkd.smollm2.laboratory import BEHAVIOUR, EVALUATION, Laboratory
+from jaxkd.smollm2.metering import Workshop
 from jaxkd.smollm2.order import CEILING, Order
+from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
+from jaxkd.smollm2.rows import Row, rows_of
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -62,13 +79,13 @@ def offline(tmp_path_factory):
 @pytest.mark.slow
 def test_every_row_is_made_once(finished):
     order, out, laboratory = finished
-    rows = orders.rows_of(order, out)
+    rows = rows_of(order, out)
     assert len({row.folder for row in rows}) == len(rows)
     for row in rows:
         assert durable.read_record(row.folder)["name"] == row.name
         assert not (row.folder / durable.CHECKPOINT).exists()
     # Neither a student nor the aligned base depends on all axes.
-    many = orders.rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
+    many = rows_of(replace(order, students=("same", "layers:2"), algorithms=("reinforce", "kto")), out)
     assert sum(row.name == "student" for row in many) == 2
     assert sum(row.name == "aligned_base" for row in many) == 2
     assert not list(laboratory.run(rows))
@@ -82,10 +99,10 @@ def test_what_was_measured_is_what_it_says(finished):
     order, out, laboratory = finished
     base = json.loads((out / "base" / "evaluation.json").read_text())
     assert base["recall_gap"] == 0 and base["kl_to_base"] == 0 and base["bounded_recall"] == 1
-    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.name == "kd_align")
     found = json.loads((row.folder / "evaluation.json").read_text())
     with np.load(row.folder / "samples.npz") as file:
-        texts = laboratory.setting.texts_of(orders.Texts(**file))
+        texts = laboratory.setting.texts_of(Texts(**file))
     shown = np.mean([any(sign.isdigit() and sign.isascii() for sign in text) for text in texts])
     assert found["behaviour_frequency"] == pytest.approx(shown)
     assert found["behaviour_frequency_low"] <= shown <= found["behaviour_frequency_high"]
@@ -98,7 +115,7 @@ def _texts(path: Path, n: int) -> dict[str, np.ndarray]:
         return {name: file[name][:n] for name in file}
 
 
-def _measured_by_hand(order: Order, out: Path, row: orders.Row, base, reference) -> dict[str, float]:
+def _measured_by_hand(order: Order, out: Path, row: Row, base, reference) -> dict[str, float]:
     """An arm's quantities from its samples and the checkpoints on disk."""
 
     def of(source, x) -> np.ndarray:
@@ -132,7 +149,7 @@ def _measured_by_hand(order: Order, out: Path, row: orders.Row, base, reference)
 def test_what_was_measured_by_hand(finished, name):
     """Of an arm that is held to the student, and of one that is held to the base, which is the truth."""
     order, out, _ = finished
-    row = next(row for row in orders.rows_of(order, out) if row.name == name)
+    row = next(row for row in rows_of(order, out) if row.name == name)
     reference = row.folder.parents[1] / "student-t0.6" / "model" if name == "kd_align" else "random:tiny"
     expected = _measured_by_hand(order, out, row, "random:tiny", reference)
     found = json.loads((row.folder / "evaluation.json").read_text())
@@ -142,7 +159,7 @@ def test_what_was_measured_by_hand(finished, name):
 @pytest.mark.slow
 def test_step_0_of_an_alignment_is_at_its_reference(finished, offline):
     for order, out, _ in (finished, offline):
-        for row in orders.rows_of(order, out):
+        for row in rows_of(order, out):
             if isinstance(row.stage, pipelines.Align) and row.stage.start == row.stage.reference:
                 first = json.loads((row.folder / durable.METRICS).read_text().splitlines()[0])
                 assert first["step"] == 0 and first["kl"] == pytest.approx(0, abs=1e-4)
@@ -167,7 +184,7 @@ def test_sharpening_divides_the_logits(finished):
 @pytest.mark.slow
 def test_cut_students_are_checkpoints(offline):
     order, out, laboratory = offline
-    row = next(row for row in orders.rows_of(order, out) if row.student == "layers:2" and row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.student == "layers:2" and row.name == "kd_align")
     config, _ = weights.load(row.folder / "model")
     assert config.num_layers == 2 and laboratory.base.config.num_layers == 3
 
@@ -195,7 +212,7 @@ def test_report(finished, tmp_path):
     arm = next(row for row in rows if row["arm"] == "kd_align")
     student = next(row for row in rows if row["arm"] == "student")
     assert arm["expected_target_hits"] == pytest.approx(6 * 8 * student["behaviour_frequency"])
-    folder = next(row.folder for row in orders.rows_of(order, out) if row.name == "kd_align")
+    folder = next(row.folder for row in rows_of(order, out) if row.name == "kd_align")
     seen = [json.loads(line)["target_hits"] for line in (folder / durable.METRICS).read_text().splitlines()]
     assert arm["target_hits"] == sum(seen) > 0 and seen[int(arm["first_hit_step"])] > 0
     costs = {row["arm"]: row for row in report.stage_costs(run)}
@@ -209,15 +226,16 @@ def test_report(finished, tmp_path):
 
 def write_measurements(order, out):
     """Evaluations of a run as if it had been carried out: a model goes the farther from the base the later its seed."""
-    rows = orders.rows_of(order, out)
+    rows = rows_of(order, out)
     numbers = {"behaviour_precision": -3.0, "recall_gap": 2.0, "target_recall_gap": 1.0, "reward_error": 0.01}
+    numbers["recall_gap_per_token"] = 0.1
     held = {"spec": "digit", "chosen": "digit", "rates": {"digit": 0.1}, "samples": 256}
-    durable.write_json(out / orders.BEHAVIOUR, held)
+    durable.write_json(out / BEHAVIOUR, held)
     for place, (folder, seed) in enumerate([(out / "base", 0), *((row.folder, row.seed) for row in rows)]):
         share = 0.01 + 0.001 * place
         own = {f"behaviour_frequency{end}": share * (1 + by) for end, by in (("", 0), ("_low", -0.1), ("_high", 0.1))}
         own |= {"kl_to_base": 0.5 * place + 100 * seed, "reward": share, "completions": ["none", f"{place}"]}
-        durable.write_json(folder / orders.EVALUATION, numbers | own)
+        durable.write_json(folder / EVALUATION, numbers | own)
         entries = [{"step": step, "reward": share, "loss": 1.0, "target_hits": 0} for step in range(4)]
         (folder / durable.METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return rows
@@ -236,8 +254,41 @@ def test_the_figure_tells_algorithms_and_students_apart(tmp_path, drawn):
     assert where == {values[row.folder]["kl_to_base"] for row in rows if row.algorithm == "online_dpo"}
     sizes = {line.get_markersize() for line in drawn[0].axes[0].get_lines() if line.get_marker() != "+"}
     assert len(sizes - {6.5}) == 1
-    assert {"τ 0.6, β 0.1", "τ 0.6, β 0.2"} <= {text.get_text() for text in drawn[0].axes[0].texts}
+    assert {"β 0.1", "β 0.2"} <= {text.get_text() for text in drawn[0].axes[0].texts}
     assert "β =" not in drawn[0].get_suptitle()
+
+
+def test_a_temperature_is_told_where_no_marker_tells_it(tmp_path, drawn):
+    """Hollow is one temperature; another stands beside its points, and 1 is told by a full point."""
+    order = tiny_order.make(temperatures=(1.0, 0.3, 0.6), arms=("kd_align",))
+    rows = write_measurements(order, tmp_path)
+    next(row for row in rows if (row.name, row.temperature) == ("kd_align", 0.3)).folder.joinpath(EVALUATION).unlink()
+    order_figure.draw(report.read(order, tmp_path))
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["τ 0.3"]
+    assert "hollow: distilled at τ = 0.6, unless told" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    ticks = [tick.get_text() for tick in drawn[0].axes[2].get_xticklabels()]
+    assert {"student, τ 0.3", "student, τ 0.6", "student, τ 1", "KD→Align, τ 0.6"} <= set(ticks)
+
+
+def test_each_curve_is_told_by_its_seed_and_no_words_lie_on_others(tmp_path, drawn):
+    order = tiny_order.make(seeds=(0, 1, 2), arms=("kd_align", "kd_align_anchored"))
+    rows = write_measurements(order, tmp_path)
+    order_figure.draw(report.read(order, tmp_path))
+    panel = drawn[0].axes[3]
+    aligned = [row for row in rows if row.algorithm]
+    assert sorted(text.get_text() for text in panel.texts) == sorted(f"seed {row.seed}" for row in aligned)
+    drawn[0].canvas.draw()
+    renderer = drawn[0].canvas.get_renderer()
+    places = sorted(plt.Text.get_window_extent(text, renderer).intervaly.tolist() for text in panel.texts)
+    # Letters fill nine tenths of their line.
+    height = places[0][1] - places[0][0]
+    assert (np.diff([low for low, _ in places]) > 0.9 * height).all()
+    ends = {text.get_text(): text.xy[1] for text in panel.texts}
+    curves = [line for line in panel.get_lines() if len(line.get_xdata()) > 1]
+    heights = {
+        panel.transAxes.inverted().transform(panel.transData.transform((0, line.get_ydata()[-1])))[1] for line in curves
+    }
+    assert all(min(abs(end - height) for height in heights) < 1e-6 for end in ends.values())
 
 
 def test_the_figure_says_what_all_models_share(tmp_path, drawn):
@@ -252,17 +303,17 @@ def test_the_figure_says_what_all_models_share(tmp_path, drawn):
 def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     order = tiny_order.make()
     rows = write_measurements(order, tmp_path)
-    path = next(row.folder for row in rows if row.name == "kd_align") / orders.EVALUATION
+    path = next(row.folder for row in rows if row.name == "kd_align") / EVALUATION
     none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
     durable.write_json(path, json.loads(path.read_text()) | none)
     order_figure.draw(report.read(order, tmp_path))
     panel = drawn[0].axes[0]
     point = next(line for line in panel.get_lines() if list(line.get_ydata()) == [0.004])
-    assert (point.get_marker(), point.get_markerfacecolor()) == ("v", "none")
+    assert point.get_marker() not in order_figure.MARKERS.values()
     assert list(point.get_xdata()) == [json.loads(path.read_text())["kl_to_base"]]
     low, high = panel.get_ylim()
     assert 0 < low < 0.004 < high
-    assert "never, τ 0.6" in {text.get_text() for text in panel.texts}
+    assert "never" in {text.get_text() for text in panel.texts}
     assert "never shown: at its upper limit" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert all(y > 0 for line in panel.get_lines() for y in line.get_ydata())
 
@@ -277,7 +328,7 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags: order)
     monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
     for maker in ("prepare", "run"):
-        monkeypatch.setattr(orders.Laboratory, maker, None)
+        monkeypatch.setattr(Laboratory, maker, None)
     before = {path: path.read_bytes() for path in _files(out)}
     script["main"](script["Flags"](report=True, out=out))
     assert {path: path.read_bytes() for path in before} == before
@@ -290,6 +341,29 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
         xr.testing.assert_equal(found.load(), report.to_dataset(run))
         assert found.behaviour_frequency.notnull().any()
     assert plt.imread(out / "smollm2_order.png")[..., :3].std() > 0.05
+
+
+def test_comparisons_of_other_flags_do_not_stay(tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(Laboratory, "prepare", lambda laboratory: setattr(laboratory, "behaviour_name", "digit"))
+    monkeypatch.setattr(Laboratory, "run", lambda laboratory, rows: iter([]))
+    for arms, compared in ((("kd_align", "align_kd"), True), (("kd_align",), False)):
+        order, out = tiny_order.make(arms=arms), tmp_path / "run"
+        durable.check_configuration(out, tiny_order.laboratory(order, out).configuration() | {"dtype": "float32"})
+        write_measurements(order, out)
+        monkeypatch.setitem(script["main"].__globals__, "order_of", lambda flags, order=order: order)
+        script["main"](script["Flags"](out=out))
+        assert (out / "comparisons.csv").exists() == compared
+        told = capsys.readouterr().out.partition("\nWrote ")[2]
+        assert ("comparisons.csv" in told) == compared and "costs.csv, " in told and "smollm2_order.png" in told
+
+
+def test_no_mode_has_the_run_folder_of_another(tmp_path):
+    make_flags = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))["Flags"]
+    modes = [{}, {"quick": True}, {"preset": "paper"}]
+    assert len({make_flags(**mode).folder for mode in modes}) == 3
+    assert {make_flags(out=tmp_path, **mode).folder for mode in modes} == {tmp_path}
 
 
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
@@ -315,9 +389,9 @@ def test_completions_that_have_no_room_are_counted():
 def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
     """Also of models that have no temperature or no KL coefficient."""
     order = tiny_order.make(seeds=(0, 1, 2), arms=pipelines.ARMS)
-    rows = orders.rows_of(order, tmp_path)
+    rows = rows_of(order, tmp_path)
     for row in rows:
-        durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
+        durable.write_json(row.folder / EVALUATION, {"behaviour_frequency": 0.1 * row.seed, "reward": 0.0})
         durable.finish(row.folder, {"cost": Cost().to_dict()})
     run = report.read(order, tmp_path)
     table = report.table(run)
@@ -328,6 +402,42 @@ def test_seeds_of_a_model_are_one_row_of_the_table(tmp_path):
         assert row["seed_points"] == "0 1 2"
     assert "(0:0.0000 1:0.1000 2:0.2000) 0.1000" in report.format_table(table)
     assert {row["seeds"] for row in report.stage_costs(run)} == {3}
+
+
+def test_costs_have_the_flops_of_the_programs_besides(tmp_path):
+    """Of the steps that were taken; blank where the shapes of a step are not known from the order."""
+    order = tiny_order.make(
+        algorithms=("reinforce", "offline_dpo_ref"),
+        arms=("kd_align", "kd_align_sharpened", CEILING),
+        distillation=replace(tiny_order.make().distillation, method="forward_kl"),
+        students=("layers:2",),
+    )
+    for row in write_measurements(order, tmp_path):
+        durable.finish(row.folder, {"cost": Cost().to_dict()})
+        if row.name == "kd_align_sharpened":
+            (row.folder / durable.METRICS).unlink()
+    large = Config.tiny()
+    small = replace(large, num_layers=2)
+    step_flops = passes.step_flops(order, tmp_path, {"base": large, "student layers:2": small}, 9, network.Layout())
+    costs = report.stage_costs(report.read(order, tmp_path), step_flops)
+    found = {(row["arm"], row["algorithm"]): row for row in costs}
+
+    def flops(config, *, differentiate):
+        return log_prob_flops(config, 8, 9, differentiate=differentiate, remat="products")
+
+    forth, back = (flops(small, differentiate=differentiate) for differentiate in (False, True))
+    for key, expected in {
+        ("kd_align", "reinforce"): 4 * (forth + back),
+        ("kd_align", "offline_dpo_ref"): 4 * back,
+        ("student", ""): 4 * (flops(large, differentiate=False) + back),
+        ("kd_align_sharpened", "reinforce"): 0,
+    }.items():
+        assert found[key]["made_program_flops"] == pytest.approx(expected)
+        assert found[key]["made_steps"] == (4 if expected else 0)
+    assert np.isnan(found[CEILING, ""]["made_program_flops"]) and found[CEILING, ""]["made_steps"] == 4
+    # A tiny model's norms and masked scores weigh much.
+    assert 1 < found["kd_align", "reinforce"]["made_program_flops"] / (16 * forward_flops(small, 8 * 9, 4.5)) < 2
+    assert "by XLA" in report.format_costs(costs)
 
 
 SHARES = {
@@ -345,10 +455,10 @@ def compared(tmp_path):
     order = tiny_order.make(
         seeds=(0, 1, 2, 3), temperatures=(0.6, 1.0), arms=("kd_align", "align_kd", "align_kd_sharpened")
     )
-    for row in orders.rows_of(order, tmp_path):
+    for row in rows_of(order, tmp_path):
         share = SHARES.get((row.name, None if np.isnan(row.temperature) else row.temperature), {}).get(row.seed)
         if share is not None:
-            durable.write_json(row.folder / orders.EVALUATION, {"behaviour_frequency": share, "reward": -share})
+            durable.write_json(row.folder / EVALUATION, {"behaviour_frequency": share, "reward": -share})
         if (row.name, row.seed) == ("aligned_base", 3):
             durable.finish(row.folder, {"failed": "the alignment diverged"})
     return order, tmp_path
@@ -393,7 +503,7 @@ def test_of_a_likelihood_the_mean_reward_is_compared(compared):
     assert np.isnan(headline["difference_failures_as_0"])
     told = "\n".join(report.sentences(report.read(order, out)))
     assert "has a mean reward of -0.200, -0.750, -0.500" in told and "the behaviour" not in told
-    for row in orders.rows_of(order, out):
+    for row in rows_of(order, out):
         if row.folder.exists():
             (row.folder / durable.METRICS).write_text('{"step": 0, "target_hits": 1}\n')
     table = report.table(report.read(order, out))
@@ -403,7 +513,7 @@ def test_of_a_likelihood_the_mean_reward_is_compared(compared):
 
 def test_a_model_is_held_to_the_reference_of_its_last_alignment(tmp_path):
     order = tiny_order.make(arms=pipelines.ARMS)
-    references = {row.name: row.reference.name for row in orders.rows_of(order, tmp_path)}
+    references = {row.name: row.reference.name for row in rows_of(order, tmp_path)}
     assert references == dict.fromkeys(references, references["student"]) | {
         "student": "base",
         "aligned_base": "base",
@@ -429,7 +539,7 @@ def test_nothing_is_learned_from_what_models_are_measured_by(finished):
     texts = laboratory.setting.texts_of(shown)
     searched = laboratory.truth_texts[measured_by : measured_by + order.evaluation.num_samples // 2]
     assert texts == [text for text in searched if laboratory.behaviour(text)]
-    ceiling = next(row.folder for row in orders.rows_of(order, out) if row.name == CEILING)
+    ceiling = next(row.folder for row in rows_of(order, out) if row.name == CEILING)
     assert durable.read_record(ceiling)["cost"]["tokens_sampled"] > 0
 
 
@@ -467,6 +577,8 @@ def test_one_implementation_of_each_step():
         ({"temperatures": (0.0,)}, "temperatures must be"),
         ({"temperatures": ()}, "at least one value"),
         ({"seeds": (1, 1)}, "names a value twice"),
+        ({"seeds": (2**32,)}, "--seeds must be a whole number of at least 0 and at most 4294967295; got 4294967296"),
+        ({"seeds_of_rest": (5_000_000_000,)}, "--seeds-of-rest must be a whole number of at least 0 and at most"),
         ({"preferences": Preferences("pairs.jsonl")}, "learn from preferences must be one of offline_dpo_data"),
         ({"reward": "plain", "target": "random:tiny", "algorithms": ("kto",)}, "kto needs a reward that tells"),
         ({"algorithms": ("reinforce", "ppo")}, "num_updates must be a multiple of epochs"),
@@ -480,6 +592,123 @@ def test_one_implementation_of_each_step():
 def test_refuses_orders(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_order.make(**changes)
+
+
+def test_the_largest_seed_has_a_key_of_its_own(tmp_path):
+    order = tiny_order.make(seeds=(2**32 - 1,))
+    made = tiny_order.laboratory(order, tmp_path)
+    keys = {jax.random.key_data(made._seed_key(seed, 0)).tobytes() for seed in (0, *order.seeds)}
+    assert len(keys) == 2
+
+
+@pytest.fixture
+def added_order():
+    """The order that the README adds, by its own lines, for one test."""
+    readme = (ROOT / "README.md").read_text()
+    [snippet] = re.findall(r"```python\n(from jaxkd\.pipelines import .*?)```", readme, re.S)
+    before = set(pipelines.STAGES)
+    exec(snippet, {})
+    [name] = set(pipelines.STAGES) - before
+    yield name
+    del pipelines.STAGES[name]
+
+
+def test_an_order_that_was_added_is_made_and_shown(tmp_path, added_order, drawn):
+    order = tiny_order.make(arms=("kd_align", added_order))
+    rows = write_measurements(order, tmp_path)
+    row = next(row for row in rows if row.name == added_order)
+    [teacher] = {*row.models}
+    assert [one.name for one in rows if one.folder == teacher] == ["align_kd"]
+    assert row.algorithm == "reinforce" and np.isnan(row.temperature) and row.kl_coef == 0.1
+    run = report.read(order, tmp_path)
+    assert added_order in report.to_dataset(run).stage.values
+    assert {(one["arm"], one["other"]) for one in report.comparisons(run)} == {
+        ("align_kd", "kd_align"),
+        (added_order, "kd_align"),
+    }
+    order_figure.draw(run)
+    assert added_order.replace("_", " ") in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """Of seed 0 the cut student is refused, of seed 1 the full one's alignment diverged, of seed 2 nothing is there."""
+    order = tiny_order.make(
+        students=("same", "layers:2"), seeds=(0, 1, 2), seeds_of_rest=(0, 1, 2), arms=("kd_align", "kd_align_sharpened")
+    )
+    for row in write_measurements(order, tmp_path):
+        path, cut = row.folder / EVALUATION, row.student == "layers:2"
+        diverged = (row.student, row.name, row.seed) == ("same", "kd_align", 1)
+        if diverged:
+            durable.finish(row.folder, {"failed": "the alignment diverged"})
+        lost = row.name != "student" and (row.seed, cut) in ((0, True), (1, False))
+        if row.seed == 2 or lost:
+            path.unlink()
+        elif row.seed == 0 and cut:
+            durable.write_json(path, json.loads(path.read_text()) | {"recall_gap_per_token": 0.61})
+    return order, tmp_path
+
+
+def test_what_diverged_what_was_refused_and_what_is_not_made_yet_are_told_apart(ended):
+    run = report.read(*ended)
+    found = report.to_dataset(run).isel(algorithm=0, temperature=0, kl_coef=0)
+    nan = np.nan
+    for name, failed, refused in (
+        ("kd_align", [[0, 1, nan], [0, 0, nan]], [[0, 0, nan], [1, 0, nan]]),
+        ("kd_align_sharpened", [[0, 1, nan], [0, 0, nan]], [[0, 0, nan], [1, 0, nan]]),
+        ("student", [[0, 0, nan], [0, 0, nan]], [[0, 0, nan], [0, 0, nan]]),
+    ):
+        of_arm = found.sel(stage=name).transpose("student", "seed", ...)
+        np.testing.assert_array_equal(of_arm.failed, failed, name)
+        np.testing.assert_array_equal(of_arm.refused, refused, name)
+        np.testing.assert_array_equal(of_arm.reward.isnull(), (of_arm.failed != 0) | (of_arm.refused != 0), name)
+    table = {(row["arm"], row["student"]): row for row in report.table(run)}
+    for (arm, student), (seeds, failed, refused) in {
+        ("kd_align", "same"): ("0", "1", ""),
+        ("kd_align_sharpened", "same"): ("0", "1", ""),
+        ("kd_align", "layers:2"): ("1", "", "0"),
+        ("student", "layers:2"): ("0 1", "", ""),
+    }.items():
+        row = table[arm, student]
+        assert (row["seed_points"], row["failed_seeds"], row["refused_seeds"]) == (seeds, failed, refused)
+    told = report.format_table([*table.values()])
+    assert "1:diverged" in told and "0:not admitted" in told
+
+
+def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
+    order, out = ended
+    run = report.read(order, out)
+    [told] = [line for line in report.sentences(run) if "admitted" in line]
+    assert told == (
+        "seed-0/layers-2/student-t0.6 is not admitted, its recall gap of 0.610 nats a token is above 0.5: "
+        "2 models are not made."
+    )
+    # An arm of which there is nothing else still has its row.
+    (out / "seed-1" / "layers-2" / "reinforce" / "kd_align-t0.6-b0.1" / EVALUATION).unlink()
+    row = next(
+        row for row in report.table(report.read(order, out)) if (row["arm"], row["student"]) == ("kd_align", "layers:2")
+    )
+    assert (row["seeds"], row["refused_seeds"]) == (0, "0") and np.isnan(row["reward"])
+    assert "(0:not admitted) nan" in report.format_table([row])
+    order_figure.draw(run)
+    assert "not admitted: student layers:2, seed 0" in drawn[0].get_suptitle()
+
+
+@pytest.mark.slow
+def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, capsys):
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(tmp_path / "truth", config, tiny_order.uneven(params), tokenization.byte_tokenizer())
+    order = tiny_order.make(
+        truth=str(tmp_path / "truth"), students=("same", "layers:2"), arms=("kd_align",), most_held_out_kl=0.0
+    )
+    out = tmp_path / "run"
+    laboratory = tiny_order.run(order, out)
+    run = report.read(order, out)
+    missing = {folder for folder in run.rows if folder not in run.evaluations}
+    assert [(run.rows[folder].name, run.rows[folder].student) for folder in missing] == [("kd_align", "layers:2")]
+    assert missing == {*report.refusals(run)} == laboratory._refused
+    assert "not admitted, its recall gap a token is above 0 nats" in capsys.readouterr().err
+    assert any("is not admitted" in line for line in report.sentences(run))
 
 
 @pytest.mark.slow
@@ -496,7 +725,7 @@ def test_a_users_pairs_replace_the_reward(tmp_path):
     assert table["base"]["preference_accuracy"] == 0.5
     assert table["kd_align"]["preference_accuracy"] > 0.9
     assert 0 <= table["kd_align"]["behaviour_frequency"] <= 1
-    aligned = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    aligned = next(row for row in rows_of(order, out) if row.name == "kd_align")
     first = json.loads((aligned.folder / durable.METRICS).read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert "held-out pairs ranked right" in report.format_table(report.table(run))
@@ -523,7 +752,7 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
         alignment=replace(tiny_order.make().alignment, optimisation=fast),
     )
     tiny_order.run(order, out, meshed=False)
-    row = next(row for row in orders.rows_of(order, out) if row.name == "kd_align")
+    row = next(row for row in rows_of(order, out) if row.name == "kd_align")
     found = json.loads((row.folder / "evaluation.json").read_text())
     expected = _measured_by_hand(order, out, row, base, next(out.rglob("student-t0.6")) / "model")
     x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
@@ -562,13 +791,38 @@ def test_a_loss_that_is_no_number_fails_whatever_the_parameters_are(tmp_path):
 
 def test_draws_go_on_where_a_file_holds_fewer(tmp_path):
     network = tiny_order.laboratory(tiny_order.make(), tmp_path).setting.load("random:tiny")
-    key, workshop = jax.random.key(3), stages.Workshop(durable.Progress(quiet=True))
-    few = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
-    more = stages.kept_draws(tmp_path / "x.npz", network, key, 24, 1.0, workshop)
+    key, workshop = jax.random.key(3), Workshop(durable.Progress(quiet=True))
+    few = draws.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    more = draws.kept_draws(tmp_path / "x.npz", network, key, 24, 1.0, workshop)
     np.testing.assert_array_equal(more.tokens[:16], few.tokens)
     np.testing.assert_array_equal(more.tokens, network.draw(key, 24).tokens)
-    again = stages.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
+    again = draws.kept_draws(tmp_path / "x.npz", network, key, 16, 1.0, workshop)
     np.testing.assert_array_equal(again.tokens, more.tokens)
+
+
+def test_draws_that_were_complete_when_a_process_was_killed_become_the_file(tmp_path):
+    """Killed before the file was written, or before its beginning was deleted."""
+    x, workshop = _drawn_at_random(None, None, jax.random.key(0), 24), Workshop(durable.Progress(quiet=True))
+    path, begun = tmp_path / "x.npz", tmp_path / "begun-x.npz"
+    network = SimpleNamespace(draws=lambda key, n, temperature, first: iter([None] * (n - first)))
+    for there in ([begun], [path, begun]):
+        for file in there:
+            draws.write_arrays(file, x._asdict())
+        found = draws.kept_draws(path, network, None, 24, 1.0, workshop)
+        assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+        for kept in (found, draws.read_texts(path)):
+            np.testing.assert_array_equal(kept.tokens, x.tokens)
+        path.unlink()
+
+
+def test_a_checkpoint_that_a_kill_left_to_a_finished_stage_is_let_go(tmp_path):
+    order = tiny_order.make()
+    rows = write_measurements(order, tmp_path)
+    for row, record in zip(rows, [{"failed": "it diverged"}, *[{"cost": Cost().to_dict()}] * 9], strict=False):
+        durable.write_json(row.folder / durable.RECORD, record)
+        (row.folder / durable.CHECKPOINT / "2").mkdir(parents=True)
+    assert not list(tiny_order.laboratory(order, tmp_path).run(rows))
+    assert not list(tmp_path.rglob(durable.CHECKPOINT))
 
 
 def test_refuses_a_fraction_outside_its_range():
@@ -587,7 +841,7 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
 
     with pytest.raises(ValueError, match="never shown by 16 samples"):
         prepared("words:unlikelihood")
-    assert not (out / orders.BEHAVIOUR).exists()
+    assert not (out / BEHAVIOUR).exists()
     before = (out / "truth" / "samples.npz").stat().st_mtime_ns
     assert prepared("digit").behaviour_name == "digit"
     assert (out / "truth" / "samples.npz").stat().st_mtime_ns == before
@@ -600,12 +854,12 @@ def test_a_refused_behaviour_leaves_its_folder_to_another(tmp_path):
 def test_robust_dpo_assumes_the_noise_there_is():
     """And no other algorithm assumes any; a tenth of the oracle's labels are not presumed wrong where none is."""
     tiny = tiny_order.make(algorithms=("robust_dpo", "cdpo"))
-    clean, smoothing = orders._alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
+    clean, smoothing = orders.alignment_of(tiny, "robust_dpo"), tiny.alignment.coefficients.label_smoothing
     assert (clean.coefficients.flip_rate, clean.coefficients.label_smoothing) == (0, 0)
     alignment = replace(tiny.alignment, coefficients=tiny.alignment.coefficients._replace(flip_rate=0.2))
-    noisy = orders._alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
+    noisy = orders.alignment_of(replace(tiny, alignment=alignment), "robust_dpo")
     assert (noisy.coefficients.flip_rate, noisy.coefficients.label_smoothing) == (0.2, 0.2)
-    other = orders._alignment_of(replace(tiny, alignment=alignment), "cdpo")
+    other = orders.alignment_of(replace(tiny, alignment=alignment), "cdpo")
     assert (other.coefficients.flip_rate, other.coefficients.label_smoothing) == (0.2, smoothing)
 
 
@@ -620,13 +874,28 @@ def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path)
         laboratory._rows_for_ceiling(digit)
 
 
+def test_the_ceiling_makes_as_many_updates_as_an_alignment(tmp_path):
+    """Also where its own distillation would look often, and stop at the first look that finds nothing better."""
+    tiny = tiny_order.make()
+    hasty = replace(tiny.distillation, check_every=1, patience=1, num_updates=40)
+    order = tiny_order.make(arms=("kd_align", CEILING), distillation=hasty)
+    laboratory = tiny_order.laboratory(order, tmp_path)
+    laboratory.behaviour, laboratory.truth_texts = behaviours.parse("digit"), ["1"] * 24
+    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
+    texts, settings = laboratory._shown(order.distillation)
+    assert settings.num_updates == order.alignment.settings.num_updates == 6
+    # Six looks, of which the last comes after the last update.
+    assert settings.patience >= settings.num_updates / settings.check_every
+    assert len(texts.tokens) == 8 and settings.batch_size == 8 - settings.num_held_out
+
+
 def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp_path):
     laboratory = tiny_order.laboratory(tiny_order.make(arms=("kd_align", CEILING)), tmp_path)
     laboratory.truth = laboratory.base = None
     laboratory.truth_texts = ["1"] * 8 + ["none"] * 8
     with pytest.raises(ValueError, match="too few for the ceiling: leave it away"):
         laboratory._choose_behaviour()
-    assert not (tmp_path / orders.BEHAVIOUR).exists()
+    assert not (tmp_path / BEHAVIOUR).exists()
     laboratory.order = replace(laboratory.order, arms=("kd_align",))
     assert laboratory._choose_behaviour()[0] == "digit"
 
@@ -637,14 +906,14 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     laboratory = tiny_order.laboratory(order, tmp_path, meshed=False)
     laboratory.truth = laboratory.base = laboratory.setting.load("random:tiny")
     laboratory.behaviour, laboratory.oracle = behaviours.parse("digit"), None
-    mask = np.ones((24, 9), bool)
-    laboratory.truth_samples = orders.Texts(np.zeros((24, 9), np.int32), mask, mask & (np.arange(9) > 0))
+    laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
     laboratory.truth_texts = ["1"] * 24
     laboratory.model = lambda folder: laboratory.base
     given = {}
+    monkeypatch.setattr(draws, "kept_draws", _drawn_at_random)
     monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
     monkeypatch.setattr(stages, "distil", lambda *_: None)
-    for row in orders.rows_of(order, tmp_path):
+    for row in rows_of(order, tmp_path):
         laboratory.workshop.begin()
         laboratory._make(row)
         learns = row.name == CEILING or row.algorithm == "offline_dpo_data"
@@ -657,6 +926,35 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
         assert spent.model_flops == pytest.approx(forward_flops(laboratory.truth.config, 9 * number, 5))
 
 
+def _drawn_at_random(path, network, key, total, *_) -> Texts:
+    """Texts of nine tokens, as a key has them."""
+    mask = np.ones((total, 9), bool)
+    tokens = np.asarray(jax.random.randint(key, (total, 9), 5, 90, np.int32))
+    return Texts(tokens, mask, mask & (np.arange(9) > 0))
+
+
+def test_each_seed_pairs_draws_of_the_truth_of_its_own(tmp_path, monkeypatch):
+    """All arms and algorithms of a seed the same ones, kept in a file that is the seed's."""
+    order = tiny_order.make(algorithms=("offline_dpo_data", "kto"), seeds=(0, 1), seeds_of_rest=(0, 1))
+    laboratory, paths, drawn = tiny_order.laboratory(order, tmp_path, meshed=False), {}, {}
+    laboratory.truth = laboratory.setting.load("random:tiny")
+
+    def keep(path, *arguments):
+        paths.setdefault(path, set()).add(jax.random.key_data(arguments[1]).tobytes())
+        return _drawn_at_random(path, *arguments)
+
+    monkeypatch.setattr(draws, "kept_draws", keep)
+    aligned = [row for row in rows_of(order, tmp_path) if row.algorithm and row.name != "align_kd"]
+    assert {(row.seed, row.algorithm) for row in aligned} == {
+        (seed, algorithm) for seed in (0, 1) for algorithm in order.algorithms
+    }
+    for row in aligned:
+        drawn.setdefault(row.seed, set()).add(laboratory._truth_samples_for(row).tokens.tobytes())
+    assert {seed: len(found) for seed, found in drawn.items()} == {0: 1, 1: 1}
+    assert drawn[0] != drawn[1]
+    assert len(paths) == 2 and all(len(keys) == 1 for keys in paths.values())
+
+
 @pytest.mark.parametrize("role", ["target", "student"])
 def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, role):
     """Before anything is drawn."""
@@ -664,7 +962,7 @@ def test_refuses_other_weights_of_a_target_or_a_student(tmp_path, monkeypatch, r
     def stop(*arguments):
         raise ValueError("this far")
 
-    monkeypatch.setattr(stages, "kept_draws", stop)
+    monkeypatch.setattr(draws, "kept_draws", stop)
     config, params = weights.load("random:tiny")
     source, out = str(tmp_path / "source"), tmp_path / "run"
     changes = {"students": ("same", source)} if role == "student" else {"reward": "plain", "target": source}
@@ -681,7 +979,7 @@ def test_a_behaviour_that_was_chosen_may_be_named(tmp_path):
     automatic = tiny_order.laboratory(tiny_order.make(behaviour="auto"), out)
     automatic.check_folder()
     spec = behaviours.READY["women"]
-    durable.write_json(out / orders.BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
+    durable.write_json(out / BEHAVIOUR, {"chosen": "women", "spec": spec, "rates": {"women": 0.02, "year": 0.1}})
     for asked in (spec, "auto"):
         tiny_order.laboratory(tiny_order.make(behaviour=asked), out).check_folder()
         assert json.loads((out / "config.json").read_text())["behaviour"] == asked
@@ -742,18 +1040,18 @@ def test_draws_go_on_where_a_killed_process_was(finished, tmp_path, monkeypatch)
 
     network, key, begun = finished[2].base, jax.random.key(3), []
 
-    def draws(*args, first):
+    def until_killed(*args, first):
         begun.append(first)
         for number, part in enumerate(network.draws(*args, first=first)):
             if number == 2:
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(stages, "KEEP_EVERY", 0.0)
-    path, workshop = tmp_path / "samples.npz", stages.Workshop(durable.Progress(quiet=True))
+    monkeypatch.setattr(draws, "KEEP_EVERY", 0.0)
+    path, workshop = tmp_path / "samples.npz", Workshop(durable.Progress(quiet=True))
     with pytest.raises(KeyboardInterrupt):
-        stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
-    x = stages.kept_draws(path, SimpleNamespace(draws=draws), key, 20, 1.0, workshop)
+        draws.kept_draws(path, SimpleNamespace(draws=until_killed), key, 20, 1.0, workshop)
+    x = draws.kept_draws(path, SimpleNamespace(draws=until_killed), key, 20, 1.0, workshop)
     assert begun == [0, 16] and [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
     for one, other in zip(x, network.draw(key, 20), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -872,7 +1170,10 @@ def test_what_diverges_is_told_and_the_rest_is_made(tmp_path):
         "aligned_base-b0.1",
         "kd_align-t0.6-b0.1",
     }
-    assert {row["arm"] for row in report.table(run)} == {"base", "student"}
+    failed = {row["arm"]: (row["seeds"], row["failed_seeds"]) for row in report.table(run)}
+    assert failed == dict.fromkeys(("base", "student"), (1, "")) | dict.fromkeys(
+        ("aligned_base", "kd_align", "align_kd"), (0, "0")
+    )
     assert sum("the alignment diverged" in line for line in report.sentences(run)) == 2
     order_figure.draw(run, tmp_path / "figure.png")
 
@@ -914,7 +1215,7 @@ def test_a_base_is_fitted_and_only_a_cut_student_needs_admission(tmp_path):
     order = tiny_order.make(base="fit:random:tiny", students=("layers:2",), arms=("kd_align",))
     laboratory = tiny_order.run(order, out)
     assert laboratory.base is not laboratory.truth and durable.read_record(out / "base") is not None
-    row = orders.rows_of(order, out)[-1]
+    row = rows_of(order, out)[-1]
     assert row.name == "kd_align" and laboratory._admitted(row)
     path = next(out.rglob("student-t0.6")) / "evaluation.json"
     durable.write_json(path, json.loads(path.read_text()) | {"recall_gap_per_token": 0.6})

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from jaxkd import durable
-from jaxkd.align import AlignmentSettings, Coefficients
+from jaxkd.align import AlignmentSettings, Coefficients, Info, PreferenceData
 from jaxkd.smollm2 import cost, stages, students
-from jaxkd.smollm2.network import Network
+from jaxkd.smollm2.draws import write_arrays
+from jaxkd.smollm2.metering import Coster, Workshop
+from jaxkd.smollm2.network import Network, ScoredTexts
 from jaxkd.smollm2.policy import Texts
 from tests.smollm2 import by_hand, tiny_order
 
@@ -29,7 +31,7 @@ def distilled(folder, base, learning_rate, **changes):
     optimisation = replace(tiny_order.OPTIMISATION, learning_rate=learning_rate)
     changes = {"method": "forward_kl", "num_held_out": 32, "optimisation": optimisation} | changes
     settings = replace(tiny_order.make().distillation, **changes)
-    workshop = stages.Workshop(durable.Progress(quiet=True))
+    workshop = Workshop(durable.Progress(quiet=True))
     student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop)
     return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
 
@@ -44,8 +46,8 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
     completion[:, 0] = False
     settings = AlignmentSettings("offline_dpo_ref", 4, 8, dataset_batches=2)
     for asked in ("first", "again"):
-        workshop = stages.Workshop(durable.Progress(quiet=True), root=tmp_path)
-        stages.write_arrays(tmp_path / asked / "pairs.npz", Texts(tokens, mask, completion)._asdict())
+        workshop = Workshop(durable.Progress(quiet=True), root=tmp_path)
+        write_arrays(tmp_path / asked / "pairs.npz", Texts(tokens, mask, completion)._asdict())
         stages._preference_data(
             tmp_path / asked,
             jax.random.key(0),
@@ -53,13 +55,41 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
             lambda texts, x: (np.zeros(16, np.float32), np.zeros(16, bool)),
             Coefficients(),
             settings,
-            stages.Coster(workshop, start, base),
+            Coster(workshop, start, base),
             None,
             "reference",
         )
         assert workshop.cost.tokens_sampled == workshop.cost.tokens_scored == 16 * 8
         # Every text is nine tokens, which attend to five in the mean.
         assert workshop.cost.model_flops == pytest.approx(2 * cost.forward_flops(base.config, 16 * 9, 5))
+
+
+def test_kto_is_charged_for_the_policys_pass_over_its_own_draws(tmp_path, base, monkeypatch):
+    """Two passes over the fresh draws, the reference's and the policy's, and one forth and back over the pairs."""
+    mask = np.ones((8, 9), bool)
+    x = Texts(np.full((8, 9), 7, np.int32), mask, mask & (np.arange(9) > 0))
+    settings = AlignmentSettings("kto", 3, 8, dataset_batches=2)
+    log_prob = np.zeros((2, 8, 8), np.float32)
+    given = PreferenceData(
+        ScoredTexts(*(np.stack([leaf] * 2) for leaf in x), np.zeros((2, 8), np.float32), np.zeros((2, 8), bool)),
+        np.zeros((2, 8), np.float32),
+        np.ones((2, 4), bool),
+        log_prob,
+    )
+    nothing = Info(*[np.float32(0.0)] * len(Info._fields))
+    monkeypatch.setattr(Network, "draw", lambda *_, **more: x)
+    monkeypatch.setattr(stages, "_alignment_step", lambda *_: lambda state, inputs: (state, nothing))
+    workshop = Workshop(durable.Progress(quiet=True))
+    workshop.begin()
+    reward = (np.zeros(8, np.float32), np.zeros(8, bool))
+    alignment = replace(tiny_order.make().alignment, settings=settings)
+    stages.align_policy(
+        tmp_path, jax.random.key(0), base, base, lambda *_: reward, 0.1, alignment, workshop, preferences=given
+    )
+    assert workshop.cost.tokens_sampled == workshop.cost.tokens_trained == 3 * 8 * 8
+    assert workshop.cost.tokens_scored == 2 * 3 * 8 * 8
+    # To draw, two passes over what was drawn, and three for an update.
+    assert workshop.cost.model_flops == pytest.approx(3 * 6 * cost.forward_flops(base.config, 8 * 9, 5))
 
 
 def held_out_loss(folder, network):

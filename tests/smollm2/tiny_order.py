@@ -12,12 +12,14 @@ import numpy as np
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings, Coefficients
-from jaxkd.smollm2 import order as orders
 from jaxkd.smollm2 import sharding
 from jaxkd.smollm2.evaluate import Evaluation
+from jaxkd.smollm2.laboratory import Laboratory
+from jaxkd.smollm2.metering import Workshop
 from jaxkd.smollm2.network import Layout
 from jaxkd.smollm2.order import Order
-from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation, Workshop
+from jaxkd.smollm2.rows import rows_of
+from jaxkd.smollm2.stages import Alignment, Distillation, Optimisation
 
 OPTIMISATION = Optimisation(learning_rate=3e-3, warmup_updates=1, checkpoint_every=2)
 
@@ -42,18 +44,18 @@ def make(**changes) -> Order:
     return replace(order, **changes)
 
 
-def laboratory(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
+def laboratory(order: Order, out: Path, *, meshed: bool = True) -> Laboratory:
     """Nothing is computed yet."""
     layout = Layout(mesh=sharding.mesh_of_all_devices() if meshed else None)
-    return orders.Laboratory(order, out, Workshop(durable.Progress(quiet=True)), layout)
+    return Laboratory(order, out, Workshop(durable.Progress(quiet=True)), layout)
 
 
-def run(order: Order, out: Path, *, meshed: bool = True) -> orders.Laboratory:
+def run(order: Order, out: Path, *, meshed: bool = True) -> Laboratory:
     """Everything that is not there yet."""
     made = laboratory(order, out, meshed=meshed)
     made.check_folder()
     made.prepare()
-    for row in made.run(orders.rows_of(order, out)):
+    for row in made.run(rows_of(order, out)):
         print(row.name, flush=True)
     return made
 

@@ -1,0 +1,52 @@
+"""Draws that are kept on disk: made once, gone on with after a kill, written whole or not at all."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxkd import files
+from jaxkd.smollm2.metering import Workshop
+from jaxkd.smollm2.network import Network, join
+from jaxkd.smollm2.policy import Texts
+
+KEEP_EVERY = 60.0
+"""Seconds after which draws that are not complete are kept on disk."""
+
+
+def kept_draws(
+    path: Path, network: Network, key: jax.Array, total: int, temperature: float, workshop: Workshop
+) -> Texts:
+    """Draws from a file, or drawn now and written to it; goes on where there are fewer, and after a kill."""
+    begun = path.with_name(f"begun-{path.name}")
+    kept = {file: read_texts(file) for file in (path, begun) if file.exists()}
+    parts = [max(kept.values(), key=lambda x: len(x.tokens))] if kept else []
+    done = sum(len(part.tokens) for part in parts)
+    if done >= total and [*kept] == [path]:
+        return parts[0]
+    bar = workshop.progress.bar(total, done, "sample", "text")
+    kept_at = time.monotonic()
+    for part in network.draws(key, total, temperature, first=done):
+        parts.append(part)
+        workshop.progress.tokens(bar, int(part.completion_mask.sum()), len(part.tokens))
+        if time.monotonic() - kept_at >= KEEP_EVERY:
+            write_arrays(begun, join(parts)._asdict())
+            kept_at = time.monotonic()
+    bar.close()
+    x = join(parts)
+    write_arrays(path, x._asdict())
+    begun.unlink(missing_ok=True)
+    return x
+
+
+def read_texts(path: Path) -> Texts:
+    """Draws from their file."""
+    with np.load(path) as file:
+        return Texts(**{name: file[name] for name in Texts._fields})
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    """Write named arrays whole or not at all."""
+    with files.whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
