@@ -9,7 +9,7 @@ import pytest
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings
-from jaxkd.smollm2 import network, oracles, sharding, stages, tokenization, weights
+from jaxkd.smollm2 import metering, network, oracles, sharding, stages, tokenization, weights
 from jaxkd.smollm2.evaluate import Evaluation
 from jaxkd.smollm2.network import Layout, Network, Setting
 from tests.smollm2 import tiny_order
@@ -24,8 +24,8 @@ def make_setting(mesh=None) -> Setting:
     return Setting(tokenizer, prompt, max_new_tokens=6, batch_size=8, layout=Layout(mesh=mesh))
 
 
-def workshop() -> stages.Workshop:
-    return stages.Workshop(durable.Progress(quiet=True))
+def workshop() -> metering.Workshop:
+    return metering.Workshop(durable.Progress(quiet=True))
 
 
 def has_digit(completion: str) -> bool:
