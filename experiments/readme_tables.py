@@ -211,7 +211,8 @@ def _beside_torch(shown: Callable[[str], bool]) -> str:
 def smollm2_order() -> str:
     """Every arm on SmolLM2: frequency of the behaviour in every seed, and what came with it."""
     body = []
-    for row in _rows("smollm2_order.csv"):
+    # An arm of which no seed has a model has no numbers.
+    for row in (row for row in _rows("smollm2_order.csv") if row["behaviour_frequency_points"]):
         points = [100 * float(point) for point in row["behaviour_frequency_points"].split()]
         low, high = (100 * float(row[f"behaviour_frequency_{end}"]) for end in ("low", "high"))
         interval = "–" if low != low else f"{low:.1f} to {high:.1f}"
@@ -246,8 +247,8 @@ def smollm2_comparisons() -> str:
         low, high = (100 * float(row[f"difference_{end}"]) for end in ("low", "high"))
         interval = "–" if low != low else f"{low:+.0f} to {high:+.0f}"
         mean = f"{100 * float(row['difference']):+.1f}"
-        body.append([f"{float(row['other_temperature']):g}", *names, *each, mean, interval])
-    head = ["τ", "A", "B", "A, every seed (%)", "B, every seed (%)", "A − B (points)", "mean", "95 % t interval"]
+        body.append([row["algorithm"], f"{float(row['other_temperature']):g}", *names, *each, mean, interval])
+    head = ["algorithm", "τ", "A", "B", "A, every seed (%)", "B, every seed (%)", "A − B (points)", "mean", "95 % t interval"]
     return _table(head, body)
 
 
