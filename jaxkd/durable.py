@@ -215,7 +215,10 @@ def _as_data(state):
 
 def _as_state(data, like):
     leaves, structure = jax.tree.flatten(like)
-    found = [jax.random.wrap_key_data(data[str(i)]) if _is_key(leaf) else data[str(i)] for i, leaf in enumerate(leaves)]
+    found = [
+        jax.random.wrap_key_data(data[str(i)], impl=jax.random.key_impl(leaf)) if _is_key(leaf) else data[str(i)]
+        for i, leaf in enumerate(leaves)
+    ]
     return jax.tree.unflatten(structure, found)
 
 

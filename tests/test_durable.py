@@ -17,7 +17,7 @@ class KilledError(Exception):
     pass
 
 
-def _train(folder, killed_at=None, num_steps=7):
+def _train(folder, killed_at=None, num_steps=7, impl="threefry2x32"):
     def step(state, number):
         if number == killed_at:
             raise KilledError
@@ -29,7 +29,7 @@ def _train(folder, killed_at=None, num_steps=7):
     spent = {"steps": 0.0}
     return durable.train(
         folder,
-        (jax.random.key(3), jnp.zeros(3)),
+        (jax.random.key(3, impl=impl), jnp.zeros(3)),
         step,
         num_steps,
         log=durable.Log("stage", folder / durable.METRICS),
@@ -41,12 +41,13 @@ def _train(folder, killed_at=None, num_steps=7):
     )
 
 
-def test_goes_on_after_the_last_checkpoint_with_the_same_numbers(tmp_path):
-    whole = _train(tmp_path / "whole")
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_goes_on_after_the_last_checkpoint_with_the_same_numbers(tmp_path, impl):
+    whole = _train(tmp_path / "whole", impl=impl)
     for killed_at in (1, 3, 5, 6):
         with pytest.raises(KilledError):
-            _train(tmp_path / "killed", killed_at)
-    ended = _train(tmp_path / "killed")
+            _train(tmp_path / "killed", killed_at, impl=impl)
+    ended = _train(tmp_path / "killed", impl=impl)
     np.testing.assert_array_equal(ended[1], whole[1])
     np.testing.assert_array_equal(jax.random.key_data(ended[0]), jax.random.key_data(whole[0]))
     lines = [(tmp_path / name / durable.METRICS).read_text() for name in ("whole", "killed")]
