@@ -134,7 +134,7 @@ def drawn(dataset, *paths):
 
 
 def config_of(mog, out, **changes):
-    chosen = {"seeds": 3, "algorithms": ("ppo", "simpo"), "arms": ("kd_align", "align_kd"), "out": out}
+    chosen = {"seeds": 3, "steps": 40, "algorithms": ("ppo", "simpo"), "arms": ("kd_align", "align_kd"), "out": out}
     return mog.Config(**chosen | {"temperatures": (0.25,), "kl_coefs": (0.3, 1.0), "compile_cache": False} | changes)
 
 
