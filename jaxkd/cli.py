@@ -24,7 +24,7 @@ class Training:
     what is left of the devices sequences are spread and parameters cut."""
     remat: str = "products"
     """What training computes again rather than keep: none, products (all but the products with weights) or layers (all
-    but each layer's input: a third more time and the least memory, for long texts)."""
+    but each layer's input: the most time and the least memory, for long texts)."""
     wandb: str | None = None
     """Project of Weights & Biases that metrics go to as well."""
     tensorboard: bool = False
