@@ -327,7 +327,7 @@ def _told_of_references(dataset: xr.Dataset) -> str:
     students = [text_of(capacity) for capacity in dataset.capacity.values if capacity > 1]
     plural = "s" if len(weights) > 1 else ""
     return (
-        f"target weight{plural} {', '.join(map(text_of, weights))}: base and students of K = {', '.join(students)}, "
+        f"target weight{plural} {', '.join(map(text_of, weights))}: base and students of K = {', '.join(students)}; "
         f"{dataset.sizes['seed']} seeds"
     )
 

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxkd import checks
 from jaxkd.policy import Params
-from jaxkd.smollm2.model import DATA, MODEL, Model, positions_of
+from jaxkd.smollm2.model import DATA, MODEL, Model, positions_of, spec_of
 
 BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
 """Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
@@ -100,10 +100,8 @@ def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int
     if mesh is None or batch % mesh.shape[DATA]:
         return cache
     # As the compiled program returns it: laid out otherwise, the first call would have a program of its own.
-    axes = [axis if mesh.shape[axis] > 1 else None for axis in (DATA, MODEL)]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return jax.device_put(cache, NamedSharding(mesh, PartitionSpec(*axes)))
+    spec = spec_of(axis if mesh.shape[axis] > 1 else None for axis in (DATA, MODEL))
+    return jax.device_put(cache, NamedSharding(mesh, spec))
 
 
 def _empty(model: Model, batch: int, width: int) -> Cache:

@@ -11,7 +11,7 @@ Layout. Queries, keys and values of a layer are one product, and so are the MLP'
 keep an axis (K, or F) along which tensor parallelism can cut them without separating what belongs to one head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -353,6 +353,17 @@ class Model:
     def project(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits of `hidden: float32[..., D]`, as float32[..., V], accumulated in float32."""
         return product(hidden, self.head(params).T, self.compute_dtype)
+
+
+def spec_of(axes: Iterable[str | None]) -> PartitionSpec:
+    """A layout by the mesh's axis of each of an array's, written as jit writes the layout of what it returns.
+
+    Said otherwise, with axes that are whole at its end, a program is compiled again for its own result.
+    """
+    axes = list(axes)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:

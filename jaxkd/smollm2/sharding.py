@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxkd import checks
 from jaxkd.policy import Params
 from jaxkd.smollm2.config import Config
-from jaxkd.smollm2.model import DATA, MODEL, make_model
+from jaxkd.smollm2.model import DATA, MODEL, make_model, spec_of
 
 # What each axis of a leaf is: L layers, V vocabulary, D width, K heads of keys, G queries of each, N, F of the MLP.
 AXES = {
@@ -90,11 +90,7 @@ def param_specs(config: Config, mesh: Mesh) -> Params:
 
     def spec(path, leaf):
         letters = AXES[".".join(key.key for key in path)]
-        axes = [_axis(letter, size, mesh) for letter, size in zip(letters, leaf.shape, strict=True)]
-        # As jit writes the layout of what it returns; said otherwise, a step is compiled again for its own result.
-        while axes and axes[-1] is None:
-            axes.pop()
-        return PartitionSpec(*axes)
+        return spec_of(_axis(letter, size, mesh) for letter, size in zip(letters, leaf.shape, strict=True))
 
     return jax.tree_util.tree_map_with_path(spec, make_model(config).shapes())
 
