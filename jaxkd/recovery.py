@@ -200,8 +200,8 @@ def _columns(dataset: xr.Dataset, aligned: str, reference: str) -> tuple[np.ndar
 def by_family(points: References) -> dict[int, References]:
     """The points of each family, `BASE` first, then students from the largest capacity to the smallest.
 
-    At equal mass a base has it where the target is, a small student as the tail of a component that covers other modes,
-    too: families tip at masses several times apart, and a curve through all of them fits none.
+    A base has a component for each mode, a small student has to share its components among them: families tip at
+    masses several times apart, and a curve through all of them fits none.
     """
     families = sorted({*points.family.tolist()}, key=lambda family: math.inf if family == BASE else family)
     chosen = {family: points.family == family for family in reversed(families)}

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 import runpy
 import sys
+from pathlib import Path
 
 # Tests compile much and compute little: LLVM's expensive passes and XLA's fusion emitters cost more than they save.
 # Set before jax starts.
@@ -15,6 +17,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
+
+from jaxkd import pipelines  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -88,3 +92,15 @@ def drawn(request, monkeypatch):
     yield figures
     for figure in figures:
         plt.close(figure)
+
+
+@pytest.fixture
+def readme_order():
+    """The new order that the README adds, by its own lines, for one test."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n(from jaxkd\.pipelines import .*?)```", readme, re.S)
+    before = set(pipelines.STAGES)
+    exec(snippet, {})
+    [added] = set(pipelines.STAGES) - before
+    yield added
+    del pipelines.STAGES[added]

@@ -2,8 +2,6 @@
 
 import csv
 import itertools
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -445,18 +443,6 @@ def test_each_of_several_targets_has_its_mass_in_the_table():
 
 
 # --- a new order, from the README to the figures ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def readme_order():
-    """The new order that the README adds, for one test."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    [snippet] = re.findall(r"```python\n(from jaxkd\.pipelines import .*?)```", readme, re.S)
-    before = set(pipelines.STAGES)
-    exec(snippet, {})
-    [added] = set(pipelines.STAGES) - before
-    yield added
-    del pipelines.STAGES[added]
 
 
 def drawn(dataset, monkeypatch):

@@ -343,7 +343,7 @@ def _generate_into(model: Model, params, tokens, mask, keys, sampling: Sampling,
 
 def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Cache | None, room: int) -> "_State":
     width = tokens.shape[1]
-    tokens, mask = _to_the_right(tokens, mask)
+    tokens, mask = to_the_right(tokens, mask)
     # Once, and not at every step.
     params = model.gathered(params)
     state = _prefill(model, params, tokens, mask, keys, sampling, cache, room)
@@ -364,10 +364,16 @@ def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Ca
     return lax.while_loop(go_on, step, state)
 
 
-def _to_the_right(tokens, mask):
-    """Prompts padded on the left, however they were padded, so that all go on in one column."""
-    order = jnp.argsort(mask, axis=-1, stable=True)
-    return jnp.take_along_axis(tokens, order, axis=-1), jnp.take_along_axis(mask, order, axis=-1)
+def to_the_right(tokens, mask, numpy=jnp):
+    """Prompts padded on the left, however they were padded, so that all go on in one column.
+
+    Args:
+      tokens: int32[B, P].
+      mask: bool[B, P].
+      numpy: the library that moves them.
+    """
+    order = numpy.argsort(mask, axis=-1, stable=True)
+    return numpy.take_along_axis(tokens, order, axis=-1), numpy.take_along_axis(mask, order, axis=-1)
 
 
 def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) -> _State:

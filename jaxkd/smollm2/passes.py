@@ -95,7 +95,7 @@ def of_step(row: Row, rows: dict, order: Order, configs: dict[str, Config], leng
       row: what is made.
       rows: all rows by their folders.
       order: all of the experiment.
-      configs: shapes by role (`order.role_of`).
+      configs: shapes by role (`rows.role_of`).
       length: tokens of a completion with its prompt.
     """
 

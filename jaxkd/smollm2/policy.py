@@ -84,7 +84,8 @@ def make_policy(
     Raises:
       ValueError: prompts that are empty, too long, or outside the vocabulary.
     """
-    prompts = _on_the_right(*generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens))
+    # By numpy: a policy may be made while something is traced, and is kept beyond that.
+    prompts = generate.to_the_right(*generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens), np)
     sampling = generate.Sampling() if sampling is None else sampling
 
     def log_prob(params: Params, x: Texts) -> jax.Array:
@@ -143,12 +144,6 @@ def add_value_head(model: Model, params: Params) -> Params:
     """
     head = {"kernel": jnp.zeros(model.config.hidden_size, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
     return {"model": params, "value_head": head}
-
-
-def _on_the_right(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts with their padding on the left, so that completions follow them at once."""
-    order = np.argsort(mask, axis=-1, kind="stable")
-    return np.take_along_axis(tokens, order, axis=-1), np.take_along_axis(mask, order, axis=-1)
 
 
 def _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature) -> Texts:

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import random
-import re
 import runpy
 import signal
 import subprocess
@@ -601,33 +600,21 @@ def test_the_largest_seed_has_a_key_of_its_own(tmp_path):
     assert len(keys) == 2
 
 
-@pytest.fixture
-def added_order():
-    """The order that the README adds, by its own lines, for one test."""
-    readme = (ROOT / "README.md").read_text()
-    [snippet] = re.findall(r"```python\n(from jaxkd\.pipelines import .*?)```", readme, re.S)
-    before = set(pipelines.STAGES)
-    exec(snippet, {})
-    [name] = set(pipelines.STAGES) - before
-    yield name
-    del pipelines.STAGES[name]
-
-
-def test_an_order_that_was_added_is_made_and_shown(tmp_path, added_order, drawn):
-    order = tiny_order.make(arms=("kd_align", added_order))
+def test_an_order_that_was_added_is_made_and_shown(tmp_path, readme_order, drawn):
+    order = tiny_order.make(arms=("kd_align", readme_order))
     rows = write_measurements(order, tmp_path)
-    row = next(row for row in rows if row.name == added_order)
+    row = next(row for row in rows if row.name == readme_order)
     [teacher] = {*row.models}
     assert [one.name for one in rows if one.folder == teacher] == ["align_kd"]
     assert row.algorithm == "reinforce" and np.isnan(row.temperature) and row.kl_coef == 0.1
     run = report.read(order, tmp_path)
-    assert added_order in report.to_dataset(run).stage.values
+    assert readme_order in report.to_dataset(run).stage.values
     assert {(one["arm"], one["other"]) for one in report.comparisons(run)} == {
         ("align_kd", "kd_align"),
-        (added_order, "kd_align"),
+        (readme_order, "kd_align"),
     }
     order_figure.draw(run)
-    assert added_order.replace("_", " ") in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert readme_order.replace("_", " ") in [text.get_text() for text in drawn[0].legends[0].get_texts()]
 
 
 @pytest.fixture
