@@ -205,7 +205,9 @@ def test_killed_and_repeated_it_writes_the_same(run, tmp_path):
     # So many that it is far from done when the first few are seen, however late that is.
     arguments = [*TINY, "--samples", 160, "--samples-per-shard", 2]
     command = [sys.executable, SAMPLE, *map(str, arguments), "--out", tmp_path / "killed"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    # As many devices as here: the rows of a device are a program's shape, and log-probabilities are rounded by it.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed/part-00001.parquet").exists():
         assert process.poll() is None and time.monotonic() < deadline
