@@ -347,7 +347,7 @@ def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Ca
     # Once, and not at every step.
     params = model.gathered(params)
     state = _prefill(model, params, tokens, mask, keys, sampling, cache, room)
-    layers = model.unstacked(params)
+    params = model.unstacked(params)
 
     def go_on(state):
         return (state.step < limit) & ~state.done.all()
@@ -357,7 +357,7 @@ def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Ca
         at = width + state.step - 1
         allowed = lax.dynamic_update_slice(state.allowed, jnp.ones((tokens.shape[0], 1), bool), (0, at))
         attend = partial(_attend_cached, allowed, at)
-        hidden, caches = model.apply(layers, last, state.positions[:, None], attend, state.caches)
+        hidden, caches = model.apply(params, last, state.positions[:, None], attend, state.caches)
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
         return _extend(model, params, hidden[:, -1], keys, sampling, state)
 

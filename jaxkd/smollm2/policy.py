@@ -24,7 +24,7 @@ from jaxkd import checks
 from jaxkd.losses.divergence import TERMS
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate
-from jaxkd.smollm2.model import DATA, Model
+from jaxkd.smollm2.model import DATA, Model, turned
 
 TOKEN_CHUNK = 1024
 VOCAB_BLOCK = 8192
@@ -290,18 +290,28 @@ def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
 
-def _logits(hidden: jax.Array, head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
+def _columns(head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
+    """A block of the head as the right side of a product, [D, block]: made once, for all chunks."""
+    return turned(head[block[0] : block[1]].astype(dtype))
+
+
+def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
     """Logits of one block, float32[chunk, block]."""
-    rows = head[block[0] : block[1]].astype(dtype)
-    return jnp.matmul(hidden.astype(dtype), rows.T, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden.astype(columns.dtype), columns, preferred_element_type=jnp.float32)
 
 
-def _normalizer_and_target(hidden, targets, head, dtype):
-    """Log-sum-exp of the logits of [chunk, D] and the logit of the target, both float32[chunk]."""
+def _normalizer_and_target(hidden, targets, columns):
+    """Log-sum-exp of the logits of [chunk, D] and the logit of the target, both float32[chunk].
+
+    Args:
+      hidden: float32[chunk, D].
+      targets: int32[chunk].
+      columns: start and end of each block, and its `_columns`.
+    """
     largest = jnp.full(targets.shape, -jnp.inf, jnp.float32)
     total, target = jnp.zeros_like(largest), jnp.zeros_like(largest)
-    for block in _blocks(head.shape[0]):
-        logits = _logits(hidden, head, block, dtype)
+    for block, part in columns:
+        logits = _logits(hidden, part)
         new = jnp.maximum(largest, logits.max(axis=-1))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
         largest = new
@@ -330,12 +340,12 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []
     for block in _blocks(head.shape[0]):
-        rows = head[block[0] : block[1]].astype(dtype)
+        rows, columns = head[block[0] : block[1]].astype(dtype), _columns(head, block, dtype)
 
-        def one_chunk(toward_rows, xs, block=block, rows=rows):
+        def one_chunk(toward_rows, xs, block=block, rows=rows, columns=columns):
             part, *rest = xs
-            cotangent = toward_logits(_logits(part, head, block, dtype), block, *rest).astype(dtype)
-            toward_rows += jnp.matmul(cotangent.T, part.astype(dtype), preferred_element_type=jnp.float32)
+            cotangent = toward_logits(_logits(part, columns), block, *rest).astype(dtype)
+            toward_rows += jnp.matmul(turned(cotangent), part.astype(dtype), preferred_element_type=jnp.float32)
             return toward_rows, jnp.matmul(cotangent, rows, preferred_element_type=jnp.float32)
 
         toward_rows, toward_part = lax.scan(one_chunk, jnp.zeros(rows.shape, jnp.float32), chunks)
@@ -361,8 +371,9 @@ def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dty
 
 
 def _target_forward(hidden, head, targets, dtype):
+    columns = [(block, _columns(head, block, dtype)) for block in _blocks(head.shape[0])]
     normalizer, target = _over_chunks(
-        lambda h, t: _normalizer_and_target(h, t, head, dtype), hidden, targets, chunk=TOKEN_CHUNK
+        lambda h, t: _normalizer_and_target(h, t, columns), hidden, targets, chunk=TOKEN_CHUNK
     )
     return target - normalizer, (hidden, head, targets, normalizer)
 
@@ -401,11 +412,12 @@ def _term_and_slope(divergence: str, log_p, log_q, coefficient):
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
-    vocabulary = (0, head.shape[0])
+    columns, teacher_columns = (
+        _columns(matrix, (0, head.shape[0]), dtype) for matrix, dtype in zip((head, teacher_head), dtypes, strict=True)
+    )
 
     def one_chunk(hidden, taught, targets):
-        logits = _logits(hidden, head, vocabulary, dtypes[0])
-        teacher_logits = _logits(taught, teacher_head, vocabulary, dtypes[1])
+        logits, teacher_logits = _logits(hidden, columns), _logits(taught, teacher_columns)
         normalizer, teacher_normalizer = (jax.nn.logsumexp(z, axis=-1) for z in (logits, teacher_logits))
         log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
         value, slope = (x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient))
@@ -424,7 +436,7 @@ def _compare_backward(divergence, dtypes, residuals, cotangents):
 
     def toward_logits(logits, block, taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_q):
         log_q = logits - normalizer[:, None]
-        log_p = _logits(taught, teacher_head, block, dtypes[1]) - teacher_normalizer[:, None]
+        log_p = _logits(taught, _columns(teacher_head, block, dtypes[1])) - teacher_normalizer[:, None]
         _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
         probs = jnp.exp(log_q)
         through_value = of_value[:, None] * (toward_q - probs * slope[:, None])

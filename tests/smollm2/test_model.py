@@ -92,19 +92,20 @@ def test_forms_of_running_the_layers_agree(changes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, other_gradient)
 
 
-def test_the_products_written_gradient_is_automatic_differentiations():
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_the_products_written_gradient_is_automatic_differentiations(dtype, tolerance):
     from jaxkd.smollm2 import model as module
 
     x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 5)), jax.random.normal(jax.random.key(1), (5, 2, 4))
 
     def ours(x, kernel):
-        return jnp.sin(module.product(x, kernel, jnp.float32)).sum()
+        return jnp.sin(module.product(x, kernel, jnp.dtype(dtype))).sum()
 
     def plain(x, kernel):
         return jnp.sin(jnp.einsum("bti,igo->btgo", x, kernel)).sum()
 
     ours, plain = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, plain)
 
 
 def test_tied_embeddings_get_gradients_from_both_ends():
