@@ -290,9 +290,16 @@ def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
 
-def _columns(head: jax.Array, block: tuple[int, int], dtype) -> jax.Array:
-    """A block of the head as the right side of a product, [D, block]: made once, for all chunks."""
-    return turned(head[block[0] : block[1]].astype(dtype))
+def _columns(head: jax.Array, blocks: list[tuple[int, int]], dtype) -> Callable[[tuple[int, int]], jax.Array]:
+    """Blocks of the head as right sides of products, [D, block].
+
+    Those of bfloat16 are moved in memory, so they are made here, once for all chunks of positions.
+    """
+
+    def of(block: tuple[int, int]) -> jax.Array:
+        return turned(head[block[0] : block[1]].astype(dtype))
+
+    return {block: of(block) for block in blocks}.__getitem__ if dtype == jnp.bfloat16 else of
 
 
 def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
@@ -300,18 +307,12 @@ def _logits(hidden: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.matmul(hidden.astype(columns.dtype), columns, preferred_element_type=jnp.float32)
 
 
-def _normalizer_and_target(hidden, targets, columns):
-    """Log-sum-exp of the logits of [chunk, D] and the logit of the target, both float32[chunk].
-
-    Args:
-      hidden: float32[chunk, D].
-      targets: int32[chunk].
-      columns: start and end of each block, and its `_columns`.
-    """
+def _normalizer_and_target(hidden, targets, blocks, columns):
+    """Log-sum-exp of the logits of [chunk, D] and the logit of the target, both float32[chunk]."""
     largest = jnp.full(targets.shape, -jnp.inf, jnp.float32)
     total, target = jnp.zeros_like(largest), jnp.zeros_like(largest)
-    for block, part in columns:
-        logits = _logits(hidden, part)
+    for block in blocks:
+        logits = _logits(hidden, columns(block))
         new = jnp.maximum(largest, logits.max(axis=-1))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
         largest = new
@@ -340,11 +341,11 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []
     for block in _blocks(head.shape[0]):
-        rows, columns = head[block[0] : block[1]].astype(dtype), _columns(head, block, dtype)
+        rows, columns = head[block[0] : block[1]].astype(dtype), _columns(head, [block], dtype)
 
         def one_chunk(toward_rows, xs, block=block, rows=rows, columns=columns):
             part, *rest = xs
-            cotangent = toward_logits(_logits(part, columns), block, *rest).astype(dtype)
+            cotangent = toward_logits(_logits(part, columns(block)), block, *rest).astype(dtype)
             toward_rows += jnp.matmul(turned(cotangent), part.astype(dtype), preferred_element_type=jnp.float32)
             return toward_rows, jnp.matmul(cotangent, rows, preferred_element_type=jnp.float32)
 
@@ -371,9 +372,10 @@ def target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, dty
 
 
 def _target_forward(hidden, head, targets, dtype):
-    columns = [(block, _columns(head, block, dtype)) for block in _blocks(head.shape[0])]
+    blocks = _blocks(head.shape[0])
+    columns = _columns(head, blocks, dtype)
     normalizer, target = _over_chunks(
-        lambda h, t: _normalizer_and_target(h, t, columns), hidden, targets, chunk=TOKEN_CHUNK
+        lambda h, t: _normalizer_and_target(h, t, blocks, columns), hidden, targets, chunk=TOKEN_CHUNK
     )
     return target - normalizer, (hidden, head, targets, normalizer)
 
@@ -412,12 +414,13 @@ def _term_and_slope(divergence: str, log_p, log_q, coefficient):
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
+    vocabulary = (0, head.shape[0])
     columns, teacher_columns = (
-        _columns(matrix, (0, head.shape[0]), dtype) for matrix, dtype in zip((head, teacher_head), dtypes, strict=True)
+        _columns(matrix, [vocabulary], dtype) for matrix, dtype in zip((head, teacher_head), dtypes, strict=True)
     )
 
     def one_chunk(hidden, taught, targets):
-        logits, teacher_logits = _logits(hidden, columns), _logits(taught, teacher_columns)
+        logits, teacher_logits = _logits(hidden, columns(vocabulary)), _logits(taught, teacher_columns(vocabulary))
         normalizer, teacher_normalizer = (jax.nn.logsumexp(z, axis=-1) for z in (logits, teacher_logits))
         log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
         value, slope = (x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient))
@@ -436,7 +439,7 @@ def _compare_backward(divergence, dtypes, residuals, cotangents):
 
     def toward_logits(logits, block, taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_q):
         log_q = logits - normalizer[:, None]
-        log_p = _logits(taught, _columns(teacher_head, block, dtypes[1])) - teacher_normalizer[:, None]
+        log_p = _logits(taught, _columns(teacher_head, [block], dtypes[1])(block)) - teacher_normalizer[:, None]
         _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
         probs = jnp.exp(log_q)
         through_value = of_value[:, None] * (toward_q - probs * slope[:, None])
