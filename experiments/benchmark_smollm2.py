@@ -4,7 +4,7 @@
 
 Both get the same weights, number format and shapes, and a thread for every core that this process may use. Each is a
 process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
-both alike. Torch is measured at its default precision of float32 products ("torch") and after
+both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default precision of float32 products ("torch") and after
 torch.set_float32_matmul_precision("medium") ("torch medium"). Compile is timed apart from run. Memory is the most that
 is resident while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
 
@@ -755,7 +755,7 @@ def draw(result: dict, path: Path) -> None:
 def _described(row: dict, *, between: str) -> str:
     """A task's name on an axis."""
     what = WHAT.get(row["what"], row["what"])
-    what += ",\nremat layers" if row.get("remat") == "layers" else ""
+    what += ",\nremat\nlayers" if row.get("remat") == "layers" else ""
     return f"{what}\n{row['dtype']}{between}{row['batch']} × {row['length']}"
 
 

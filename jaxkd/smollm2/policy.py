@@ -340,10 +340,12 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
     chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []
-    for block in _blocks(head.shape[0]):
-        rows, columns = head[block[0] : block[1]].astype(dtype), _columns(head, [block], dtype)
+    blocks = _blocks(head.shape[0])
+    columns = _columns(head, blocks, dtype)
+    for block in blocks:
+        rows = head[block[0] : block[1]].astype(dtype)
 
-        def one_chunk(toward_rows, xs, block=block, rows=rows, columns=columns):
+        def one_chunk(toward_rows, xs, block=block, rows=rows):
             part, *rest = xs
             cotangent = toward_logits(_logits(part, columns(block)), block, *rest).astype(dtype)
             toward_rows += jnp.matmul(turned(cotangent), part.astype(dtype), preferred_element_type=jnp.float32)
@@ -437,9 +439,11 @@ def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coeffi
 def _compare_backward(divergence, dtypes, residuals, cotangents):
     hidden, head, taught, teacher_head, targets, coefficient, normalizer, teacher_normalizer, slope = residuals
 
+    teacher_columns = _columns(teacher_head, _blocks(teacher_head.shape[0]), dtypes[1])
+
     def toward_logits(logits, block, taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_q):
         log_q = logits - normalizer[:, None]
-        log_p = _logits(taught, _columns(teacher_head, [block], dtypes[1])(block)) - teacher_normalizer[:, None]
+        log_p = _logits(taught, teacher_columns(block)) - teacher_normalizer[:, None]
         _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
         probs = jnp.exp(log_q)
         through_value = of_value[:, None] * (toward_q - probs * slope[:, None])
