@@ -4,9 +4,10 @@
 
 Both get the same weights, number format and shapes, and a thread for every core that this process may use. Each is a
 process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
-both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default precision of float32 products ("torch") and after
-torch.set_float32_matmul_precision("medium") ("torch medium"). Compile is timed apart from run. Memory is the most that
-is resident while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
+both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default
+precision of float32 products ("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile
+is timed apart from run. Memory is the most that is resident while a task runs, weights and all, each task in a fresh
+process; it is told on Linux alone.
 
 Prints one JSON object, writes it to --json-file and draws --figure from it; --redraw draws from the file again.
 """
