@@ -80,6 +80,9 @@ class Flags:
     """Alignment algorithms; the first is run on every seed and student, the others on the first student."""
     temperatures: tuple[float, ...] | None = None
     """Temperatures τ of the distillations."""
+    temperatures_of_rest: tuple[float, ...] | None = None
+    """More of them, on the seeds of the rest: of the first student and algorithm alone. None unless the preset's own
+    temperatures are kept."""
     kl_coefs: tuple[float, ...] | None = None
     """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone."""
     seeds: tuple[int, ...] | None = None
@@ -141,7 +144,8 @@ def laptop():
         students=("same", "layers:24", "layers:18"),
         arms=("kd_align", "align_kd", "ceiling"),
         algorithms=("reinforce", "online_dpo", "offline_dpo_ref"),
-        temperatures=(0.6, 1.0),
+        temperatures=(0.6,),
+        temperatures_of_rest=(1.0,),
         # At 0.1 the penalty's own noise outweighs the few rewards of a batch.
         kl_coefs=(0.02,),
         seeds=(0, 1, 2),
@@ -215,8 +219,10 @@ def order_of(flags: Flags):
 
     order = quick() if flags.quick else {"laptop": laptop, "paper": paper}[flags.preset]()
     names = ("truth", "base", "target", "reward", "behaviour", "prompt", "max_new_tokens", "arms", "algorithms")
-    names += ("temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
+    names += ("temperatures", "temperatures_of_rest", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
     changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if flags.temperatures is not None:
+        changes.setdefault("temperatures_of_rest", ())
     if flags.student is not None:
         changes["students"] = flags.student
     if flags.preferences is not None:

@@ -49,9 +49,11 @@ class Order:
       arms: names of `arms()`; the ceiling only where the reward is the behaviour.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
+      temperatures_of_rest: more of them, of the first student and algorithm alone, on the seeds of the rest.
       kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
       seeds: one run of all stages each, of the first student and algorithm.
-      seeds_of_rest: the same of every other student with the first algorithm, and the other way round.
+      seeds_of_rest: the same of every other student with the first algorithm, the other way round, and of the first of
+        both at the other temperatures.
       distillation: how students learn.
       alignment: how policies are aligned; its algorithm is that of `algorithms`, and its flip rate that of the oracle's
         labels, which robust DPO also assumes; with preferences the share that robust DPO assumes, and nothing else.
@@ -76,6 +78,7 @@ class Order:
     arms: tuple[str, ...] = ("kd_align", "align_kd", "align_kd_sharpened")
     algorithms: tuple[str, ...] = ("online_dpo",)
     temperatures: tuple[float, ...] = (1.0, 0.6)
+    temperatures_of_rest: tuple[float, ...] = ()
     kl_coefs: tuple[float, ...] = (0.1,)
     seeds: tuple[int, ...] = (0,)
     seeds_of_rest: tuple[int, ...] = (0,)
@@ -91,6 +94,8 @@ class Order:
         checks.names("arms", self.arms, arms())
         checks.names("algorithms", self.algorithms, ALGORITHMS)
         checks.numbers("temperatures", self.temperatures, above=0)
+        if self.temperatures_of_rest:
+            checks.numbers("temperatures of the rest", self.temperatures_of_rest, above=0)
         checks.numbers("kl_coefs", self.kl_coefs, above=0)
         checks.wholes("--seeds", self.seeds, least=0, most=MOST_SEED)
         checks.wholes("--seeds-of-rest", self.seeds_of_rest, least=0, most=MOST_SEED)
@@ -137,6 +142,11 @@ class Order:
             return "preference_accuracy"
         return "behaviour_frequency" if self.reward == "behaviour" else "reward"
 
+    @property
+    def all_temperatures(self) -> tuple[float, ...]:
+        """Every τ at which anything is distilled, the main ones first."""
+        return tuple(dict.fromkeys((*self.temperatures, *self.temperatures_of_rest)))
+
     def lengths(self) -> dict[str, int]:
         """Lengths of the axes of `pipelines.AXES`."""
         return {"temperature": len(self.temperatures), "kl_coef": len(self.kl_coefs)}
@@ -162,7 +172,8 @@ def alignment_of(order: Order, algorithm: str) -> Alignment:
     )
 
 
-_MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "seeds_of_rest", "batch_size")
+_MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "temperatures_of_rest", "kl_coefs", "seeds")
+_MORE_ROWS += ("seeds_of_rest", "batch_size")
 
 
 def configuration(order: Order) -> dict:

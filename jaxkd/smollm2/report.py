@@ -168,7 +168,7 @@ def to_dataset(run: Run) -> xr.Dataset:
     coords = {
         "algorithm": list(order.algorithms),
         "student": list(order.students),
-        "temperature": list(order.temperatures),
+        "temperature": list(order.all_temperatures),
         "kl_coef": list(order.kl_coefs),
         "seed": seeds,
         "stage": stages,
@@ -436,7 +436,7 @@ def comparisons(run: Run) -> list[dict]:
     for arm, other in _compared():
         for key in (key for key in runs if key[0] == arm):
             _, student, algorithm, temperature, kl_coef = key
-            for other_temperature in order.temperatures if math.isnan(temperature) else (temperature,):
+            for other_temperature in order.all_temperatures if math.isnan(temperature) else (temperature,):
                 other_key = (other, student, algorithm, other_temperature, kl_coef)
                 if other_key in runs:
                     told = dict(zip(_KEYS, key, strict=True)) | {"other": other, "other_temperature": other_temperature}

@@ -1,7 +1,7 @@
 """The models of an order: which there are, what each is made from, and the folder that it has."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,15 @@ def _involves(name: str, kind: type) -> bool:
 
 def rows_of(order: Order, out: Path) -> list[Row]:
     """Every model of an experiment, each once, in an order in which they can be made."""
+    rows = _rows_at_main_temperatures(order, out)
+    if order.temperatures_of_rest:
+        others = {"temperatures": order.temperatures_of_rest, "seeds": order.seeds_of_rest}
+        alone = replace(order, students=order.students[:1], algorithms=order.algorithms[:1], **others)
+        rows |= {folder: row for folder, row in _rows_at_main_temperatures(alone, out).items() if folder not in rows}
+    return list(rows.values())
+
+
+def _rows_at_main_temperatures(order: Order, out: Path) -> dict[Path, Row]:
     # The student itself is always made: what it is shows whether an arm began with a low recall.
     chosen = pipelines.needed(["student", *order.arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
     rows: dict[Path, Row] = {}
@@ -86,7 +95,7 @@ def rows_of(order: Order, out: Path) -> list[Row]:
             row = _row(order, out, name, place, seed, student, algorithm, models, where[held_to[number]])
             where[number] = row.folder
             rows.setdefault(row.folder, row)
-    return list(rows.values())
+    return rows
 
 
 def _runs(order: Order) -> list[tuple[int, str, str]]:

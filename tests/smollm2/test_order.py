@@ -358,6 +358,33 @@ def test_comparisons_of_other_flags_do_not_stay(tmp_path, monkeypatch, capsys):
         assert ("comparisons.csv" in told) == compared and "costs.csv, " in told and "smollm2_order.png" in told
 
 
+def test_other_temperatures_are_run_on_the_seeds_of_the_rest_alone(tmp_path):
+    arms, students = ("kd_align", "align_kd", "align_kd_sharpened"), ("same", "layers:2")
+    order = tiny_order.make(arms=arms, students=students, algorithms=("reinforce", "online_dpo"), seeds=(0, 1))
+    more = replace(order, temperatures_of_rest=(0.6, 1.0, 0.3), seeds_of_rest=(1,))
+    rows, added = rows_of(replace(order, seeds_of_rest=(1,)), tmp_path), rows_of(more, tmp_path)
+    assert added[: len(rows)] == rows
+    at = {(row.name, row.temperature, row.student, row.algorithm, row.seed) for row in added[len(rows) :]}
+    names = {("student", ""), ("kd_align", "reinforce"), ("align_kd_sharpened", "reinforce")}
+    assert at == {(name, t, "same", algorithm, 1) for name, algorithm in names for t in (1.0, 0.3)}
+    write_measurements(more, tmp_path)
+    found = report.to_dataset(report.read(more, tmp_path)).sel(student="same", algorithm="reinforce", kl_coef=0.1)
+    assert found.temperature.values.tolist() == [0.6, 1.0, 0.3]
+    share = found.behaviour_frequency.sel(stage="kd_align")
+    assert share.sel(seed=1).notnull().all() and share.sel(seed=0).notnull().values.tolist() == [True, False, False]
+    compared = {row["other_temperature"] for row in report.comparisons(report.read(more, tmp_path))}
+    assert compared == {0.6, 1.0, 0.3}
+
+
+def test_given_temperatures_replace_all_of_a_preset():
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    make_order = script["order_of"]
+    assert make_order(script["Flags"]()).all_temperatures == (0.6, 1.0)
+    assert make_order(script["Flags"](temperatures=(0.3,))).all_temperatures == (0.3,)
+    both = make_order(script["Flags"](temperatures=(0.3,), temperatures_of_rest=(0.5,)))
+    assert (both.temperatures, both.temperatures_of_rest) == ((0.3,), (0.5,))
+
+
 def test_no_mode_has_the_run_folder_of_another(tmp_path):
     make_flags = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))["Flags"]
     modes = [{}, {"quick": True}, {"preset": "paper"}]
@@ -575,6 +602,7 @@ def test_one_implementation_of_each_step():
         ({"reward": "reflected"}, "give target"),
         ({"temperatures": (0.0,)}, "temperatures must be"),
         ({"temperatures": ()}, "at least one value"),
+        ({"temperatures_of_rest": (0.0,)}, "temperatures of the rest must be"),
         ({"seeds": (1, 1)}, "names a value twice"),
         ({"seeds": (2**32,)}, "--seeds must be a whole number of at least 0 and at most 4294967295; got 4294967296"),
         ({"seeds_of_rest": (5_000_000_000,)}, "--seeds-of-rest must be a whole number of at least 0 and at most"),
