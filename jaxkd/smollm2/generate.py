@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from jaxkd import checks
 from jaxkd.policy import Params
-from jaxkd.smollm2.model import DATA, MODEL, Model, positions_of, spec_of
+from jaxkd.smollm2.model import DATA, MODEL, Model, each, positions_of, spec_of
 
 BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
 """Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
@@ -162,7 +162,8 @@ def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, pre
     """`generate` without its checks, for arrays that may be traced and for sampling from `at_temperature`."""
     widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
     tokens, mask = jnp.pad(tokens, widen), jnp.pad(mask, widen)
-    given, room = (model, params, tokens, mask, keys, prepared, max_new_tokens), bucket(max_new_tokens)
+    given = (model, params, tokens, mask, keys, prepared, max_new_tokens, model.layer_indices)
+    room = bucket(max_new_tokens)
     if cache is None:
         return _cut(_generate(*given, room=room), max_new_tokens)
     drawn, cache = _generate_into(*given, cache, room=room)
@@ -329,25 +330,29 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "room"))
-def _generate(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, *, room: int) -> Completions:
+def _generate(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, layers, *, room: int) -> Completions:
     """Prompts int32[B, P] to completions int32[B, room], of which `limit` steps are drawn."""
-    return _decode(model, params, tokens, mask, keys, sampling, limit, None, room).drawn
+    return _decode(model, params, tokens, mask, keys, sampling, limit, layers, None, room).drawn
 
 
 @partial(jax.jit, static_argnames=("model", "room"), donate_argnames="cache")
-def _generate_into(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, cache: Cache, *, room: int):
+def _generate_into(
+    model: Model, params, tokens, mask, keys, sampling: Sampling, limit, layers, cache: Cache, *, room: int
+):
     """`_generate` in a cache that is there already, which is returned too."""
-    state = _decode(model, params, tokens, mask, keys, sampling, limit, cache, room)
+    state = _decode(model, params, tokens, mask, keys, sampling, limit, layers, cache, room)
     return state.drawn, state.caches
 
 
-def _decode(model: Model, params, tokens, mask, keys, sampling, limit, cache: Cache | None, room: int) -> "_State":
+def _decode(
+    model: Model, params, tokens, mask, keys, sampling, limit, layers, cache: Cache | None, room: int
+) -> "_State":
     width = tokens.shape[1]
     tokens, mask = to_the_right(tokens, mask)
     # Once, and not at every step.
     params = model.gathered(params)
-    state = _prefill(model, params, tokens, mask, keys, sampling, cache, room)
-    params = model.unstacked(params)
+    state = _prefill(model, params, tokens, mask, keys, sampling, layers, cache, room)
+    params = model.unstacked(params, layers)
 
     def go_on(state):
         return (state.step < limit) & ~state.done.all()
@@ -376,7 +381,7 @@ def to_the_right(tokens, mask, numpy=jnp):
     return numpy.take_along_axis(tokens, order, axis=-1), numpy.take_along_axis(mask, order, axis=-1)
 
 
-def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) -> _State:
+def _prefill(model: Model, params, tokens, mask, keys, sampling, layers, cache, room) -> _State:
     b = tokens.shape[0]
 
     def attend(q, k, v, cache):
@@ -385,12 +390,13 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, cache, room) ->
     hidden, (k, v) = model.apply(params, tokens, positions_of(mask), attend)
     # What stands behind the prompts is masked until it is written over: its weight is 0, and so must its values be
     # finite, whatever an earlier call with other parameters left there.
+    empty = _empty(model, b, tokens.shape[1] + room) if cache is None else _finite(cache)
     caches = [
         tuple(
-            lax.dynamic_update_slice(old, jnp.transpose(new[i], order), (0, 0, 0, 0))
-            for old, new, order in zip(layer, (k, v), (_KEYS, _VALUES), strict=True)
+            lax.dynamic_update_slice(old, jnp.transpose(new, order), (0, 0, 0, 0))
+            for old, new, order in zip(layer, own, (_KEYS, _VALUES), strict=True)
         )
-        for i, layer in enumerate(_empty(model, b, tokens.shape[1] + room) if cache is None else _finite(cache))
+        for layer, own in zip(empty, each((k, v), layers), strict=True)
     ]
     nothing = Completions(
         jnp.full((b, room), _pad_id(model), jnp.int32), jnp.zeros((b, room), bool), jnp.zeros((b, room), jnp.float32)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -335,17 +336,27 @@ class Model:
             return params
         return lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
 
-    def unstacked(self, params: Params) -> Params:
+    @property
+    def layer_indices(self) -> tuple[np.ndarray, ...]:
+        """0 … L-1, to be passed into a compiled program that takes layers apart.
+
+        A program that knows them compiles a kernel for every slice of every layer: half of what decoding takes to
+        compile. As arguments, they leave it one for each kind of slice.
+        """
+        return tuple(np.arange(self.config.num_layers, dtype=np.int32))
+
+    def unstacked(self, params: Params, layer_indices: Iterable[Any]) -> Params:
         """The same parameters for decoding, a second copy: layers as a list, kernels of the compute type.
 
         In bfloat16 also the head, as `columns`: [D, V].
         """
         dtype = self.compute_dtype
 
-        def layer(i: int) -> Params:
-            return jax.tree.map(lambda leaf: leaf[i] if leaf.ndim == 2 else leaf[i].astype(dtype), params["layers"])
-
-        layers = lax.optimization_barrier([layer(i) for i in range(self.config.num_layers)])
+        layers = [
+            jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else leaf.astype(dtype), layer)
+            for layer in each(params["layers"], layer_indices)
+        ]
+        layers = lax.optimization_barrier(layers)
         columns = {"columns": turned(self.head(params).astype(dtype))} if dtype == jnp.bfloat16 else {}
         return params | columns | {"layers": layers}
 
@@ -372,6 +383,16 @@ def spec_of(axes: Iterable[str | None]) -> PartitionSpec:
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
+
+
+def each(stacked: Any, indices: Iterable[Any]) -> list[Any]:
+    """The entries of a pytree of arrays at traced indices along the leading axis."""
+
+    def entry(i) -> Any:
+        take = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
+        return jax.tree.map(take, stacked)
+
+    return [entry(i) for i in indices]
 
 
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -141,7 +141,7 @@ def test_decoding_gathers_weights_before_its_loop():
 
     def in_loops(model):
         program = generate._generate.lower(
-            model, placed_shapes(config, mesh), *batch, sampling, jnp.int32(16), room=16
+            model, placed_shapes(config, mesh), *batch, sampling, jnp.int32(16), model.layer_indices, room=16
         ).compile()
         return [line for name, lines in collectives(program).items() if "region" in name for line in lines]
 
