@@ -239,35 +239,41 @@ def at_temperature(sampling: Sampling, temperature: Any = None) -> Sampling:
 
 
 def draw(logits: jax.Array, uniforms: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draw one token for each row.
+    """Draw one token for each column.
 
     Args:
-      logits: float32[B, V].
-      uniforms: float32[B, 2] in [0, 1); not used by greedy draws.
+      logits: float32[V, B]: sums over the vocabulary then add whole rows.
+      uniforms: float32[2, B] in [0, 1); not used by greedy draws.
       sampling: how; None switches a setting off.
 
     Returns:
       Tokens, int32[B], and their log-probabilities at temperature 1 without truncation, float32[B].
     """
-    largest = logits.max(axis=-1, keepdims=True)
+    largest = logits.max(axis=0, keepdims=True)
     plain = jnp.exp(logits - largest)
-    log_total = largest[:, 0] + jnp.log(plain.sum(axis=-1))
+    log_total = largest[0] + jnp.log(plain.sum(axis=0))
     if sampling.greedy:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(logits, axis=0).astype(jnp.int32)
     else:
         cold = sampling.temperature is None
         weights = plain if cold else jnp.exp((logits - largest) / sampling.temperature)
         tokens = _inverse_cdf(_truncate(weights, sampling), uniforms)
-    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
+    return tokens, _entry(logits, tokens) - log_total
+
+
+def _entry(array: jax.Array, index: jax.Array) -> jax.Array:
+    """The entry of each column of `array: [n, ..., B]` at its own `index: int32[B]`, [..., B]."""
+    index = index.reshape(*[1] * (array.ndim - 1), -1)
+    return jnp.take_along_axis(array, index, axis=0)[0]
 
 
 def _truncate(weights: jax.Array, sampling: Sampling) -> jax.Array:
-    """Set to 0 what is cut; `weights: float32[B, V]` are probabilities over the largest, which is 1."""
+    """Set to 0 what is cut; `weights: float32[V, B]` are probabilities over the largest, which is 1."""
     if sampling.top_k is not None:
-        most = jnp.minimum(sampling.top_k, weights.shape[-1])
-        weights = _keep_heaviest(weights, jnp.ones_like, jnp.full(weights.shape[:1], most))
+        most = jnp.minimum(sampling.top_k, weights.shape[0])
+        weights = _keep_heaviest(weights, jnp.ones_like, jnp.full(weights.shape[1:], most))
     if sampling.top_p is not None:
-        weights = _keep_heaviest(weights, lambda w: w, sampling.top_p * weights.sum(axis=-1))
+        weights = _keep_heaviest(weights, lambda w: w, sampling.top_p * weights.sum(axis=0))
     if sampling.min_p is not None:
         weights = jnp.where(weights >= sampling.min_p, weights, 0.0)
     return weights
@@ -285,34 +291,33 @@ def _keep_heaviest(weights, measure, enough) -> jax.Array:
         low, high = bounds
         middle = low + (high - low) // 2
         threshold = lax.bitcast_convert_type(middle, jnp.float32)
-        suffices = jnp.sum(jnp.where(weights >= threshold[:, None], sizes, 0.0), axis=-1) >= enough
+        suffices = jnp.sum(jnp.where(weights >= threshold[None], sizes, 0.0), axis=0) >= enough
         return jnp.where(suffices, middle, low), jnp.where(suffices, high, middle)
 
-    zero = jnp.zeros(weights.shape[:1], jnp.int32)
-    above_one = lax.bitcast_convert_type(jnp.full(weights.shape[:1], 2.0, jnp.float32), jnp.int32)
+    zero = jnp.zeros(weights.shape[1:], jnp.int32)
+    above_one = lax.bitcast_convert_type(jnp.full(weights.shape[1:], 2.0, jnp.float32), jnp.int32)
     low, _ = lax.fori_loop(0, 31, halve, (zero, above_one))
-    return jnp.where(weights >= lax.bitcast_convert_type(low, jnp.float32)[:, None], weights, 0.0)
+    return jnp.where(weights >= lax.bitcast_convert_type(low, jnp.float32)[None], weights, 0.0)
 
 
 def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Draw from `weights: float32[B, V]`, unnormalised: a block of the vocabulary, then a token in it, int32[B]."""
-    b, v = weights.shape
-    weights = jnp.pad(weights, ((0, 0), (0, -v % _BLOCK))).reshape(b, -1, _BLOCK)
-    block = _first_above(weights.sum(axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _first_above(inside, uniforms[:, 1])
+    """Draw from `weights: float32[V, B]`, unnormalised: a block of the vocabulary, then a token in it, int32[B]."""
+    v, b = weights.shape
+    weights = jnp.pad(weights, ((0, -v % _BLOCK), (0, 0))).reshape(-1, _BLOCK, b)
+    block = _first_above(weights.sum(axis=1), uniforms[0])
+    return block * _BLOCK + _first_above(_entry(weights, block), uniforms[1])
 
 
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index at which the running sum of `weights: [B, n]` is above its share `uniform: [B]` of the whole.
+    """The first index at which the running sum of `weights: [n, B]` is above its share `uniform: [B]` of the whole.
 
     Running sums may round up where nothing is added: an index without weight is never taken.
     """
-    running = jnp.cumsum(weights, axis=-1)
+    running = jnp.cumsum(weights, axis=0)
     positive = weights > 0
-    above = positive & (running > uniform[:, None] * running[:, -1:])
-    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
-    return jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last).astype(jnp.int32)
+    above = positive & (running > uniform[None] * running[-1:])
+    last = weights.shape[0] - 1 - jnp.argmax(positive[::-1], axis=0)
+    return jnp.where(above.any(axis=0), jnp.argmax(above, axis=0), last).astype(jnp.int32)
 
 
 # --- prefill and decoding --------------------------------------------------------------------------------------------
@@ -351,8 +356,9 @@ def _decode(
     tokens, mask = to_the_right(tokens, mask)
     # Once, and not at every step.
     params = model.gathered(params)
-    state = _prefill(model, params, tokens, mask, keys, sampling, layers, cache, room)
-    params = model.unstacked(params, layers)
+    stacked, params = params, model.unstacked(params, layers, by_rows=len(tokens) > 1)
+    prompts = _prefill(model, stacked, tokens, mask, layers, cache, room)
+    state = _extend(model, params, *prompts, keys, sampling)
 
     def go_on(state):
         return (state.step < limit) & ~state.done.all()
@@ -364,7 +370,7 @@ def _decode(
         attend = partial(_attend_cached, allowed, at)
         hidden, caches = model.apply(params, last, state.positions[:, None], attend, state.caches)
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
-        return _extend(model, params, hidden[:, -1], keys, sampling, state)
+        return _extend(model, params, hidden[:, -1], state, keys, sampling)
 
     return lax.while_loop(go_on, step, state)
 
@@ -381,7 +387,8 @@ def to_the_right(tokens, mask, numpy=jnp):
     return numpy.take_along_axis(tokens, order, axis=-1), numpy.take_along_axis(mask, order, axis=-1)
 
 
-def _prefill(model: Model, params, tokens, mask, keys, sampling, layers, cache, room) -> _State:
+def _prefill(model: Model, params, tokens, mask, layers, cache, room) -> tuple[jax.Array, _State]:
+    """The hidden state behind each prompt, float32[B, D], and what decoding begins with."""
     b = tokens.shape[0]
 
     def attend(q, k, v, cache):
@@ -409,7 +416,7 @@ def _prefill(model: Model, params, tokens, mask, keys, sampling, layers, cache, 
         allowed=jnp.pad(mask, ((0, 0), (0, room))),
         caches=caches,
     )
-    return _extend(model, params, hidden[:, -1], keys, sampling, state)
+    return hidden[:, -1], state
 
 
 def _finite(cache: Cache) -> Cache:
@@ -436,13 +443,13 @@ def _attend_cached(allowed, at, q, k, v, cache):
     return jnp.einsum("bkgw,bkwn->bkgn", weights, values).reshape(b, 1, -1, n), (keys, values)
 
 
-def _extend(model: Model, params, hidden, keys, sampling, state: _State) -> _State:
+def _extend(model: Model, params, hidden, state: _State, keys, sampling) -> _State:
     """Draw the next token of each sequence from `hidden: float32[B, D]`."""
     if sampling.greedy:
-        uniforms = jnp.zeros((hidden.shape[0], 2), jnp.float32)
+        uniforms = jnp.zeros((2, hidden.shape[0]), jnp.float32)
     else:
-        uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step), (2,)))(keys)
-    tokens, log_probs = draw(model.project(params, hidden), uniforms, sampling)
+        uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step), (2,)))(keys).T
+    tokens, log_probs = draw(model.project_by_rows(params, hidden), uniforms, sampling)
     new = Completions(jnp.where(state.done, _pad_id(model), tokens), ~state.done, jnp.where(state.done, 0.0, log_probs))
     drawn = Completions(
         *(

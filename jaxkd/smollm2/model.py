@@ -11,6 +11,7 @@ Layout. Queries, keys and values of a layer are one product, and so are the MLP'
 keep an axis (K, or F) along which tensor parallelism can cut them without separating what belongs to one head.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +102,39 @@ def _product_backward(dtype, residuals, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
+def product_by_rows(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`product` with a kernel that lies by its outputs, [O, I], for few rows of x: the weights are the left operand.
+
+    As the right one, a CPU's product packs all of them anew: at 8 and 32 rows that takes up to half as long again.
+    """
+    return by_outputs(x.reshape(-1, x.shape[-1]), kernel, dtype).T.reshape(*x.shape[:-1], -1)
+
+
+def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x: float32[B, I] times kernel: [O, I], as float32[O, B]."""
+    over_inputs = (((1,), (1,)), ((), ()))
+    y = lax.dot_general(kernel.astype(dtype), x.astype(dtype), over_inputs, preferred_element_type=jnp.float32)
+    # XLA would swap the operands of a product whose transpose is asked for; elsewhere it may.
+    return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products with weights: `(x: float32[…, I], kernel) -> float32[…, O]`.
+
+    Attributes:
+      dtype: type of the operands.
+      by_rows: whether kernels are [O, I] (`product_by_rows`), and not inputs before outputs.
+    """
+
+    dtype: jnp.dtype
+    by_rows: bool = False
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The product."""
+        return (product_by_rows if self.by_rows else product)(x, kernel, self.dtype)
+
+
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +146,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x²) + ε) · scale for `x: float32[B, T, D]`, in float32."""
     mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32).reshape(1, 1, -1)
+
+
+_INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""How many leading axes of each kernel are its inputs."""
 
 
 class RMSNorm(nnx.Module):
@@ -129,45 +167,45 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings; how positions are mixed is the caller's."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, multiply: Products, rngs: nnx.Rngs):
         d, k, g, n = config.hidden_size, config.num_kv_heads, config.queries_per_kv_head, config.head_dim
         # For each head of keys: its G query heads, then its keys, then its values.
         self.qkv = _normal(config, rngs, d, k, g + 2, n)
         self.out = _normal(config, rngs, k, g, n, d)
-        self.dtype = dtype
+        self.heads, self.multiply = (k, g, n), multiply
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
         """x: float32[B, T, D]."""
         b, t, _ = x.shape
-        k, g, n, _ = self.out.shape
-        qkv = product(x, self.qkv[...], self.dtype).reshape(b, t, k, g + 2, n)
+        k, g, n = self.heads
+        qkv = self.multiply(x, self.qkv[...]).reshape(b, t, k, g + 2, n)
         q = qkv[..., :g, :].reshape(b, t, k * g, n)
         mixed, kept = attend(rotate(q, rotation), rotate(qkv[..., g, :], rotation), qkv[..., g + 1, :])
-        return product(mixed.reshape(b, t, -1), self.out[...], self.dtype), kept
+        return self.multiply(mixed.reshape(b, t, -1), self.out[...]), kept
 
 
 class MLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, multiply: Products, rngs: nnx.Rngs):
         self.gate_up = _normal(config, rngs, config.hidden_size, 2, config.intermediate_size)
         self.down = _normal(config, rngs, config.intermediate_size, config.hidden_size)
-        self.dtype = dtype
+        self.multiply = multiply
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float32[B, T, D]."""
-        gate, up = jnp.split(product(x, self.gate_up[...], self.dtype), 2, axis=-1)
-        return product(jax.nn.silu(gate) * up, self.down[...], self.dtype)
+        gate, up = jnp.split(self.multiply(x, self.gate_up[...]), 2, axis=-1)
+        return self.multiply(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Layer(nnx.Module):
     """One layer of the decoder: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, multiply: Products, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config, dtype, rngs)
+        self.attention = Attention(config, multiply, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = MLP(config, multiply, rngs)
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Callable) -> tuple[jax.Array, Any]:
         """x: float32[B, T, D]; returns it after the layer, and what `attend` keeps."""
@@ -179,11 +217,11 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """The whole network. `layers` holds every layer's parameters stacked on a leading axis L."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: Config, multiply: Products, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype, rngs)
+            return Layer(config, multiply, rngs)
 
         self.embedding = _normal(config, rngs, config.vocab_size, config.hidden_size)
         self.layers = stacked(rngs)
@@ -226,6 +264,7 @@ class Model:
       config: its shape.
       graphdef: the graph of the NNX modules; `nnx.merge(graphdef, params)` is the `Decoder`.
       layer_graph: the graph of one layer; with a slice of `params["layers"]` it is a `Layer`.
+      layer_graph_by_rows: the same for a layer whose kernels lie by rows.
       compute_dtype: type of the operands of products with weights.
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
@@ -237,6 +276,7 @@ class Model:
     config: Config
     graphdef: nnx.GraphDef
     layer_graph: nnx.GraphDef
+    layer_graph_by_rows: nnx.GraphDef
     compute_dtype: jnp.dtype
     unroll: bool = False
     remat: Remat = "products"
@@ -246,7 +286,7 @@ class Model:
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, a nested dict of arrays."""
         rngs = nnx.Rngs(params=key)
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, jnp.dtype(jnp.float32), rngs), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, Products(jnp.dtype(jnp.float32)), rngs), nnx.Param))
 
     def shapes(self, dtype=jnp.float32) -> Params:
         """The pytree of parameters as shapes with this dtype, without making any."""
@@ -295,9 +335,11 @@ class Model:
         rotation = rotation_at(self.config, positions)
         x = self.by_batch(embed(params["embedding"], tokens))
 
+        graph = self.layer_graph_by_rows if "rows" in params else self.layer_graph
+
         def layer(x, state_and_cache):
             state, cache = state_and_cache
-            x, kept = nnx.merge(self.layer_graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
+            x, kept = nnx.merge(graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
             return self.by_batch(x), kept
 
         if self.remat == "layers":
@@ -345,20 +387,29 @@ class Model:
         """
         return tuple(np.arange(self.config.num_layers, dtype=np.int32))
 
-    def unstacked(self, params: Params, layer_indices: Iterable[Any]) -> Params:
+    def unstacked(self, params: Params, layer_indices: Iterable[Any], *, by_rows: bool) -> Params:
         """The same parameters for decoding, a second copy: layers as a list, kernels of the compute type.
 
-        In bfloat16 also the head, as `columns`: [D, V].
+        Args:
+          params: as `init` makes them.
+          layer_indices: those of the model.
+          by_rows: kernels as `product_by_rows` takes them, and the head as `rows`: [V, D]. Otherwise kernels as they
+            are and, in bfloat16, the head as `columns`: [D, V].
         """
         dtype = self.compute_dtype
 
-        layers = [
-            jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else leaf.astype(dtype), layer)
-            for layer in each(params["layers"], layer_indices)
-        ]
-        layers = lax.optimization_barrier(layers)
-        columns = {"columns": turned(self.head(params).astype(dtype))} if dtype == jnp.bfloat16 else {}
-        return params | columns | {"layers": layers}
+        def prepared(path, leaf):
+            axes = _INPUTS.get(path[-1].key)
+            if axes is None:
+                return leaf
+            kernel = leaf.reshape(math.prod(leaf.shape[:axes]), -1).T if by_rows else leaf
+            return kernel.astype(dtype)
+
+        layers = [jax.tree.map_with_path(prepared, layer) for layer in each(params["layers"], layer_indices)]
+        head = {"rows": self.head(params).astype(dtype)} if by_rows else {}
+        if not by_rows and dtype == jnp.bfloat16:
+            head = {"columns": turned(self.head(params).astype(dtype))}
+        return params | head | {"layers": lax.optimization_barrier(layers)}
 
     def head(self, params: Params) -> jax.Array:
         """The matrix that turns hidden states into logits, [V, D]: the embedding itself where they are tied."""
@@ -372,6 +423,12 @@ class Model:
         """Logits of `hidden: float32[..., D]`, as float32[..., V], accumulated in float32."""
         columns = params["columns"] if "columns" in params else turned(self.head(params).astype(self.compute_dtype))
         return product(hidden, columns, self.compute_dtype)
+
+    def project_by_rows(self, unstacked: Params, hidden: jax.Array) -> jax.Array:
+        """Logits of `hidden: float32[B, D]` with the vocabulary leading, float32[V, B], from what `unstacked` made."""
+        if "rows" not in unstacked:
+            return self.project(unstacked, hidden).T
+        return by_outputs(hidden, unstacked["rows"], self.compute_dtype)
 
 
 def spec_of(axes: Iterable[str | None]) -> PartitionSpec:
@@ -434,5 +491,9 @@ def make_model(
     dtype = jnp.dtype(compute_dtype)
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(params=0)))
-    return Model(config, nnx.split(abstract)[0], nnx.split(abstract.layers)[0], dtype, unroll, remat, mesh)
+
+    def graphs(by_rows: bool) -> tuple[nnx.GraphDef, nnx.GraphDef]:
+        abstract = nnx.eval_shape(lambda: Decoder(config, Products(dtype, by_rows), nnx.Rngs(params=0)))
+        return nnx.split(abstract)[0], nnx.split(abstract.layers)[0]
+
+    return Model(config, *graphs(False), graphs(True)[1], dtype, unroll, remat, mesh)

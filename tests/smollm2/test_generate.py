@@ -16,8 +16,8 @@ logits = jax.jit(Model.logits, static_argnums=0)
 
 
 @cache
-def _model(**changes):
-    model = make_model(Config.tiny(**({"eos_ids": (), "num_layers": 2} | changes)))
+def _model(compute_dtype="float32", **changes):
+    model = make_model(Config.tiny(**({"eos_ids": (), "num_layers": 2} | changes)), compute_dtype=compute_dtype)
     return model, random_params(model, embedding=0.1)
 
 
@@ -106,6 +106,30 @@ def test_no_layer_is_cut_out_by_a_kernel_of_its_own():
     assert known, "the test sees nothing"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_lie_by_rows_are_the_same_weights(dtype):
+    model, params = _model(compute_dtype=dtype)
+    tokens, positions = PROMPTS[:, :1], jnp.zeros((2, 1), jnp.int32)
+
+    def logits_of(by_rows):
+        unstacked = model.unstacked(params, model.layer_indices, by_rows=by_rows)
+        assert ("rows" in unstacked) == by_rows
+        hidden, _ = model.apply(unstacked, tokens, positions, lambda q, k, v, cache: (q, None))
+        return np.asarray(model.project_by_rows(unstacked, hidden[:, 0]))
+
+    found, expected = logits_of(True), logits_of(False)
+    assert found.shape == (model.config.vocab_size, 2)
+    np.testing.assert_allclose(found, expected, atol={"float32": 1e-5, "bfloat16": 3e-2}[dtype])
+    assert np.abs(expected).max() > 0.1
+
+
+def test_a_batch_of_one_draws_as_it_does_among_others():
+    model, params = _model()
+    together = _generate(model, params)
+    alone = _generate(model, params, PROMPTS[:1], MASK[:1], KEYS[:1])
+    np.testing.assert_array_equal(alone.tokens, together.tokens[:1])
+
+
 def test_nothing_is_decoded_once_every_sequence_has_ended():
     """Sequences that end at their first token cost their prompt's pass and no other, however many might follow."""
     model, params = _model()
@@ -184,8 +208,8 @@ def test_settings_and_lengths_share_one_program():
 
 def _frequencies(logits, n=20000, **settings):
     sampling = generate.at_temperature(Sampling(**settings))
-    uniforms = jax.random.uniform(jax.random.key(0), (n, 2))
-    tokens, _ = jax.jit(generate.draw)(jnp.broadcast_to(logits, (n, logits.size)), uniforms, sampling)
+    uniforms = jax.random.uniform(jax.random.key(0), (2, n))
+    tokens, _ = jax.jit(generate.draw)(jnp.broadcast_to(logits[:, None], (logits.size, n)), uniforms, sampling)
     return np.bincount(tokens, minlength=logits.size) / n
 
 
@@ -221,8 +245,8 @@ def test_tokens_tied_at_the_threshold_stay_together():
 
 
 def test_a_token_without_probability_is_never_drawn():
-    weights = jnp.zeros((4, 300)).at[:, 130].set(1e-30)
-    uniforms = jnp.asarray([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24], [0.0, 1 - 2**-24]], jnp.float32)
+    weights = jnp.zeros((300, 4)).at[130].set(1e-30)
+    uniforms = jnp.asarray([[0.0, 0.5, 1 - 2**-24, 0.0], [0.0, 0.5, 1 - 2**-24, 1 - 2**-24]], jnp.float32)
     np.testing.assert_array_equal(jax.jit(generate._inverse_cdf)(weights, uniforms), [130] * 4)
 
 
