@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from jaxkd import checks
 from jaxkd.policy import Params
-from jaxkd.smollm2.model import DATA, MODEL, Model, each, positions_of, spec_of
+from jaxkd.smollm2.model import DATA, MODEL, Model, each, positions_of, rotation_at, spec_of
 
 BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
 """Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
@@ -360,6 +360,9 @@ def _decode(
     prompts = _prefill(model, stacked, tokens, mask, layers, cache, room)
     state = _extend(model, params, *prompts, keys, sampling)
 
+    # Every angle once: made at each step, layers would make them again for each of their heads.
+    turns = rotation_at(model.config, jnp.arange(width + room)[:, None])
+
     def go_on(state):
         return (state.step < limit) & ~state.done.all()
 
@@ -368,7 +371,8 @@ def _decode(
         at = width + state.step - 1
         allowed = lax.dynamic_update_slice(state.allowed, jnp.ones((tokens.shape[0], 1), bool), (0, at))
         attend = partial(_attend_cached, allowed, at)
-        hidden, caches = model.apply(params, last, state.positions[:, None], attend, state.caches)
+        rotation = jax.tree.map(lambda table: table[state.positions], turns)
+        hidden, caches = model.apply(params, last, rotation, attend, state.caches)
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
         return _extend(model, params, hidden[:, -1], state, keys, sampling)
 
@@ -394,7 +398,7 @@ def _prefill(model: Model, params, tokens, mask, layers, cache, room) -> tuple[j
     def attend(q, k, v, cache):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], is_causal=True), (k, v)
 
-    hidden, (k, v) = model.apply(params, tokens, positions_of(mask), attend)
+    hidden, (k, v) = model.apply(params, tokens, rotation_at(model.config, positions_of(mask)), attend)
     # What stands behind the prompts is masked until it is written over: its weight is 0, and so must its values be
     # finite, whatever an earlier call with other parameters left there.
     empty = _empty(model, b, tokens.shape[1] + room) if cache is None else _finite(cache)

@@ -314,17 +314,17 @@ class Model:
             allowed = None if mask is None else mask[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True), None
 
-        return self.apply(params, tokens, positions, attend)[0]
+        return self.apply(params, tokens, rotation_at(self.config, positions), attend)[0]
 
     def apply(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, caches: Any = None
+        self, params: Params, tokens: jax.Array, rotation: Rotation, attend: Attend, caches: Any = None
     ) -> tuple[jax.Array, Any]:
         """Embed, run the layers, norm: `hidden` with the mixing of positions left to the caller.
 
         Args:
           params: as for `hidden`; or as `unstacked` makes them.
           tokens: int32[B, T].
-          positions: int32[B, T] or int32[1, T].
+          rotation: of each token's position, [B, T] or [1, T] of them.
           attend: mixes positions.
           caches: what each layer's `attend` is given beside q, k and v: a pytree with leading axis L, or a list of L
             where the parameters are unstacked.
@@ -332,7 +332,6 @@ class Model:
         Returns:
           float32[B, T, D], and what `attend` returned beside its result: stacked over layers, or a list of L.
         """
-        rotation = rotation_at(self.config, positions)
         x = self.by_batch(embed(params["embedding"], tokens))
 
         graph = self.layer_graph_by_rows if "rows" in params else self.layer_graph

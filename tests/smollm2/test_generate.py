@@ -10,7 +10,7 @@ from random_params import random_params
 from jaxkd.smollm2 import generate, sharding
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.generate import Sampling
-from jaxkd.smollm2.model import Model, make_model
+from jaxkd.smollm2.model import Model, make_model, rotation_at
 
 logits = jax.jit(Model.logits, static_argnums=0)
 
@@ -109,12 +109,12 @@ def test_no_layer_is_cut_out_by_a_kernel_of_its_own():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_that_lie_by_rows_are_the_same_weights(dtype):
     model, params = _model(compute_dtype=dtype)
-    tokens, positions = PROMPTS[:, :1], jnp.zeros((2, 1), jnp.int32)
+    tokens, rotation = PROMPTS[:, :1], rotation_at(model.config, jnp.zeros((2, 1), jnp.int32))
 
     def logits_of(by_rows):
         unstacked = model.unstacked(params, model.layer_indices, by_rows=by_rows)
         assert ("rows" in unstacked) == by_rows
-        hidden, _ = model.apply(unstacked, tokens, positions, lambda q, k, v, cache: (q, None))
+        hidden, _ = model.apply(unstacked, tokens, rotation, lambda q, k, v, cache: (q, None))
         return np.asarray(model.project_by_rows(unstacked, hidden[:, 0]))
 
     found, expected = logits_of(True), logits_of(False)
