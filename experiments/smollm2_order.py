@@ -81,14 +81,14 @@ class Flags:
     temperatures: tuple[float, ...] | None = None
     """Temperatures τ of the distillations."""
     temperatures_of_rest: tuple[float, ...] | None = None
-    """More of them, on the seeds of the rest: of the first student and algorithm alone. None unless the preset's own
-    temperatures are kept."""
+    """More of them, for the first student and algorithm alone, on --seeds-of-rest. Where --temperatures are given,
+    those of the preset are dropped."""
     kl_coefs: tuple[float, ...] | None = None
     """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone."""
     seeds: tuple[int, ...] | None = None
     """Seeds of the first student and algorithm."""
     seeds_of_rest: tuple[int, ...] | None = None
-    """Seeds of all others."""
+    """Seeds of all others: of other students, algorithms and --temperatures-of-rest."""
     distillation_updates: int | None = None
     """The most updates of a distillation."""
     alignment_updates: int | None = None
