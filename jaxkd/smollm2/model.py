@@ -148,10 +148,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return x * lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32).reshape(1, 1, -1)
 
 
-_INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
-"""How many leading axes of each kernel are its inputs."""
-
-
 class RMSNorm(nnx.Module):
     """`rms_norm` with a scale of its own."""
 
@@ -212,6 +208,10 @@ class Layer(nnx.Module):
         mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), kept
+
+
+_INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""How many leading axes of each kernel are its inputs."""
 
 
 class Decoder(nnx.Module):
@@ -490,9 +490,7 @@ def make_model(
     dtype = jnp.dtype(compute_dtype)
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
-
-    def graphs(by_rows: bool) -> tuple[nnx.GraphDef, nnx.GraphDef]:
-        abstract = nnx.eval_shape(lambda: Decoder(config, Products(dtype, by_rows), nnx.Rngs(params=0)))
-        return nnx.split(abstract)[0], nnx.split(abstract.layers)[0]
-
-    return Model(config, *graphs(False), graphs(True)[1], dtype, unroll, remat, mesh)
+    abstract = nnx.eval_shape(lambda: Decoder(config, Products(dtype), nnx.Rngs(params=0)))
+    by_rows = nnx.eval_shape(lambda: Layer(config, Products(dtype, by_rows=True), nnx.Rngs(params=0)))
+    graphs = (nnx.split(one)[0] for one in (abstract, abstract.layers, by_rows))
+    return Model(config, *graphs, dtype, unroll, remat, mesh)
