@@ -88,7 +88,7 @@ class Flags:
     seeds: tuple[int, ...] | None = None
     """Seeds of the first student and algorithm."""
     seeds_of_rest: tuple[int, ...] | None = None
-    """Seeds of all others: of other students, algorithms and --temperatures-of-rest."""
+    """Seeds of all others: of other students, algorithms, --temperatures-of-rest, and of the ceiling."""
     distillation_updates: int | None = None
     """The most updates of a distillation."""
     alignment_updates: int | None = None

@@ -46,14 +46,14 @@ class Order:
       preferences: pairs of a user that alignments learn from instead of the reward, which is then only measured.
       prompt: what completions follow.
       max_new_tokens: the most tokens of a completion.
-      arms: names of `arms()`; the ceiling only where the reward is the behaviour.
+      arms: names of `arms()`; the ceiling only where the reward is the behaviour, and on the seeds of the rest.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
       temperatures_of_rest: more of them, of the first student and algorithm alone, on the seeds of the rest.
       kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
       seeds: one run of all stages each, of the first student and algorithm.
       seeds_of_rest: the same of every other student with the first algorithm, the other way round, and of the first of
-        both at the other temperatures.
+        both at the other temperatures; the ceiling of every student.
       distillation: how students learn.
       alignment: how policies are aligned; its algorithm is that of `algorithms`, and its flip rate that of the oracle's
         labels, which robust DPO also assumes; with preferences the share that robust DPO assumes, and nothing else.

@@ -66,17 +66,23 @@ def _involves(name: str, kind: type) -> bool:
 
 def rows_of(order: Order, out: Path) -> list[Row]:
     """Every model of an experiment, each once, in an order in which they can be made."""
-    rows = _rows_at_main_temperatures(order, out)
+    arms = [arm for arm in order.arms if arm != CEILING]
+    rest = replace(order, algorithms=order.algorithms[:1], seeds=order.seeds_of_rest)
+    parts = [(order, arms)]
+    if CEILING in order.arms:
+        parts.append((rest, [CEILING]))
     if order.temperatures_of_rest:
-        others = {"temperatures": order.temperatures_of_rest, "seeds": order.seeds_of_rest}
-        alone = replace(order, students=order.students[:1], algorithms=order.algorithms[:1], **others)
-        rows |= {folder: row for folder, row in _rows_at_main_temperatures(alone, out).items() if folder not in rows}
+        parts.append((replace(rest, students=order.students[:1], temperatures=order.temperatures_of_rest), arms))
+    rows: dict[Path, Row] = {}
+    for part, names in parts:
+        for row in _rows_of_arms(part, names, out):
+            rows.setdefault(row.folder, row)
     return list(rows.values())
 
 
-def _rows_at_main_temperatures(order: Order, out: Path) -> dict[Path, Row]:
+def _rows_of_arms(order: Order, arms: list[str], out: Path) -> list[Row]:
     # The student itself is always made: what it is shows whether an arm began with a low recall.
-    chosen = pipelines.needed(["student", *order.arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
+    chosen = pipelines.needed(["student", *arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
     rows: dict[Path, Row] = {}
     for seed, student, algorithm in _runs(order):
         plan = pipelines.plan(chosen, [pipelines.ROOT], order.lengths())
@@ -95,7 +101,7 @@ def _rows_at_main_temperatures(order: Order, out: Path) -> dict[Path, Row]:
             row = _row(order, out, name, place, seed, student, algorithm, models, where[held_to[number]])
             where[number] = row.folder
             rows.setdefault(row.folder, row)
-    return rows
+    return list(rows.values())
 
 
 def _runs(order: Order) -> list[tuple[int, str, str]]:

@@ -44,7 +44,7 @@ from jaxkd.smollm2.metering import Workshop
 from jaxkd.smollm2.order import CEILING, Order
 from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.preferences import Preferences
-from jaxkd.smollm2.rows import Row, rows_of
+from jaxkd.smollm2.rows import Row, deciding_student, rows_of
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
 
@@ -374,6 +374,21 @@ def test_other_temperatures_are_run_on_the_seeds_of_the_rest_alone(tmp_path):
     assert share.sel(seed=1).notnull().all() and share.sel(seed=0).notnull().values.tolist() == [True, False, False]
     compared = {row["other_temperature"] for row in report.comparisons(report.read(more, tmp_path))}
     assert compared == {0.6, 1.0, 0.3}
+
+
+def test_the_ceiling_is_made_on_the_seeds_of_the_rest_alone(tmp_path):
+    """A control of every student, and beside it the student that says whether it is admitted."""
+    order = tiny_order.make(
+        arms=(CEILING, "align_kd"), students=("layers:2", "same"), algorithms=("reinforce", "online_dpo"), seeds=(0, 1)
+    )
+    rows = rows_of(replace(order, seeds_of_rest=(2,)), tmp_path)
+    ceilings = [row for row in rows if row.name == CEILING]
+    assert {(row.student, row.seed) for row in ceilings} == {("layers:2", 2), ("same", 2)}
+    assert all(deciding_student(order, row) in {made.folder for made in rows} for row in ceilings)
+    # Where the other arms are on the same seeds, it is one model more of each student.
+    others = rows_of(replace(order, arms=("align_kd",), seeds_of_rest=(1,)), tmp_path)
+    more = rows_of(replace(order, seeds_of_rest=(1,)), tmp_path)
+    assert more[: len(others)] == others and [row.name for row in more[len(others) :]] == [CEILING, CEILING]
 
 
 def test_given_temperatures_replace_all_of_a_preset():
