@@ -112,7 +112,8 @@ def distillation_of(config: Distill):
 
     return Distillation(
         config.method,
-        config.samples,
+        # Of a file, as many as there are.
+        config.samples if config.data is None else max(config.samples, config.batch_size),
         config.held_out,
         config.updates,
         config.batch_size,
@@ -137,7 +138,6 @@ def read_texts(config: Distill, tokenizer):
 
     from jaxkd.smollm2 import example_files, text, weights
     from jaxkd.smollm2.network import take
-    from jaxkd.smollm2.policy import Texts
     from jaxkd.smollm2.students import Start
 
     student = Start.parse(config.student).source
@@ -150,7 +150,7 @@ def read_texts(config: Distill, tokenizer):
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    texts = Texts(*text.encode_sequences(tokenizer, examples, context=min(config.max_length, context), truncate=True))
+    texts = text.encode_rows(config.data, tokenizer, examples, "completion", min(config.max_length, context))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     return take(texts, np.asarray(jax.random.permutation(key, len(examples))))
 

@@ -25,15 +25,14 @@ def kept_draws(
     done = sum(len(part.tokens) for part in parts)
     if done >= total and [*kept] == [path]:
         return parts[0]
-    bar = workshop.progress.bar(total, done, "sample", "text")
     kept_at = time.monotonic()
-    for part in network.draws(key, total, temperature, first=done):
-        parts.append(part)
-        workshop.progress.tokens(bar, int(part.completion_mask.sum()), len(part.tokens))
-        if time.monotonic() - kept_at >= KEEP_EVERY:
-            write_arrays(begun, join(parts)._asdict())
-            kept_at = time.monotonic()
-    bar.close()
+    with workshop.counted(total, "sample", done) as tick:
+        for part in network.draws(key, total, temperature, first=done):
+            parts.append(part)
+            tick(len(part.tokens), int(part.completion_mask.sum()))
+            if time.monotonic() - kept_at >= KEEP_EVERY:
+                write_arrays(begun, join(parts)._asdict())
+                kept_at = time.monotonic()
     x = join(parts)
     write_arrays(path, x._asdict())
     begun.unlink(missing_ok=True)

@@ -329,7 +329,7 @@ def _samplings(order: Order, configs: dict[str, Config], layout: Layout):
 def _sampling(config: Config, layout: Layout, n: int, max_new_tokens: int):
     """The program that draws n completions of one token, and bytes of its keys and values on all devices."""
     model, where = layout.model(config), NamedSharding(layout.mesh, PartitionSpec(sharding.DATA))
-    sampling = generate.at_temperature(generate.Sampling(jnp.float32(1.0)))
+    sampling = generate.made_ready(generate.Sampling(jnp.float32(1.0)))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     given = [jax.ShapeDtypeStruct((n, 1), dtype, sharding=where) for dtype in (jnp.int32, jnp.bool_)]
     given.append(jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=where))

@@ -138,23 +138,16 @@ def evaluate(
       reference: what its last alignment was held to; None where there was none.
       kl_coef: β of the objective.
     """
-    coster = Coster(workshop, network, network)
-    samples = kept_draws(
-        folder / "samples.npz",
-        network,
-        key,
-        settings.num_samples,
-        1.0,
-        workshop,
-    )
+    coster = Coster(workshop, network)
+    samples = kept_draws(folder / "samples.npz", network, key, settings.num_samples, 1.0, workshop)
     coster.sampled(samples)
     texts = network.setting.texts_of(samples)
     scored = take(samples, slice(settings.num_scored))
 
     def score(by: Network, x) -> np.ndarray:
         coster.scored(x, by=by)
-        with workshop.progress.bar(len(x.tokens), 0, "score", "text") as bar:
-            return by.log_prob(x, lambda texts, tokens: workshop.progress.tokens(bar, tokens, texts))
+        with workshop.counted(len(x.tokens), "score") as tick:
+            return by.log_prob(x, tick)
 
     own = score(network, scored)
     by_truth = score(yardstick.truth, scored)

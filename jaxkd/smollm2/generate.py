@@ -155,7 +155,7 @@ def generate(
     if cache is not None:
         _check_cache(model, cache, tokens.shape, max_new_tokens)
     prompts = model.spread((jnp.asarray(tokens), jnp.asarray(mask), keys))
-    return continue_prompts(model, params, *prompts, max_new_tokens, at_temperature(sampling), cache)
+    return continue_prompts(model, params, *prompts, max_new_tokens, made_ready(sampling), cache)
 
 
 def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling, cache=None):
@@ -215,14 +215,8 @@ def check_token_ids(vocab_size: int, tokens, mask=None) -> None:
         raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
 
 
-def at_temperature(sampling: Sampling, temperature: Any = None) -> Sampling:
-    """Sampling made ready: what is off is None and costs nothing, the rest are arrays and traced.
-
-    Args:
-      sampling: as given.
-      temperature: takes the place of sampling's own, where given.
-    """
-    sampling = sampling if temperature is None else replace(sampling, temperature=temperature, greedy=False)
+def made_ready(sampling: Sampling) -> Sampling:
+    """Sampling whose settings that are off are None and cost nothing, and whose others are arrays and traced."""
     greedy = sampling.greedy or (isinstance(sampling.temperature, int | float) and sampling.temperature == 0)
     off = {"temperature": 1, "top_p": 1, "min_p": 0}
     values = {

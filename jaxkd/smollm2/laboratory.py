@@ -124,7 +124,8 @@ class Laboratory:
         kept = take(self.truth_samples, slice(order.evaluation.num_truth_samples))
         path = folder / "log_prob.npz"
         if not path.exists():
-            draws.write_arrays(path, {"log_prob": self.truth.log_prob(kept)})
+            with self.workshop.counted(len(kept.tokens), "score the truth's samples") as tick:
+                draws.write_arrays(path, {"log_prob": self.truth.log_prob(kept, tick)})
         with np.load(path) as file:
             log_prob = file["log_prob"]
         hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
@@ -237,7 +238,7 @@ class Laboratory:
         oracle = oracles.of_likelihood(self.target, self.behaviour, kind, level)
 
         def counted(texts, x):
-            Coster(self.workshop, self.target, self.target).scored(x)
+            Coster(self.workshop, self.target).scored(x)
             return oracle(texts, x)
 
         return counted
@@ -397,7 +398,7 @@ class Laboratory:
 
     def _charge_for(self, x: Texts) -> None:
         """Charge samples of the truth to whatever is being made from them: it alone would have to draw them."""
-        Coster(self.workshop, self.truth, self.truth).sampled(x)
+        Coster(self.workshop, self.truth).sampled(x)
 
     def _preference_data(self, row: Row, reference: Network) -> PreferenceData | None:
         """The user's pairs in an order of the seed's own, with their log-probabilities under the reference."""

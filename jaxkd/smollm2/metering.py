@@ -1,7 +1,8 @@
 """What a stage is given to say what it does, and the count of what it spends."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class Workshop:
         """Go on from what a checkpoint says was spent."""
         self.cost = Cost.from_dict(spent)
 
+    @contextmanager
+    def counted(self, total: int, what: str, done: int = 0) -> Iterator[Callable[[int, int], None]]:
+        """A bar of texts, which what is given tells of numbers of texts and of tokens."""
+        with self.progress.bar(total, done, what, "text") as bar:
+            yield lambda texts, tokens: self.progress.tokens(bar, tokens, texts)
+
     def log(self, folder: Path) -> durable.Log:
         """The log of a stage."""
         name = folder.name if self.root is None else folder.relative_to(self.root).as_posix()
@@ -56,10 +63,10 @@ class Workshop:
 
 
 class Coster:
-    """Says what a stage does, in tokens and model FLOPs."""
+    """Says what a stage does, in tokens and model FLOPs: by its model, or where a teacher is given by both."""
 
-    def __init__(self, workshop: Workshop, model: Network, other: Network):
-        self.workshop, self.model, self.other = workshop, model, other
+    def __init__(self, workshop: Workshop, model: Network, teacher: Network | None = None):
+        self.workshop, self.model, self.teacher = workshop, model, teacher
 
     def _flops(self, network: Network, x, of: Callable = cost.forward_flops) -> float:
         lengths = np.asarray(x.mask).sum(axis=1)
@@ -75,8 +82,9 @@ class Coster:
         network = by or self.model
         self.workshop.spend(tokens_scored=int(x.completion_mask.sum()), model_flops=self._flops(network, x))
 
-    def trained(self, x, updates: int = 1, *, teacher: bool = False) -> None:
-        """Updates were made on a batch: a forward and a backward pass each, and the teacher's forward pass."""
+    def trained(self, x, updates: int = 1) -> None:
+        """Updates were made on a batch: a forward and a backward pass each, and the forward pass of a teacher."""
         tokens = int(np.asarray(x.completion_mask).sum()) * updates
-        flops = self._flops(self.model, x, cost.training_flops) + (self._flops(self.other, x) if teacher else 0)
+        flops = self._flops(self.model, x, cost.training_flops)
+        flops += 0 if self.teacher is None else self._flops(self.teacher, x)
         self.workshop.spend(tokens_trained=tokens, model_flops=updates * flops)

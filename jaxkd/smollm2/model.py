@@ -336,8 +336,18 @@ class Model:
 
         graph = self.layer_graph_by_rows if "rows" in params else self.layer_graph
 
-        def layer(x, state_and_cache):
-            state, cache = state_and_cache
+        stacks = lax.stop_gradient(params["layers"])
+
+        def carrier(stack):
+            return carriers(stack) if self.mesh is None and is_taken_by_bits(stack) else stack
+
+        def read(number, one, stack):
+            return one if one.dtype == stack.dtype else carried(one, entry(stack, number))
+
+        def layer(x, number_state_and_cache):
+            number, state, cache = number_state_and_cache
+            if number is not None:
+                state = jax.tree.map(partial(read, number), state, stacks)
             x, kept = nnx.merge(graph, state)(x, rotation, lambda q, k, v: attend(q, k, v, cache))
             return self.by_batch(x), kept
 
@@ -348,11 +358,12 @@ class Model:
         if isinstance(params["layers"], list):
             kept = []
             for state, cache in zip(params["layers"], caches or [None] * len(params["layers"]), strict=True):
-                x, new = layer(x, (state, cache))
+                x, new = layer(x, (None, state, cache))
                 kept.append(new)
         else:
             unroll = self.config.num_layers if self.unroll else 1
-            x, kept = lax.scan(layer, x, (params["layers"], caches), unroll=unroll)
+            numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+            x, kept = lax.scan(layer, x, (numbers, jax.tree.map(carrier, params["layers"]), caches), unroll=unroll)
         return rms_norm(x, params["norm"]["scale"], self.config.norm_epsilon), kept
 
     def by_batch(self, x: jax.Array) -> jax.Array:
@@ -443,12 +454,56 @@ def spec_of(axes: Iterable[str | None]) -> PartitionSpec:
 
 def each(stacked: Any, indices: Iterable[Any]) -> list[Any]:
     """The entries of a pytree of arrays at traced indices along the leading axis."""
+    return [jax.tree.map(partial(entry, i=i), stacked) for i in indices]
 
-    def entry(i) -> Any:
-        take = partial(lax.dynamic_index_in_dim, index=i, keepdims=False, allow_negative_indices=False)
-        return jax.tree.map(take, stacked)
 
-    return [entry(i) for i in indices]
+def is_taken_by_bits(stack: jax.Array) -> bool:
+    """Whether a stack's entries are taken, and its gradients stacked, as whole numbers: bfloat16 ones on a CPU.
+
+    XLA there moves bfloat16 about in float32. Before a loop over layers it would convert all of them, at every call,
+    and keep that copy of twice the size; in the loop back it would convert all gradients there and back in every layer.
+    """
+    return stack.dtype == jnp.bfloat16 and stack.shape[-1] % 2 == 0 and jax.default_backend() == "cpu"
+
+
+def entry(stack: jax.Array, i: jax.Array) -> jax.Array:
+    """Entry i of an array along its leading axis."""
+    take = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    if not is_taken_by_bits(stack):
+        return take(stack, i)
+    # Without the barrier the bits of the whole stack would be taken at once, which is a copy as well.
+    stack, i = lax.optimization_barrier((stack, i))
+    return lax.bitcast_convert_type(take(lax.bitcast_convert_type(stack, jnp.uint16), i), jnp.bfloat16)
+
+
+@jax.custom_vjp
+def carriers(stack: jax.Array) -> jax.Array:
+    """What a loop over `entry`s of a bfloat16 stack is differentiated by: two numbers in the bits of each float32 one.
+
+    Nothing ever reads them; their gradients, of the same form, are moved and not computed with.
+    """
+    return _paired(stack)
+
+
+@jax.custom_vjp
+def carried(carrier: jax.Array, value: jax.Array) -> jax.Array:
+    """An entry's value, differentiated as what its carrier was made from."""
+    return value
+
+
+def _paired(x: jax.Array) -> jax.Array:
+    low, high = jnp.split(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32), 2, axis=-1)
+    return lax.bitcast_convert_type(low | (high << 16), jnp.float32)
+
+
+def _unpaired(x: jax.Array) -> jax.Array:
+    words = lax.bitcast_convert_type(x, jnp.uint32)
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)
+    return lax.bitcast_convert_type(halves.astype(jnp.uint16), jnp.bfloat16)
+
+
+carriers.defvjp(lambda stack: (carriers(stack), None), lambda _, cotangent: (_unpaired(cotangent),))
+carried.defvjp(lambda carrier, value: (value, None), lambda _, cotangent: (_paired(cotangent), None))
 
 
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -208,7 +208,7 @@ class Network:
         """The same, batch by batch; what comes before `first` is left out."""
         size = self.setting.size_of_batches(n, batch_size)
         # Always an array: a temperature of 1 then needs no program of its own.
-        sampling = generate.at_temperature(generate.Sampling(jnp.float32(temperature)))
+        sampling = generate.made_ready(generate.Sampling(jnp.float32(temperature)))
         tokens, mask = (
             jnp.asarray(np.repeat(one, size, axis=0)) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)
         )

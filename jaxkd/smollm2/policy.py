@@ -31,7 +31,7 @@ VOCAB_BLOCK = 8192
 
 
 class Texts(NamedTuple):
-    """A batch of draws: prompts with their completions. `text.Sequences` has the same fields.
+    """A batch of draws: prompts with their completions.
 
     A row's tokens stand side by side, with padding before and after them: what follows padding is not scored.
 
@@ -70,7 +70,6 @@ def make_policy(
     prompt_mask: Any,
     *,
     max_new_tokens: int,
-    sampling: generate.Sampling | None = None,
 ) -> Policy:
     """A language model as a policy over completions of fixed prompts; its draws are `Texts`.
 
@@ -79,20 +78,18 @@ def make_policy(
       prompt_tokens: int32[N, P], padded on either side; draw i continues prompt i mod N, padded on the left.
       prompt_mask: bool[N, P].
       max_new_tokens: C, the most tokens of a completion.
-      sampling: truncation of the draws; the temperature is given with each call.
 
     Raises:
       ValueError: prompts that are empty, too long, or outside the vocabulary.
     """
     # By numpy: a policy may be made while something is traced, and is kept beyond that.
     prompts = generate.to_the_right(*generate.check_prompts(model, prompt_tokens, prompt_mask, max_new_tokens), np)
-    sampling = generate.Sampling() if sampling is None else sampling
 
     def log_prob(params: Params, x: Texts) -> jax.Array:
         return jnp.where(x.completion_mask[:, 1:], token_log_probs(model, params, x.tokens, x.mask), 0.0)
 
     def sample(params: Params, key: jax.Array, n: int, temperature: Any) -> Texts:
-        return _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature)
+        return _sample(model, prompts, params, key, n, max_new_tokens, temperature)
 
     def step_mask(x: Texts) -> jax.Array:
         return x.completion_mask[:, 1:]
@@ -146,14 +143,13 @@ def add_value_head(model: Model, params: Params) -> Params:
     return {"model": params, "value_head": head}
 
 
-def _sample(model, prompts, params, key, n, max_new_tokens, sampling, temperature) -> Texts:
+def _sample(model, prompts, params, key, n, max_new_tokens, temperature) -> Texts:
     rows = np.arange(n) % len(prompts[0])
     tokens, mask = (jnp.asarray(array[rows]) for array in prompts)
     # A key for each draw from its own number: the first draws stay the same when more are asked for.
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n))
-    drawn = generate.continue_prompts(
-        model, params, tokens, mask, keys, max_new_tokens, generate.at_temperature(sampling, temperature)
-    )
+    sampling = generate.made_ready(generate.Sampling(temperature))
+    drawn = generate.continue_prompts(model, params, tokens, mask, keys, max_new_tokens, sampling)
     nothing = jnp.zeros_like(mask)
     return Texts(
         jnp.concatenate([tokens, drawn.tokens], axis=1),

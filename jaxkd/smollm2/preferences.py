@@ -59,10 +59,7 @@ def read(path: Path, tokenizer: tokenization.Tokenizer, max_length: int) -> Text
                 raise ValueError(f"{path}, row {number} has no {which}: preferences need chosen and rejected")
             if not answer.strip():
                 raise ValueError(f"{path}, row {number}: {which} is empty")
-    sides = [
-        text.encode_sequences(tokenizer, examples, which, context=max_length, truncate=True)
-        for which in ("chosen", "rejected")
-    ]
+    sides = [text.encode_rows(path, tokenizer, examples, which, max_length) for which in ("chosen", "rejected")]
     longest = max(side.tokens.shape[1] for side in sides)
     padded = [_padded(side, longest, tokenizer.pad_id) for side in sides]
     differ = np.any([(a != b).any(axis=1) for a, b in zip(*padded, strict=True)], axis=0)
@@ -75,7 +72,7 @@ def read(path: Path, tokenizer: tokenization.Tokenizer, max_length: int) -> Text
     return Texts(*(np.concatenate([side[differ] for side in sides]) for sides in zip(*padded, strict=True)))
 
 
-def _padded(side: text.Sequences, length: int, pad_id: int) -> Texts:
+def _padded(side: Texts, length: int, pad_id: int) -> Texts:
     more = ((0, 0), (0, length - side.tokens.shape[1]))
     return Texts(
         np.pad(side.tokens, more, constant_values=pad_id),

@@ -241,7 +241,8 @@ def distil(
     rows = _batches(step_key, len(learned.tokens), settings.batch_size)
     num_steps = settings.num_updates * optimisation.accumulate
     every = settings.check_every * optimisation.accumulate
-    coster = Coster(workshop, start, teacher)
+    # Sequence-level, the teacher's part was to draw.
+    coster = Coster(workshop, start, None if settings.method == "sequence" else teacher)
 
     def loss_of(params) -> float:
         coster.scored(held_out)
@@ -257,7 +258,7 @@ def distil(
         if number == 0:
             state = state._replace(best_loss=jnp.float32(loss_of(state.student.params)))
         student, loss = one_step(state.student, setting.on_devices(batch))
-        coster.trained(batch, teacher=settings.method != "sequence")
+        coster.trained(batch)
         tokens = float(batch.completion_mask.sum())
         metrics = {"loss": float(loss), "tokens": tokens}
         state = state._replace(student=student)
@@ -268,18 +269,8 @@ def distil(
         return state, metrics, bool(state.looks_since >= settings.patience) or not np.isfinite(metrics["loss"])
 
     student = setting.on_mesh(State(copied(start.params), optimizer.init(start.params)))
-    state = durable.train(
-        folder,
-        _Distilling(student, copied(start.params), jnp.float32(np.inf), jnp.int32(0)),
-        step,
-        num_steps,
-        log=workshop.log(folder),
-        progress=workshop.progress,
-        what="distil",
-        checkpoint_every=optimisation.checkpoint_every,
-        cost=workshop.spent,
-        restore_cost=workshop.restore,
-    )
+    state = _Distilling(student, copied(start.params), jnp.float32(np.inf), jnp.int32(0))
+    state = _train(folder, state, step, num_steps, "distil", optimisation, workshop)
     if not _finite_losses(folder / durable.METRICS):
         raise FloatingPointError(
             f"the distillation diverged ({folder / durable.METRICS} shows where): lower the learning rate"
@@ -287,11 +278,27 @@ def distil(
     return Network(start.config, state.best, setting)
 
 
+def _train(folder, state, step: Callable, num_steps: int, what: str, optimisation: Optimisation, workshop: Workshop):
+    """`durable.train`, told and kept as a stage's workshop and optimisation say."""
+    return durable.train(
+        folder,
+        state,
+        step,
+        num_steps,
+        log=workshop.log(folder),
+        progress=workshop.progress,
+        what=what,
+        checkpoint_every=optimisation.checkpoint_every,
+        cost=workshop.spent,
+        restore_cost=workshop.restore,
+    )
+
+
 def _kept_samples(folder, key, teacher: Network, temperature, settings: Distillation, workshop: Workshop) -> Texts:
     """The teacher's samples, drawn once and kept beside the stage's checkpoint."""
     total = settings.num_samples + settings.num_held_out
     samples = kept_draws(folder / "teacher.npz", teacher, key, total, temperature, workshop)
-    Coster(workshop, teacher, teacher).sampled(samples)
+    Coster(workshop, teacher).sampled(samples)
     return samples
 
 
@@ -390,30 +397,41 @@ def align_policy(
     coefficients = Coefficients(*(jnp.float32(value) for value in coefficients))
     optimizer = optimisation.make(settings.num_updates)
     draw_key, label_key, data_key = jax.random.split(key, 3)
-    coster = Coster(workshop, start, reference)
+    coster = Coster(workshop, start)
     data = None
     if algorithm.data:
         data = preferences or _preference_data(
-            folder, data_key, reference, oracle, coefficients, settings, coster, truth_samples, algorithm.data
+            folder, data_key, reference, oracle, coefficients, settings, coster, truth_samples
         )
     one_step = _alignment_step(form.policy, settings, optimisation, form.of_draws, form.reference_policy)
 
-    look_key = jax.random.fold_in(draw_key, 2**31)
+    def drawn(trained, key, n: int, batch_size: int | None = None) -> ScoredTexts:
+        x = Network(start.config, form.network(trained), setting).draw(key, n, batch_size=batch_size)
+        coster.sampled(x)
+        return ScoredTexts(*x, *oracle(setting.texts_of(x), x))
 
-    def drawer(trained) -> Network:
-        return Network(start.config, form.network(trained), setting)
+    def charge(draws: ScoredTexts | None, batch: PreferenceData | None) -> None:
+        coster.trained(draws if batch is None else batch.x, updates=settings.updates_per_step)
+        if draws is not None:
+            coster.scored(draws, by=reference)
+        if draws is not None and batch is not None:
+            # The policy learns from other texts: its pass over its own draws is one more.
+            coster.scored(draws)
+
+    def look(trained) -> dict:
+        # In batches of the step's own size, whose program is there.
+        size = min(settings.batch_size, setting.batch_size)
+        x = drawn(trained, jax.random.fold_in(draw_key, 2**31), LOOK, size)
+        return {"look_reward": float(x.reward.mean()), "look_frequency": float(x.hit.mean())}
 
     def step(state: State, number: int):
         draws, batch = None, None
         begin = time.perf_counter()
         if algorithm.on_policy:
-            x = drawer(state.params).draw(jax.random.fold_in(draw_key, number), settings.batch_size)
-            coster.sampled(x)
-            draws = ScoredTexts(*x, *oracle(setting.texts_of(x), x))
+            draws = drawn(state.params, jax.random.fold_in(draw_key, number), settings.batch_size)
         sampling_seconds = time.perf_counter() - begin
         if data is not None:
             batch = jax.tree.map(lambda leaf: leaf[number % len(data.rewards)], data)
-        used = draws if batch is None else batch.x
         inputs = align.Inputs(
             jax.random.fold_in(label_key, number),
             form.reference,
@@ -423,43 +441,24 @@ def align_policy(
         )
         state, info = one_step(state, inputs)
         info = {name: float(value) for name, value in info._asdict().items()}
-        coster.trained(used, updates=settings.updates_per_step)
-        if draws is not None:
-            coster.scored(draws, by=reference)
-        if draws is not None and batch is not None:
-            # The policy learns from other texts: its pass over its own draws is one more.
-            coster.scored(draws)
-        tokens = float(np.asarray(used.completion_mask).sum())
+        charge(draws, batch)
+        tokens = float(np.asarray((draws if batch is None else batch.x).completion_mask).sum())
         metrics = info | {"tokens": tokens, "sampling_seconds": sampling_seconds}
         metrics["seconds"] = time.perf_counter() - begin
         if alignment.look_every and (number + 1) % alignment.look_every == 0:
-            # In batches of the step's own size, whose program is there.
-            size = min(settings.batch_size, setting.batch_size)
-            x = drawer(state.params).draw(look_key, LOOK, batch_size=size)
-            coster.sampled(x)
-            rewards, hits = oracle(setting.texts_of(x), x)
-            metrics |= {"look_reward": float(rewards.mean()), "look_frequency": float(hits.mean())}
+            metrics |= look(state.params)
         return state, metrics, not np.isfinite(info["loss"])
 
     params = copied(form.start)
-    state = durable.train(
-        folder,
-        setting.on_mesh(State(params, optimizer.init(params))),
-        step,
-        settings.num_steps * optimisation.accumulate,
-        log=workshop.log(folder),
-        progress=workshop.progress,
-        what=f"align ({settings.algorithm})",
-        checkpoint_every=optimisation.checkpoint_every,
-        cost=workshop.spent,
-        restore_cost=workshop.restore,
-    )
+    state = setting.on_mesh(State(params, optimizer.init(params)))
+    num_steps = settings.num_steps * optimisation.accumulate
+    state = _train(folder, state, step, num_steps, f"align ({settings.algorithm})", optimisation, workshop)
     if not _finite(state.params) or not _finite_losses(folder / durable.METRICS):
         raise FloatingPointError(
             f"the alignment diverged ({folder / durable.METRICS} shows where): lower the learning rate, "
             "or raise the KL coefficient"
         )
-    return drawer(state.params)
+    return Network(start.config, form.network(state.params), setting)
 
 
 def _finite_losses(path: Path) -> bool:
@@ -562,25 +561,18 @@ def _alignment_step(
 
 
 def _preference_data(
-    folder, key, reference: Network, oracle, coefficients, settings: AlignmentSettings, coster, truth_samples, whose
+    folder, key, reference: Network, oracle, coefficients, settings: AlignmentSettings, coster, truth_samples
 ) -> PreferenceData:
     """The fixed pairs of an offline algorithm with their reference log-probabilities; leaves lead with the batches."""
     draw_key, label_key = jax.random.split(key)
     total = settings.dataset_batches * settings.batch_size
-    if whose == "truth":
+    if align.ALGORITHMS[settings.algorithm].data == "truth":
         if truth_samples is None or len(truth_samples.tokens) < total:
             there = 0 if truth_samples is None else len(truth_samples.tokens)
             raise ValueError(f"{settings.algorithm} needs {total} samples of the truth, there are {there}")
         x = take(truth_samples, slice(total))
     else:
-        x = kept_draws(
-            folder / "pairs.npz",
-            reference,
-            draw_key,
-            total,
-            1.0,
-            coster.workshop,
-        )
+        x = kept_draws(folder / "pairs.npz", reference, draw_key, total, 1.0, coster.workshop)
         coster.sampled(x, by=reference)
     x = ScoredTexts(*x, *oracle(reference.setting.texts_of(x), x))
     log_prob = reference_log_prob(coster.workshop.root or folder, reference, x, coster.workshop)
@@ -602,10 +594,11 @@ def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Worksh
 
     Whoever asks is charged: what a stage costs does not depend on which of them came first.
     """
-    Coster(workshop, reference, reference).scored(x)
+    Coster(workshop, reference).scored(x)
     path = cache / f"reference-{fingerprint(reference, (x.tokens, x.mask, x.completion_mask))}.npz"
     with files.claim(path, wait=True):
         if not path.exists():
-            write_arrays(path, {"log_prob": reference.token_log_prob(x)})
+            with workshop.counted(len(x.tokens), "score by the reference") as tick:
+                write_arrays(path, {"log_prob": reference.token_log_prob(x, tick)})
     with np.load(path) as file:
         return file["log_prob"]

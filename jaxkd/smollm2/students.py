@@ -92,5 +92,5 @@ def keep_layers(config: Config, params: Params, layers: int | Sequence[int]) -> 
 
 
 def fresh(config: Config, key: jax.Array, dtype=jnp.float32) -> Params:
-    """Random parameters of any shape, as a model starts its training: normal with deviation 0.02, norms of one."""
+    """Random parameters of any shape, as a model starts its training: kernels normal, norms of one."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), make_model(config).init(key))

@@ -1,15 +1,17 @@
 """Examples as padded arrays of tokens with masks.
 
-Prompts are padded on the left and completions on the right, so that every completion starts in one column.
+Prompts alone are padded on the left, so that all go on in one column; whole texts on the right, to the longest of them.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxkd.smollm2.example_files import Example
+from jaxkd.smollm2.policy import Texts
 from jaxkd.smollm2.tokenization import Tokenizer
 
 
@@ -18,20 +20,6 @@ class Prompts(NamedTuple):
 
     tokens: np.ndarray
     mask: np.ndarray
-
-
-class Sequences(NamedTuple):
-    """Prompts padded on the left, then completions padded on the right, T = P + C.
-
-    Attributes:
-      tokens: int32[B, T].
-      mask: bool[B, T], True at tokens of prompt and completion.
-      completion_mask: bool[B, T], True at tokens of the completion: those that are scored.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    completion_mask: np.ndarray
 
 
 def check_length(length: int, context: int, *, what: str = "the prompt", new_tokens: int = 0) -> None:
@@ -52,7 +40,7 @@ def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "complet
     """The ids of an example's completion, chosen or rejected, which follow the prompt's."""
     text = getattr(example, which)
     if text is None:
-        raise ValueError(f"the example has no {which}: {example}")
+        raise ValueError(f"has no {which}")
     if which == "completion" and example.completion_ids is not None:
         return list(example.completion_ids)
     ids, end = tokenizer.encode_after(example.prompt, text), tokenizer.end_id
@@ -60,9 +48,7 @@ def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "complet
     return ids if ended else [*ids, end]
 
 
-def encode_prompts(
-    tokenizer: Tokenizer, examples: Sequence[Example], *, context: int, new_tokens: int = 0, multiple_of: int = 1
-) -> Prompts:
+def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], *, context: int, new_tokens: int = 0) -> Prompts:
     """Prompts as one array.
 
     Args:
@@ -70,14 +56,12 @@ def encode_prompts(
       examples: B of them.
       context: the most tokens that the model takes.
       new_tokens: how many will be sampled after a prompt.
-      multiple_of: P is rounded up to a multiple of this, so that few shapes are compiled.
 
     Raises:
       ValueError: naming the prompt that does not fit, or is empty.
     """
     ids = [_fitting(prompt_ids(tokenizer, example), i, context, new_tokens) for i, example in enumerate(examples)]
-    tokens, mask = _pad(ids, tokenizer.pad_id, multiple_of, left=True)
-    return Prompts(tokens, mask)
+    return Prompts(*_pad(ids, tokenizer.pad_id, left=True))
 
 
 def _fitting(ids: list[int], number: int, context: int, new_tokens: int) -> list[int]:
@@ -92,38 +76,53 @@ def encode_sequences(
     examples: Sequence[Example],
     which: str = "completion",
     *,
-    context: int,
+    max_length: int,
     truncate: bool = False,
-    multiple_of: int = 1,
-) -> Sequences:
-    """Prompts with their completions (or `which` = chosen, rejected) as one array.
+) -> Texts:
+    """Prompts with their completions (or `which` = chosen, rejected) as one array, T the longest of both together.
 
-    With `truncate`, a completion loses what goes beyond the context; a prompt that leaves no room is refused.
+    With `truncate`, a completion loses what goes beyond `max_length`; a prompt that leaves no room is refused.
 
     Raises:
-      ValueError: naming the example that does not fit, or has no such completion.
+      ValueError: naming the row, from 1, that is too long, has an empty prompt or no such completion.
     """
-    prompts, completions = [], []
-    for i, example in enumerate(examples):
-        prompt = _fitting(prompt_ids(tokenizer, example), i, context, 1)
-        completion = completion_ids(tokenizer, example, which)
-        if truncate:
-            completion = completion[: context - len(prompt)]
-        check_length(len(prompt) + len(completion), context, what=f"example {i}")
-        prompts.append(prompt)
-        completions.append(completion)
-    left, left_mask = _pad(prompts, tokenizer.pad_id, multiple_of, left=True)
-    right, right_mask = _pad(completions, tokenizer.pad_id, multiple_of, left=False)
-    return Sequences(
-        np.concatenate([left, right], axis=1),
-        np.concatenate([left_mask, right_mask], axis=1),
-        np.concatenate([np.zeros_like(left_mask), right_mask], axis=1),
-    )
+    texts = []
+    for row, example in enumerate(examples, start=1):
+        try:
+            texts.append(_encoded(tokenizer, example, which, max_length, truncate))
+        except ValueError as error:
+            raise ValueError(f"row {row} {error}") from None
+    tokens, mask = _pad([prompt + completion for prompt, completion in texts], tokenizer.pad_id, left=False)
+    begins = np.asarray([len(prompt) for prompt, _ in texts])
+    return Texts(tokens, mask, mask & (np.arange(tokens.shape[1]) >= begins[:, None]))
 
 
-def _pad(rows: list[list[int]], pad_id: int, multiple_of: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def encode_rows(path: Path, tokenizer: Tokenizer, examples: Sequence[Example], which: str, max_length: int) -> Texts:
+    """`encode_sequences` of what a file holds, cut to `max_length`; what is refused is told with the file's name."""
+    try:
+        return encode_sequences(tokenizer, examples, which, max_length=max_length, truncate=True)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+
+
+def _encoded(
+    tokenizer: Tokenizer, example: Example, which: str, max_length: int, truncate: bool
+) -> tuple[list[int], list[int]]:
+    prompt, completion = prompt_ids(tokenizer, example), completion_ids(tokenizer, example, which)
+    if not prompt:
+        raise ValueError("has an empty prompt: the model needs at least one token to go on from")
+    room = max_length - len(prompt)
+    if truncate and room > 0:
+        completion = completion[:room]
+    if len(completion) > max(room, 0):
+        what = f"a prompt of {len(prompt)} tokens" + ("" if truncate else f" and {len(completion)} after it")
+        raise ValueError(f"has {what}; of both together at most {max_length} are taken")
+    return prompt, completion
+
+
+def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as int32[B, length] and the mask of what is not padding."""
-    length = -(-max(len(row) for row in rows) // multiple_of) * multiple_of
+    length = max(len(row) for row in rows)
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
@@ -138,7 +137,7 @@ def show_example(tokenizer: Tokenizer, tokens, mask, completion_mask=None) -> st
     Args:
       tokenizer: the model's.
       tokens: int[T].
-      mask: bool[T], as in `Prompts` or `Sequences`.
+      mask: bool[T], as in `Prompts` or `policy.Texts`.
       completion_mask: bool[T]; without it every token is the prompt's.
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask)

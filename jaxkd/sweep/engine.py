@@ -71,7 +71,6 @@ def compile_runs(
     shared: tuple = (),
     *,
     batch_size: int,
-    on_batch: Callable[[], None] | None = None,
     devices: Sequence[jax.Device] | None = None,
     quick_compile: bool = False,
 ) -> Compiled:
@@ -87,7 +86,6 @@ def compile_runs(
       shared: pytrees that all runs share. What a function closes over instead becomes a constant of the program, and
         XLA then spends its compile time on folding it.
       batch_size: runs that a device computes at a time.
-      on_batch: called on the host whenever a device has finished a batch, for progress; costs no synchronisation.
       devices: by default all devices of this process.
       quick_compile: spend less on compiling, for few runs; CPUs only. How much slower the code is depends on the
         function: on the benchmark's reference workload 2.7 times.
@@ -105,15 +103,8 @@ def compile_runs(
     over_runs, everywhere = PartitionSpec(None, "runs"), PartitionSpec()
     filled = np.arange(num_batches * batch_size * len(devices)) % num_runs
 
-    def one_batch(batch, shared):
-        results = jax.vmap(lambda *own: function(*own, *shared))(*batch)
-        if on_batch is not None:
-            # The argument makes the callback wait for the batch.
-            jax.debug.callback(lambda _: on_batch(), jax.tree.leaves(results)[0].ravel()[0])
-        return results
-
     def all_batches(batches, shared):
-        return lax.map(lambda batch: one_batch(batch, shared), batches)
+        return lax.map(lambda batch: jax.vmap(lambda *own: function(*own, *shared))(*batch), batches)
 
     sharded = jax.shard_map(
         all_batches, mesh=mesh, in_specs=(over_runs, everywhere), out_specs=over_runs, check_vma=False

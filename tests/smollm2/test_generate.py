@@ -207,7 +207,7 @@ def test_settings_and_lengths_share_one_program():
 
 
 def _frequencies(logits, n=20000, **settings):
-    sampling = generate.at_temperature(Sampling(**settings))
+    sampling = generate.made_ready(Sampling(**settings))
     uniforms = jax.random.uniform(jax.random.key(0), (2, n))
     tokens, _ = jax.jit(generate.draw)(jnp.broadcast_to(logits[:, None], (logits.size, n)), uniforms, sampling)
     return np.bincount(tokens, minlength=logits.size) / n

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from functools import cache
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
+from jaxkd.smollm2 import model as model_module
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.model import Model, embed, make_model
 
@@ -122,6 +124,27 @@ def test_bfloat16_computes_nearly_the_same_in_float32():
     exact = logits(model, params, _tokens())
     assert low.dtype == jnp.float32
     assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def _bfloat16_gradient(program):
+    """The gradient of a loss by bfloat16 parameters, or what `program` makes of its jitted function and them."""
+    config = Config.tiny(num_layers=3)
+    model = make_model(config, compute_dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(model))
+    loss = jax.jit(jax.grad(lambda params: model.logits(params, _tokens())[..., 0].sum()))
+    return program(loss, params)
+
+
+def test_bfloat16_layers_are_taken_and_their_gradients_stacked_by_bits(monkeypatch):
+    """The same to the bit, and nowhere in the program does a stack of kernels or of their gradients become float32."""
+    found = _bfloat16_gradient(lambda loss, params: loss(params))
+    text = _bfloat16_gradient(lambda loss, params: loss.lower(params).compile().as_text())
+    monkeypatch.setattr(model_module, "is_taken_by_bits", lambda stack: False)
+    jax.tree.map(np.testing.assert_array_equal, found, _bfloat16_gradient(lambda loss, params: loss(params)))
+    plain = _bfloat16_gradient(lambda loss, params: loss.lower(params).compile().as_text())
+    stacks = re.compile(r"f32\[3,(24,2,40|40,24|24,2,4,8|2,2,8,24)\]")
+    assert not stacks.search(text)
+    assert stacks.search(plain), "XLA moves bfloat16 as it is by now: is_taken_by_bits can go"
 
 
 def test_parameters_may_be_bfloat16():

@@ -137,7 +137,7 @@ def test_decoding_gathers_weights_before_its_loop():
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     prompts = [jax.ShapeDtypeStruct((8, 5), kind) for kind in ("int32", "bool")]
     batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in (*prompts, keys)]
-    sampling = generate.at_temperature(generate.Sampling())
+    sampling = generate.made_ready(generate.Sampling())
 
     def in_loops(model):
         program = generate._generate.lower(

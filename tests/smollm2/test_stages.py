@@ -38,7 +38,7 @@ def distilled(folder, base, learning_rate, **changes):
 
 def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base, monkeypatch):
     """The reference draws and scores them, though a smaller model starts from there."""
-    monkeypatch.setattr(Network, "token_log_prob", lambda self, x: np.zeros((len(x.tokens), 8), np.float32))
+    monkeypatch.setattr(Network, "token_log_prob", lambda self, x, tick=None: np.zeros((len(x.tokens), 8), np.float32))
     start = Network(*students.keep_layers(base.config, base.params, 1), base.setting)
     tokens = np.random.default_rng(0).integers(5, 90, (16, 9), np.int32)
     mask = np.ones(tokens.shape, bool)
@@ -55,9 +55,8 @@ def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base
             lambda texts, x: (np.zeros(16, np.float32), np.zeros(16, bool)),
             Coefficients(),
             settings,
-            Coster(workshop, start, base),
+            Coster(workshop, start),
             None,
-            "reference",
         )
         assert workshop.cost.tokens_sampled == workshop.cost.tokens_scored == 16 * 8
         # Every text is nine tokens, which attend to five in the mean.

@@ -13,21 +13,22 @@ from jaxkd.smollm2.example_files import Example
 
 
 def test_prompts_are_padded_on_the_left(tokenizer):
-    prompts = text.encode_prompts(tokenizer, [Example("abc"), Example("hello")], context=16, multiple_of=4)
-    assert prompts.tokens.dtype == np.int32 and prompts.tokens.shape == (2, 8)
+    prompts = text.encode_prompts(tokenizer, [Example("abc"), Example("hello")], context=16)
+    assert prompts.tokens.dtype == np.int32 and prompts.tokens.shape == (2, 5)
     assert prompts.mask.sum(axis=1).tolist() == [3, 5] and prompts.mask[:, -1].all()
     assert [tokenizer.decode(row[mask]) for row, mask in zip(*prompts, strict=True)] == ["abc", "hello"]
     assert (prompts.tokens[~prompts.mask] == tokenizer.pad_id).all()
 
 
-def test_completions_start_in_one_column_and_end_with_the_end(tokenizer):
-    examples = [Example("abc", "de"), Example("a", "xyz")]
-    batch = text.encode_sequences(tokenizer, examples, context=16)
-    assert batch.tokens.shape == (2, 3 + 4)
-    assert batch.completion_mask.argmax(axis=1).tolist() == [3, 3]
+def test_texts_are_as_wide_as_the_longest_and_end_with_the_end(tokenizer):
+    """A long prompt and a long completion of different rows do not add up."""
+    examples = [Example("abcdef", "g"), Example("a", "uvwxyz")]
+    batch = text.encode_sequences(tokenizer, examples, max_length=16)
+    assert batch.tokens.shape == (2, 8)
+    assert batch.completion_mask.argmax(axis=1).tolist() == [6, 1] and batch.mask[:, 0].all()
     assert [tokenizer.decode(t[m]) for t, m in zip(batch.tokens, batch.completion_mask, strict=True)] == [
-        "de<|im_end|>",
-        "xyz<|im_end|>",
+        "g<|im_end|>",
+        "uvwxyz<|im_end|>",
     ]
     assert not (batch.completion_mask & ~batch.mask).any()
 
@@ -58,7 +59,7 @@ def test_tokens_of_samples_are_taken_as_they_are(tmp_path, trained):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for file in ("a.jsonl", "a.parquet"):
         examples = example_files.read_examples(tmp_path / file, ours)
-        batch = text.encode_sequences(ours, examples, context=64)
+        batch = text.encode_sequences(ours, examples, max_length=64)
         for row, ids, mask, completion in zip(rows, *batch, strict=True):
             assert ids[mask & ~completion].tolist() == row["prompt_ids"]
             assert ids[completion].tolist() == row["completion_ids"]
@@ -99,23 +100,25 @@ def test_what_does_not_fit_is_refused_or_cut(tokenizer):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         text.encode_prompts(tokenizer, [Example("")], context=8)
     examples = [Example("abc", "defghi")]
-    with pytest.raises(ValueError, match="example 0 has 10 tokens; the context of the model is 8"):
-        text.encode_sequences(tokenizer, examples, context=8)
-    cut = text.encode_sequences(tokenizer, examples, context=8, truncate=True)
+    with pytest.raises(ValueError, match=r"row 1 has a prompt of 3 tokens and 7 after it; of both .* at most 8"):
+        text.encode_sequences(tokenizer, examples, max_length=8)
+    cut = text.encode_sequences(tokenizer, examples, max_length=8, truncate=True)
     assert tokenizer.decode(cut.tokens[0]) == "abcdefgh"
-    with pytest.raises(ValueError, match="prompt 0 has 3 tokens"):
-        text.encode_sequences(tokenizer, examples, context=3, truncate=True)
-    with pytest.raises(ValueError, match="has no chosen"):
-        text.encode_sequences(tokenizer, examples, "chosen", context=8)
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1 has a prompt of 3 tokens; of both .* at most 3"):
+        text.encode_rows("rows.jsonl", tokenizer, examples, "completion", 3)
+    with pytest.raises(ValueError, match="row 2 has an empty prompt"):
+        text.encode_sequences(tokenizer, [*examples, Example("", "a")], max_length=16)
+    with pytest.raises(ValueError, match="row 1 has no chosen"):
+        text.encode_sequences(tokenizer, examples, "chosen", max_length=8)
 
 
 def test_shown_example_has_a_line_a_token(tokenizer):
-    batch = text.encode_sequences(tokenizer, [Example("ab", "c"), Example("abcd", "e")], context=16)
+    batch = text.encode_sequences(tokenizer, [Example("ab", "c"), Example("abcd", "e")], max_length=16)
     shown = text.show_example(tokenizer, *(array[0] for array in batch)).splitlines()
     assert [line.split() for line in shown[1:]] == [
-        ["0", "0", "padding", "×", "2"],
-        ["2", str(tokenizer.encode("a")[0]), "prompt", "'a'"],
-        ["3", str(tokenizer.encode("b")[0]), "prompt", "'b'"],
-        ["4", str(tokenizer.encode("c")[0]), "completion", "'c'"],
-        ["5", "2", "completion", "'<|im_end|>'"],
+        ["0", str(tokenizer.encode("a")[0]), "prompt", "'a'"],
+        ["1", str(tokenizer.encode("b")[0]), "prompt", "'b'"],
+        ["2", str(tokenizer.encode("c")[0]), "completion", "'c'"],
+        ["3", "2", "completion", "'<|im_end|>'"],
+        ["4", str(tokenizer.pad_id), "padding", "×", "2"],
     ]

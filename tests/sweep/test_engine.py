@@ -90,15 +90,6 @@ def test_results_come_back_in_order_whatever_does_not_divide(num_runs, batch_siz
     np.testing.assert_array_equal(compiled.call(jax.tree.map(lambda leaf: leaf + 1, arguments), shared)[0], sums + 1)
 
 
-def test_every_batch_of_every_device_is_reported():
-    calls = []
-    arguments = (jnp.arange(16.0),)
-    compiled = compile_runs(lambda a: a, arguments, batch_size=2, on_batch=lambda: calls.append(0))
-    compiled.call(arguments)
-    jax.effects_barrier()
-    assert len(calls) == 2 * len(jax.local_devices())
-
-
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(batch_size):
     with pytest.raises(ValueError, match="batch_size and the number of runs must be at least 1"):
