@@ -141,13 +141,14 @@ def alignment_of(config: Align):
     return Alignment(settings, coefficients, optimisation, lora)
 
 
-def oracle_of(config: Align, target):
+def oracle_of(config: Align, target, workshop):
     """`(completions, draws) -> (reward, hit)`."""
     from jaxkd.smollm2 import behaviours, oracles
+    from jaxkd.smollm2.metering import charged
 
     if target is not None:
         # No behaviour is asked for: none counts.
-        return oracles.of_likelihood(target, lambda text: False)
+        return charged(workshop, target, oracles.of_likelihood(target, lambda text: False))
     return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
@@ -157,14 +158,18 @@ MOST_DRAWS = 2048
 
 def check_behaviour(spec: str, start, key) -> None:
     """Refuse a behaviour that the policy never or always shows; most take a few batches to see."""
+    from jaxkd import durable
     from jaxkd.smollm2 import behaviours
+    from jaxkd.smollm2.metering import Workshop
 
     behaviour, hits, total = behaviours.parse(spec), 0, 0
-    for x in start.draws(key, MOST_DRAWS):
-        shown = [behaviour(text) for text in start.setting.texts_of(x)]
-        hits, total = hits + sum(shown), total + len(shown)
-        if 0 < hits < total:
-            return
+    with Workshop(durable.Progress()).counted(MOST_DRAWS, "look for the behaviour, at most") as tick:
+        for x in start.draws(key, MOST_DRAWS):
+            shown = [behaviour(text) for text in start.setting.texts_of(x)]
+            hits, total = hits + sum(shown), total + len(shown)
+            tick(len(shown), int(x.completion_mask.sum()))
+            if 0 < hits < total:
+                return
     behaviours.check_rate(spec, hits, total)
 
 
@@ -195,12 +200,12 @@ def main(config: Align) -> None:
     reference = start if config.reference is None else setting.load(config.reference)
     stages.check_alignment(start, reference, alignment)
     target = None if config.target is None else setting.load(config.target)
-    oracle, key = oracle_of(config, target), jax.random.key(config.seed)
+    key = jax.random.key(config.seed)
     if config.behaviour is not None and not (config.out / "config.json").exists():
         check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
 
     def make(workshop):
-        data = None
+        data, oracle = None, oracle_of(config, target, workshop)
         if pairs is not None:
             log_prob = stages.reference_log_prob(config.out, reference, pairs, workshop)
             data = preferences.batched(pairs, jax.random.fold_in(key, 1), config.batch_size, log_prob)

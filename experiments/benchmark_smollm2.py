@@ -361,7 +361,6 @@ class TorchSide:
 
     def _trainer(self, kind: str, model, data: dict, **settings):
         """One of TRL's trainers on a few words of data, for its own loss."""
-        import tempfile
 
         import datasets
         import transformers
@@ -431,10 +430,8 @@ def _any_precision(task: Task) -> Task:
 
 
 def spaced(num_layers: int, kept: int) -> tuple[int, ...]:
-    """The layers that jaxkd's students keep."""
-    from jaxkd.smollm2.students import spaced_layers
-
-    return spaced_layers(num_layers, kept)
+    """The layers that jaxkd's students keep; as in `cores`, without jaxkd."""
+    return tuple((2 * i * (num_layers - 1) + kept - 1) // (2 * (kept - 1)) for i in range(kept))
 
 
 SIDES = {side.name: side for side in (JaxSide, TorchSide)}

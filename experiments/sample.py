@@ -52,7 +52,7 @@ class Config:
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
     batch_size: int = 64
-    """Sequences that are drawn at a time; changes speed, not results."""
+    """Sequences that are drawn at a time, at most --samples-per-shard; changes speed, not results."""
     samples_per_shard: int = 64
     """Rows of a file; what a kill can lose."""
     format: str = "parquet"
@@ -123,8 +123,9 @@ def versions() -> dict:
 def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=None):
     """A function from numbers of samples to their rows.
 
-    Sample i is number i % samples of prompt i // samples, and its key comes from these two and the seed alone. Every
-    call has the same shapes, so that one program is compiled: the last of a shard repeats a sample to fill its batch.
+    Sample i is number i % samples of prompt i // samples, and its key comes from these two and the seed alone. Few
+    programs are compiled: the last batch of a shard repeats a sample to be full, and prompts are as wide as the
+    longest of a batch, rounded up to a bucket.
     """
     import jax
     import numpy as np
@@ -138,7 +139,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
     size = min(config.batch_size, config.samples_per_shard, len(prompts.tokens) * config.samples)
     size = -(-size // layout.shards) * layout.shards
 
-    cache = generate.make_cache(model, size, prompts.tokens.shape[1], config.max_new_tokens)
+    width, cache = 0, None
 
     @jax.jit
     def keys_of(prompt, sample):
@@ -146,14 +147,17 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
         return one(prompt, sample)
 
     def draw(numbers: list[int]) -> Iterator[dict]:
-        nonlocal cache
+        nonlocal width, cache
         filled = np.resize(np.asarray(numbers), size)
         prompt, sample = filled // config.samples, filled % config.samples
+        longest = generate.bucket(int(prompts.mask[prompt].sum(axis=1).max()))
+        if longest != width:
+            width, cache = longest, generate.make_cache(model, size, longest, config.max_new_tokens)
         drawn, cache = generate.generate(
             model,
             params,
-            prompts.tokens[prompt],
-            prompts.mask[prompt],
+            prompts.tokens[prompt, -width:],
+            prompts.mask[prompt, -width:],
             keys_of(prompt.astype(np.uint32), sample.astype(np.uint32)),
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
@@ -200,7 +204,9 @@ def main(config: Config) -> None:
     from jaxkd import files
     from jaxkd.smollm2 import corpus, sharding, text, tokenization, weights
     from jaxkd.smollm2.network import fingerprint
+    from jaxkd.sweep.cache import use_compile_cache
 
+    use_compile_cache()
     model_config = weights.load_config(config.source, config.revision)
     tokenizer = tokenization.load_tokenizer(config.source, config.revision)
     tokenization.check_vocabulary(tokenizer, model_config.vocab_size)

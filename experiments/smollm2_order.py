@@ -255,12 +255,16 @@ def order_of(flags: Flags):
 
 def budget(order, rows) -> str:
     """What is to be done, in numbers that are fixed before anything is."""
-    distillations = sum(type(row.stage).__name__ == "Distil" for row in rows)
-    alignments = sum(type(row.stage).__name__ == "Align" for row in rows)
+    from jaxkd.smollm2.order import CEILING
+
+    ceilings = sum(row.name == CEILING for row in rows)
+    distillations = sum(row.is_distillation for row in rows) - ceilings
+    alignments, aligned = sum(row.is_alignment for row in rows), order.alignment.settings
+    more = f", {ceilings} of {aligned.num_updates} for the ceiling" * bool(ceilings)
     return (
         f"{len(rows)} models: {distillations} distillations of at most {order.distillation.num_updates} updates × "
-        f"{order.distillation.batch_size} sequences, {alignments} alignments of {order.alignment.settings.num_updates} "
-        f"updates × {order.alignment.settings.batch_size}; each measured by {order.evaluation.num_samples} completions "
+        f"{order.distillation.batch_size} sequences{more}, {alignments} alignments of {aligned.num_updates} "
+        f"updates × {aligned.batch_size}; each measured by {order.evaluation.num_samples} completions "
         f"of at most {order.max_new_tokens} tokens and {order.evaluation.num_truth_samples} of the truth"
     )
 

@@ -37,10 +37,26 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """A file of JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def entries(path: Path) -> list[dict]:
+    """What a stage logged, a step each; not what follows a line that is cut short, as one being written may be."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
 def read_record(folder: Path) -> dict | None:
     """What a finished stage wrote last; None where it is not finished."""
     path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,7 @@ class Log:
         """Take back the lines from a step on, and one that was cut short."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if entry["step"] < step:
-                kept.append(line + "\n")
+        kept = [json.dumps(entry) + "\n" for entry in entries(self.path) if entry["step"] < step]
         with files.whole(self.path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
 
@@ -84,13 +93,16 @@ def wandb_sink(project: str, name: str, configuration: dict) -> Callable:
     """Send metrics to Weights & Biases.
 
     Raises:
-      ValueError: when wandb is not installed.
+      ValueError: when wandb is not installed, or can't begin, as without a login.
     """
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs wandb: pip install 'jaxkd[wandb]'") from None
-    run = wandb.init(project=project, name=name, config=configuration)
+    try:
+        run = wandb.init(project=project, name=name, config=configuration)
+    except wandb.Error as error:
+        raise ValueError(f"--wandb {project}: {error}") from None
     # Every stage counts its steps from 0, and one that goes on goes back to its checkpoint: the run's own count can't.
     return lambda stage, step, metrics: run.log(
         {f"{stage}/{key}": value for key, value in {"step": step, **metrics}.items()}

@@ -2,92 +2,17 @@
 
 import itertools
 import textwrap
-import zlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.lines import Line2D
 
 from jaxkd import pipelines
+from jaxkd.looks import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, algorithm_name, arm_name, save
 from jaxkd.metrics import RECOVERED_MASS
 from jaxkd.truth import TARGET_RADIUS
-
-
-class _Looks(dict[str, str]):
-    """Looks of models by name; one that is not listed has a look made from its name, always the same."""
-
-    def __init__(self, known: dict[str, str], of_others: Callable[[str], str]):
-        super().__init__(known)
-        self._of_others = of_others
-
-    def __missing__(self, name: str) -> str:
-        return self._of_others(name)
-
-
-def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """A choice by name; unlike `hash`, the same in every process."""
-    return lambda name: choices[zlib.crc32(name.encode()) % len(choices)]
-
-
-# Okabe and Ito's colours: told apart under every common colour blindness, and in order of lightness for print.
-_COLOURS = {
-    "kd_align": "#D55E00",
-    "kd_align_sharpened": "#E69F00",
-    "align_kd": "#0072B2",
-    "align_kd_sharpened": "#56B4E9",
-    "kd_align_anchored": "#009E73",
-    "base_start_student_reference": "#CC79A7",
-    "aligned_base": "#555555",
-    "student": "#999999",
-    "base": "#000000",
-}
-COLOURS = _Looks(_COLOURS, _one_of(("#882255", "#44AA99", "#999933", "#332288", "#661100")))
-
-_LABELS = {
-    "base": "base",
-    "student": "student",
-    "aligned_base": "aligned base",
-    "kd_align": "KD→Align",
-    "kd_align_sharpened": "KD→Align,\nsharpened",
-    "align_kd": "Align→KD",
-    "align_kd_sharpened": "Align→KD,\nsharpened",
-    "kd_align_anchored": "KD→Align,\nanchored on base",
-    "base_start_student_reference": "base start,\nstudent reference",
-}
-LABELS = _Looks(_LABELS, lambda name: name.replace("_", " "))
-
-_MARKERS = {"kd_align": "o", "kd_align_sharpened": "s", "align_kd": "^", "align_kd_sharpened": "v"}
-_MARKERS |= {"kd_align_anchored": "D", "base_start_student_reference": "P"}
-_MARKERS |= {"aligned_base": "<", "student": ">", "base": "X"}
-MARKERS = _Looks(_MARKERS, _one_of(("p", "h", "H", "8", "d", "*")))
-
-ALGORITHM_LABELS = {
-    "reinforce": "REINFORCE",
-    "ppo": "PPO",
-    "grpo": "GRPO",
-    "online_dpo": "online DPO",
-    "offline_dpo_ref": "offline DPO\n(reference pairs)",
-    "offline_dpo_data": "offline DPO\n(data pairs)",
-}
-
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "pdf.fonttype": 42,
-}
 
 
 def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
@@ -107,15 +32,6 @@ def mog_order(dataset: xr.Dataset, *paths: Path) -> None:
         _outcomes(parts[1], dataset, arms, temperature)
         _frontier(parts[2], dataset, arms, temperature)
         save(figure, paths)
-
-
-def save(figure, paths: Sequence[Path]) -> None:
-    """Write and close a figure; without a time stamp, so that the same results give the same bytes."""
-    for path in paths:
-        figure.savefig(path, dpi=180, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-        # Laid out once: finding the layout takes longer than drawing.
-        figure.set_layout_engine("none")
-    plt.close(figure)
 
 
 def has_gibbs_optimum(dataset: xr.Dataset, algorithm: str) -> bool:
@@ -284,7 +200,7 @@ def _outcomes(part, dataset: xr.Dataset, arms, temperature) -> None:
                 axis.set_ylabel(f"{label}" + ("\n(dotted: recovered)" if row else " E[R]"))
             axis.set_xticks(range(len(arms)), [LABELS[arm] for arm in arms], rotation=90)
             axis.set_xlim(-0.6, len(arms) - 0.4)
-    names = {name: ALGORITHM_LABELS.get(name, name).replace("\n", " ") for name in algorithms}
+    names = {name: algorithm_name(name) for name in algorithms}
     handles = [
         Line2D([], [], ls="", marker=markers[name], ms=4.5, label=label, **white) for name, label in names.items()
     ]
@@ -311,7 +227,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
     cell = dataset.sel(temperature=temperature)
     base = cell.sel(stage="base")
     for axis, algorithm in zip(axes, algorithms, strict=True):
-        axis.set_title(ALGORITHM_LABELS.get(algorithm, algorithm).replace("\n", " "))
+        axis.set_title(algorithm_name(algorithm))
         if has_gibbs_optimum(dataset, algorithm):
             axis.plot(
                 base.gibbs_kl.median("seed"),
@@ -345,10 +261,7 @@ def _frontier(part, dataset: xr.Dataset, arms, temperature) -> None:
         axis.set_xlabel("KL(policy ‖ base) (nats)")
         axis.set_xlim(left=-0.2)
     axes[0].set_ylabel("reward E[R]")
-    handles = [
-        Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], lw=0.8, label=LABELS[arm].replace("\n", " "))
-        for arm in arms
-    ]
+    handles = [Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], lw=0.8, label=arm_name(arm)) for arm in arms]
     if any(has_gibbs_optimum(dataset, algorithm) for algorithm in algorithms):
         optimum = Line2D([], [], color="black", ls="--", marker="x", lw=1, ms=4, label="Gibbs optimum of the base")
         handles.append(optimum)

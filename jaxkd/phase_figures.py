@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from scipy.special import expit
 
 from jaxkd import pipelines
-from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.looks import COLOURS, MARKERS, STYLE, algorithm_name, arm_name, save
 from jaxkd.metrics import RECOVERED_MASS
 from jaxkd.recovery import (
     BASE,
@@ -81,8 +81,7 @@ def text_of(value) -> str:
 
 def name_of(value) -> str:
     """The same on one line, an algorithm by its own name."""
-    text = text_of(value)
-    return ALGORITHM_LABELS.get(text, text).replace("\n", " ")
+    return algorithm_name(text_of(value))
 
 
 def _width(columns: int) -> float:
@@ -731,15 +730,12 @@ def _ticks(axis, one, view: View, x: np.ndarray, arms) -> None:
 
 
 def _arm_handles(arms, summary, view: View) -> list[Line2D]:
-    handles = [
-        Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], ms=4, label=LABELS[arm].replace("\n", " "))
-        for arm in arms
-    ]
+    handles = [Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], ms=4, label=arm_name(arm)) for arm in arms]
     for chosen, style in _style_values(summary, view):
         if chosen:
             label = _STYLE_LABELS[view.styles](text_of(chosen[view.styles]))
             handles.append(Line2D([], [], color="black", marker="o", ms=4, lw=1.0, label=label, **style))
-    if level := [LABELS[arm].replace("\n", " ") for arm in arms if not _depends(arm, view.styles)]:
+    if level := [arm_name(arm) for arm in arms if not _depends(arm, view.styles)]:
         handles.append(Line2D([], [], ls="", label=f"any {_STYLE_SYMBOLS[view.styles]}: {', '.join(level)}"))
     if "target_balance" in view.also:
         handles.append(Line2D([], [], ls="", label=f"numbers: recovered runs, where fewer than {_FEW}"))

@@ -49,7 +49,7 @@ def rows_of(summary: xr.Dataset) -> list[dict]:
     that end in `_failures_as_0` score failures as not recovered. `bases_failed` is how many of the cell's bases merge
     or miss a mode; `target_balance_median` is over the `target_balance_runs` that recovered several targets.
     """
-    dims = [dim for dim in summary.difference.dims if dim not in ("stage",)]
+    dims = list(summary.difference.dims)
     arms = [str(name) for name in summary.stage.values if name in (*pipelines.arms(), "aligned_base")]
     rows = []
     for place in itertools.product(*(range(summary.sizes[dim]) for dim in dims)):

@@ -268,7 +268,7 @@ def of_sweep(swept: xr.Dataset, truth: Truth) -> xr.Dataset:
             dims = _dims_of(name)
             values = swept[name] if "algorithm" in dims else swept[name].isel(algorithm=0)
             data[name] = (dims, values.transpose(*dims).values)
-    axes = (swept[axis].values for axis in ("algorithm", "temperature", "kl_coef", "seed", "stage"))
+    axes = (swept[axis].values for axis in DIMS)
     return _labelled(data, *axes, truth)
 
 

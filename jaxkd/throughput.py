@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxkd.figures import STYLE, save
+from jaxkd.looks import STYLE, save
 
 _GROWTH = {
     "runs": ("runs", "#0072B2", "o"),

@@ -23,6 +23,13 @@ def benchmark(monkeypatch):
     return importlib.import_module("benchmark_smollm2")
 
 
+@pytest.mark.parametrize(("num_layers", "kept"), [(30, 12), (24, 8), (2, 2)])
+def test_torch_is_given_the_layers_that_jaxkds_students_keep(benchmark, num_layers, kept):
+    from jaxkd.smollm2.students import spaced_layers
+
+    assert benchmark.spaced(num_layers, kept) == spaced_layers(num_layers, kept)
+
+
 @pytest.fixture
 def peers(monkeypatch, benchmark):
     """Two sides that take the seconds above, and what they were asked for."""

@@ -105,6 +105,24 @@ def test_a_sink_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypa
     assert durable.sinks(None, False, tmp_path, {}) == ()
 
 
+def test_a_run_of_wandb_that_cannot_begin_is_told(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**given):
+        raise Error("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(ValueError, match="--wandb project: No API key configured"):
+        durable.sinks("project", False, tmp_path, {})
+
+
+def test_a_log_is_read_up_to_a_line_that_is_cut_short(tmp_path):
+    path = tmp_path / durable.METRICS
+    path.write_text('{"step": 0, "loss": 1.5}\n{"step": 1, "lo')
+    assert durable.entries(path) == [{"step": 0, "loss": 1.5}]
+
+
 def test_metrics_go_to_wandb_and_tensorboard(tmp_path, monkeypatch):
     """Stand-ins for both, since neither need be installed."""
     told = []
@@ -123,7 +141,7 @@ def test_metrics_go_to_wandb_and_tensorboard(tmp_path, monkeypatch):
         told.append(("init", given))
         return SimpleNamespace(log=lambda metrics: told.append(("log", metrics)))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     out = tmp_path / "run"
     sinks = durable.sinks("project", True, out, {"seed": 3})

@@ -184,6 +184,5 @@ def adapt(policy: Policy, lora: LoRA) -> Policy:
     def sample(adapters: Adapters, key: jax.Array, n: int, temperature: Any) -> WithFrozen:
         raise ValueError("an adapted policy can't sample: sample the policy it adapts, with merged parameters")
 
-    step_mask = getattr(policy, "step_mask", None)
-    optional = {} if step_mask is None else {"step_mask": of_draws(step_mask)}
-    return Policy(log_prob, sample, of_draws(policy.num_steps), is_density=policy.is_density, **optional)
+    step_mask = None if policy.step_mask is None else of_draws(policy.step_mask)
+    return Policy(log_prob, sample, of_draws(policy.num_steps), is_density=policy.is_density, step_mask=step_mask)

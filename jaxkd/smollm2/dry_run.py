@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import align, distill
 from jaxkd.align import AlignmentSettings, Coefficients, Inputs, State
-from jaxkd.pipelines import Align, Distil
 from jaxkd.smollm2 import behaviours, cost, generate, passes, sharding, weights
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.distillation import make_comparison
@@ -192,9 +191,12 @@ def _steps(order: Order, configs: dict[str, Config], layout: Layout):
         told += f" ({', '.join(names)}{_of_pairs(order)})"
         both = configs[role], configs[held_to]
         yield _aligning(told, len(alike) * settings.num_steps, both, layout, order, settings, length)
-    distilled = [row for row in rows if type(row.stage) is Distil]
-    for (role, teacher, method), times in Counter(_distillation(row, made, order) for row in distilled).items():
-        steps = times * order.distillation.num_updates
+    updates: Counter = Counter()
+    for row in (row for row in rows if row.is_distillation):
+        # The ceiling makes as many as an alignment.
+        of = order.alignment.settings if row.name == CEILING else order.distillation
+        updates[_distillation(row, made, order)] += of.num_updates
+    for (role, teacher, method), steps in updates.items():
         both = configs[role], configs[teacher]
         told = f"distil {role}" if method == "sequence" else f"distil {role} from {teacher} ({method})"
         yield _distilling(told, steps, both, layout, order, method, length)
@@ -254,7 +256,7 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
     if (order.target or "").startswith("distil:"):
         add_distillation("base", "base")
     for row in rows.values():
-        if type(row.stage) is Distil and row.name != CEILING:
+        if row.is_distillation and row.name != CEILING:
             teacher = rows.get(row.models[0])
             add("sample to distil from", "base" if teacher is None else role_of(teacher), to_distil)
         add("sample to measure by", role_of(row), evaluation.num_samples)
@@ -270,7 +272,7 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
             held_to = "base" if reference is None else role_of(reference)
             add("sample and score pairs", "truth" if data == "truth" else held_to, pairs)
             add("sample and score pairs", held_to, pairs)
-        if isinstance(row.stage, Align) and order.reward != "behaviour":
+        if row.is_alignment and order.reward != "behaviour":
             settings = replace(order.alignment.settings, algorithm=row.algorithm)
             add("reward by the target", "target", settings.num_steps * settings.batch_size)
     return total
@@ -278,27 +280,17 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
 
 def _abstract(config: Config, mesh: Mesh) -> Any:
     """Parameters as shapes with their layout."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        make_model(config).shapes(),
-        sharding.param_shardings(config, mesh),
-    )
+    return jax.tree.map(_placed, make_model(config).shapes(), sharding.param_shardings(config, mesh))
 
 
 def _state(params, mesh: Mesh, optimizer) -> State:
-    """The state of a training as shapes: moments lie as their parameters do, the rest on every device."""
-    of_params = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-    def place(path, leaf):
-        like = of_params.get(_names(path))
-        where = NamedSharding(mesh, PartitionSpec()) if like is None or like.shape != leaf.shape else like.sharding
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return State(params, jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params)))
+    """The state of a training as shapes with their layout."""
+    state = jax.eval_shape(optimizer.init, params)
+    return State(params, jax.tree.map(_placed, state, sharding.state_shardings(mesh, params, state)))
 
 
-def _names(path) -> tuple[str, ...]:
-    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+def _placed(leaf, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _batch(mesh: Mesh, kind: Callable, n: int, length: int):

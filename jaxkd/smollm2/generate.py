@@ -96,16 +96,17 @@ def make_cache(model: Model, batch: int, prompt_length: int, max_new_tokens: int
       prompt_length: the most tokens of a prompt, with padding.
       max_new_tokens: the most tokens of a completion.
     """
-    cache, mesh = _empty(model, batch, bucket(prompt_length) + bucket(max_new_tokens)), model.mesh
+    width, mesh = bucket(prompt_length) + bucket(max_new_tokens), model.mesh
     if mesh is None or batch % mesh.shape[DATA]:
-        return cache
+        return _empty(model, batch, width)
     # As the compiled program returns it: laid out otherwise, the first call would have a program of its own.
     spec = spec_of(axis if mesh.shape[axis] > 1 else None for axis in (DATA, MODEL))
-    return jax.device_put(cache, NamedSharding(mesh, spec))
+    return _empty(model, batch, width, NamedSharding(mesh, spec))
 
 
-def _empty(model: Model, batch: int, width: int) -> Cache:
-    return [tuple(jnp.zeros(shape) for shape in shapes) for shapes in _cache_shapes(model, batch, width)]
+def _empty(model: Model, batch: int, width: int, where: NamedSharding | None = None) -> Cache:
+    # Made where it lies: whole on one device it may be larger than that.
+    return [tuple(jnp.zeros(shape, device=where) for shape in shapes) for shapes in _cache_shapes(model, batch, width)]
 
 
 def _cache_shapes(model: Model, batch: int, width: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

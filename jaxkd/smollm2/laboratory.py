@@ -12,7 +12,6 @@
 A finished stage holds record.json and is never computed again; repeating the command goes on where it stopped.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -25,10 +24,10 @@ import numpy as np
 
 from jaxkd import checks, durable, files
 from jaxkd.align import ALGORITHMS, PreferenceData
-from jaxkd.pipelines import Align, Sharpen
-from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, tokenization, weights
+from jaxkd.pipelines import Sharpen
+from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, text, tokenization, weights
 from jaxkd.smollm2.evaluate import Yardstick, evaluate
-from jaxkd.smollm2.metering import Coster, Workshop
+from jaxkd.smollm2.metering import Coster, Workshop, charged
 from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.order import CEILING, Order, alignment_of, configuration, target_temperature
 from jaxkd.smollm2.policy import Texts
@@ -59,6 +58,8 @@ class Laboratory:
         tokenizer = tokenization.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
         self.setting = Setting.of_prompt(tokenizer, order.prompt, order.max_new_tokens, order.batch_size, layout)
+        # Before a run folder is claimed with it.
+        text.check_length(self.setting.prompt_tokens.shape[1], _context(order), new_tokens=order.max_new_tokens)
         self._pairs = self._held_out_pairs = None
         if order.preferences is not None:
             length = min(order.preferences.max_length, _context(order))
@@ -84,14 +85,20 @@ class Laboratory:
         """
         path = self.out / BEHAVIOUR
         if path.exists():
-            self._check_behaviour(json.loads(path.read_text(encoding="utf-8")))
+            self._check_behaviour(durable.read_json(path))
         durable.check_configuration(self.out, self.configuration() | more, free=("behaviour",))
 
     # --- what every seed shares ---
 
     def prepare(self) -> None:
         """Sample the truth, make base and target, choose the behaviour; one process a run folder at a time."""
-        with files.claim(self.out / "prepare", wait=True):
+        path = self.out / "prepare"
+        with files.claim(path, wait=False) as mine:
+            if mine:
+                self._prepare()
+                return
+        print("another process prepares what all models share: waiting for it", file=sys.stderr)
+        with files.claim(path, wait=True):
             self._prepare()
 
     def _prepare(self) -> None:
@@ -108,12 +115,7 @@ class Laboratory:
             total = max(total, order.evaluation.num_truth_samples + self._num_for_ceiling())
         self.workshop.begin()
         self.truth_samples = draws.kept_draws(
-            folder / "samples.npz",
-            self.truth,
-            self._shared_key(_TRUTH_KEY),
-            total,
-            1.0,
-            self.workshop,
+            folder / "samples.npz", self.truth, self._shared_key(_TRUTH_KEY), total, 1.0, self.workshop
         )
         self.truth_texts = self.setting.texts_of(self.truth_samples)
         self.base = self._make_base()
@@ -141,8 +143,12 @@ class Laboratory:
             log_prob,
             hit,
             pairs,
-            None if pairs is None else self.base.log_prob(pairs),
+            None if pairs is None else self._base_log_prob(pairs),
         )
+
+    def _base_log_prob(self, pairs: Texts) -> np.ndarray:
+        by_token = stages.reference_log_prob(self.out, self.base, pairs, self.workshop)
+        return by_token.sum(axis=1, dtype=np.float64)
 
     def _num_for_ceiling(self) -> int:
         return self.order.evaluation.num_samples // 2
@@ -184,7 +190,7 @@ class Laboratory:
         texts = self.truth_texts if self.base is self.truth else self._base_texts()
         # More of the truth may be there, for those that learn from it.
         texts = texts[: self.order.evaluation.num_samples]
-        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self._chosen(texts)
+        held = durable.read_json(path) if path.exists() else self._chosen(texts)
         self._check_behaviour(held)
         behaviour = behaviours.parse(held["spec"])
         # Before it is written: what is refused must not stay.
@@ -220,14 +226,8 @@ class Laboratory:
 
     def _base_texts(self) -> list[str]:
         total = self.order.evaluation.num_samples
-        x = draws.kept_draws(
-            self.out / "base" / "samples.npz",
-            self.base,
-            self._seed_key(0, _EVALUATE),
-            total,
-            1.0,
-            self.workshop,
-        )
+        path = self.out / "base" / "samples.npz"
+        x = draws.kept_draws(path, self.base, self._seed_key(0, _EVALUATE), total, 1.0, self.workshop)
         return self.setting.texts_of(x)
 
     def _make_oracle(self) -> oracles.Oracle:
@@ -236,12 +236,7 @@ class Laboratory:
             return oracles.of_behaviour(self.behaviour)
         level = None if kind == "plain" else self._mean_likelihood()
         oracle = oracles.of_likelihood(self.target, self.behaviour, kind, level)
-
-        def counted(texts, x):
-            Coster(self.workshop, self.target).scored(x)
-            return oracle(texts, x)
-
-        return counted
+        return charged(self.workshop, self.target, oracle)
 
     def _mean_likelihood(self) -> float:
         """μ: the mean of ℓ over the target's own samples."""
@@ -250,7 +245,7 @@ class Laboratory:
             path.parent.mkdir(parents=True, exist_ok=True)
             x = self.target.draw(self._shared_key(_TARGET_KEY), self.order.evaluation.num_scored)
             durable.write_json(path, {"level": float(oracles.likelihood(self.target)(x).mean())})
-        return json.loads(path.read_text(encoding="utf-8"))["level"]
+        return durable.read_json(path)["level"]
 
     # --- rows ---
 
@@ -352,7 +347,7 @@ class Laboratory:
     def _make(self, row: Row) -> Network:
         if isinstance(row.stage, Sharpen):
             return self.model(row.models[0]).sharpened(row.temperature)
-        if isinstance(row.stage, Align):
+        if row.is_alignment:
             order = self.order
             alignment = alignment_of(order, row.algorithm)
             reference = self.model(row.models[-1])
@@ -443,7 +438,7 @@ class Laboratory:
         student = deciding_student(self.order, row)
         if student == row.folder:
             return True
-        return is_admitted(self.order, json.loads((student / EVALUATION).read_text(encoding="utf-8")))
+        return is_admitted(self.order, durable.read_json(student / EVALUATION))
 
     def _measure_base(self, *, wait: bool) -> None:
         folder = self.out / "base"

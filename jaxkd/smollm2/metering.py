@@ -62,6 +62,16 @@ class Workshop:
         return durable.Log(name, folder / durable.METRICS, self.sinks)
 
 
+def charged(workshop: Workshop, target: Network, oracle: Callable) -> Callable:
+    """An oracle that scores texts by the target, and says so."""
+
+    def counted(texts, x):
+        Coster(workshop, target).scored(x)
+        return oracle(texts, x)
+
+    return counted
+
+
 class Coster:
     """Says what a stage does, in tokens and model FLOPs: by its model, or where a teacher is given by both."""
 

@@ -314,6 +314,9 @@ class Model:
             allowed = None if mask is None else mask[:, None, None, :]
             return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True), None
 
+        if mask is not None:
+            # An id that is not in the vocabulary embeds as NaN, which a weight of 0 does not take out of a sum.
+            tokens = jnp.where(mask, tokens, 0)
         return self.apply(params, tokens, rotation_at(self.config, positions), attend)[0]
 
     def apply(
@@ -384,9 +387,13 @@ class Model:
 
     def gathered(self, params: Params) -> Params:
         """The same parameters for a loop that needs all of them at every step: whole on every device along `data`."""
-        if self.mesh is None or self.mesh.shape[MODEL] > 1:
+        if self.mesh is None:
             return params
-        return lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
+        # sharding knows of models, not they of it.
+        from jaxkd.smollm2 import sharding
+
+        where = sharding.param_shardings(self.config, self.mesh, sharding.WHOLE_ALONG_DATA)
+        return lax.with_sharding_constraint(params, where)
 
     @property
     def layer_indices(self) -> tuple[np.ndarray, ...]:

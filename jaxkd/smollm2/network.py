@@ -240,8 +240,9 @@ class Network:
           tick: told the numbers of texts and of tokens after each batch.
         """
         n = len(x.tokens)
-        size, policy = self.setting.size_of_batches(n), self.setting.policy(self.config)
-        found = []
+        # Few sizes of few texts, of which there are as many as happen to be: each is a program.
+        size = self.setting.size_of_batches(1 << max(n - 1, 0).bit_length())
+        policy, found = self.setting.policy(self.config), []
         for start in range(0, n, size):
             rows = np.resize(np.arange(start, min(start + size, n)), size)
             batch = Texts(*(np.asarray(array)[rows] for array in (x.tokens, x.mask, x.completion_mask)))

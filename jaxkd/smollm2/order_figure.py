@@ -12,14 +12,13 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from jaxkd import pipelines
 from jaxkd.align import ALGORITHMS
-from jaxkd.durable import METRICS
-from jaxkd.figures import ALGORITHM_LABELS, COLOURS, LABELS, MARKERS, STYLE, save
+from jaxkd.durable import METRICS, entries, read_json
+from jaxkd.looks import COLOURS, LABELS, MARKERS, STYLE, algorithm_name, arm_name, save
 from jaxkd.smollm2 import behaviours
 from jaxkd.smollm2.laboratory import BEHAVIOUR
 from jaxkd.smollm2.order import CEILING
-from jaxkd.smollm2.report import Run, entries, read_json, refusals
+from jaxkd.smollm2.report import Run, refusals
 from jaxkd.smollm2.rows import Row
 
 _FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -83,14 +82,10 @@ class _Kinds:
 
     def name(self, row: Row) -> str:
         """A model in words, its seed aside."""
-        told = [_label(row.name).replace("\n", " "), self.point(row)]
+        told = [arm_name(row.name), self.point(row)]
         told += [row.student] if len(self.students) > 1 else []
         told += [_algorithm(row.algorithm)] if len(self.algorithms) > 1 else []
         return ", ".join(filter(None, told))
-
-
-def _label(name: str) -> str:
-    return "ceiling" if name == CEILING else LABELS[name]
 
 
 def _colour(name: str) -> str:
@@ -102,7 +97,7 @@ def _marker(name: str) -> str:
 
 
 def _algorithm(name: str) -> str:
-    return ALGORITHM_LABELS.get(name, name).replace("\n", " ") if name else ""
+    return algorithm_name(name) if name else ""
 
 
 def draw(run: Run, *paths: Path) -> None:
@@ -165,7 +160,7 @@ def _title(run: Run, kinds: _Kinds) -> str:
 def _legend(found, rows, kinds: _Kinds) -> tuple[list, list[str]]:
     """Arms by colour and marker, then what a hollow point, a sign and a size mean, where there are such."""
     names = dict.fromkeys("base" if folder not in rows else rows[folder].name for folder in found)
-    shown = {_label(name).replace("\n", " "): _handle(name) for name in names}
+    shown = {arm_name(name): _handle(name) for name in names}
     grey = {"ls": "none", "color": "0.4"}
     if kinds.temperatures:
         others = ", unless told" if len(kinds.temperatures) > 1 else ""
@@ -277,7 +272,7 @@ def _recall_gaps(axis, found, rows, kinds: _Kinds) -> None:
     shown = [(rows[folder], values) for folder, values in found.items() if folder in rows]
 
     def name_of(row):
-        words = [_label(row.name), kinds.point(row)]
+        words = [LABELS[row.name], kinds.point(row)]
         return ", ".join(filter(None, [*words, "" if row.student == "same" else row.student]))
 
     names = list(dict.fromkeys(name_of(row) for row, _ in shown))
@@ -295,7 +290,7 @@ def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
     handles, ends = {}, []
     for folder, row in rows.items():
         path = folder / METRICS
-        if not isinstance(row.stage, pipelines.Align) or not path.exists():
+        if not row.is_alignment or not path.exists():
             continue
         logged = entries(path)
         values = np.asarray([entry[quantity] for entry in logged])
@@ -314,7 +309,7 @@ def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
             markersize=3,
             **look,
         )
-        name = _label(row.name).replace("\n", " ") + (", τ ≠ 1" if _distilled_apart(row) else "")
+        name = arm_name(row.name) + (", τ ≠ 1" if _distilled_apart(row) else "")
         handles[name] = Line2D([], [], linewidth=1, **look)
         told = ", ".join(filter(None, [kinds.note(row), f"seed {row.seed}" if len(kinds.seeds) > 1 else ""]))
         if len(values) and told:

@@ -278,10 +278,15 @@ def _chunked(array: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(-1, chunk, *array.shape[1:])
 
 
+def _chunk_size(n: int, most: int) -> int:
+    """Positions of a chunk, of n in as many as `most` asks for: of one size, so that hardly any is padding."""
+    return -(-n // -(-n // most)) if n else 1
+
+
 def _over_chunks(function: Callable, *arrays: jax.Array, chunk: int):
     """Apply a function of [chunk, …] arrays to [n, …] arrays chunk by chunk, and put the results together."""
     n = arrays[0].shape[0]
-    chunk = max(1, min(chunk, n))
+    chunk = _chunk_size(n, chunk)
     out = lax.map(lambda xs: function(*xs), tuple(_chunked(array, chunk) for array in arrays))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], out)
 
@@ -332,7 +337,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
       *others: [n, …], what `toward_logits` needs of each position.
     """
     n = hidden.shape[0]
-    chunk = max(1, min(TOKEN_CHUNK, n))
+    chunk = _chunk_size(n, TOKEN_CHUNK)
     chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []

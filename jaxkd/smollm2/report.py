@@ -1,19 +1,18 @@
 """The results of an order on a language model: one labelled data set and tables, from a run folder alone."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from jaxkd import pipelines, statistics
 from jaxkd.align import ALGORITHMS
-from jaxkd.durable import METRICS, read_record
-from jaxkd.figures import LABELS
+from jaxkd.durable import METRICS, entries, read_json, read_record
+from jaxkd.looks import arm_name
 from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
 from jaxkd.smollm2.laboratory import EVALUATION
@@ -63,15 +62,10 @@ class Run(NamedTuple):
 def read(order: Order, out: Path) -> Run:
     """Read a run folder."""
     rows = {row.folder: row for row in rows_of(order, out)}
-    folders = [out / "base", *rows]
+    folders = [out / "base", out / "target", *rows]
     found = {folder: read_json(folder / EVALUATION) for folder in folders if (folder / EVALUATION).exists()}
     records = {folder: record for folder in folders if (record := read_record(folder)) is not None}
     return Run(order, out, rows, found, records)
-
-
-def read_json(path: Path) -> Any:
-    """A file of JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _measured(run: Run) -> dict[Path, dict]:
@@ -80,7 +74,7 @@ def _measured(run: Run) -> dict[Path, dict]:
     for folder, values in run.evaluations.items():
         row = run.rows.get(folder)
         more = {} if row is None else _encounters(run, row)
-        whole[folder] = values | (Cost() if row is None else cost_of(run, row)).to_dict() | more
+        whole[folder] = values | cost_of(run, folder).to_dict() | more
     return whole
 
 
@@ -88,7 +82,7 @@ def _encounters(run: Run, row: Row) -> dict[str, float]:
     """How often an alignment met the behaviour, and how often it would have, had it gone on drawing as it began."""
     path = row.folder / METRICS
     # What nothing is rewarded for is no target.
-    if run.order.outcome != "behaviour_frequency" or not isinstance(row.stage, pipelines.Align):
+    if run.order.outcome != "behaviour_frequency" or not row.is_alignment:
         return {}
     if ALGORITHMS[row.algorithm].data or not path.exists():
         return {}
@@ -99,11 +93,6 @@ def _encounters(run: Run, row: Row) -> dict[str, float]:
         "target_hits": float(hits.sum()),
         "first_hit_step": float(np.argmax(hits > 0)) if hits.any() else math.nan,
     }
-
-
-def entries(path: Path) -> list[dict]:
-    """What a stage logged, a step each."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def failures(run: Run) -> dict[Path, str]:
@@ -143,9 +132,9 @@ def _ends(run: Run) -> dict[Path, dict[str, float]]:
     }
 
 
-def cost_of(run: Run, row: Row) -> Cost:
-    """What it takes to make a model, with all that it is made from."""
-    seen, todo, total = set(), [row.folder], Cost()
+def cost_of(run: Run, folder: Path) -> Cost:
+    """What it takes to make the model of a folder, with all that it is made from."""
+    seen, todo, total = set(), [folder], Cost()
     while todo:
         folder = todo.pop()
         record = run.records.get(folder, {})
@@ -209,7 +198,7 @@ def _column(values: list) -> np.ndarray:
 # --- table -----------------------------------------------------------------------------------------------------------
 
 _KEYS = ("arm", "student", "algorithm", "temperature", "kl_coef")
-_KEY_OF_BASE = ("base", "", "", math.nan, math.nan)
+_KEY_OF_BASE, _KEY_OF_TARGET = ((name, "", "", math.nan, math.nan) for name in ("base", "target"))
 TABLE_QUANTITIES = (
     "behaviour_frequency",
     "reward",
@@ -348,6 +337,9 @@ def stage_costs(run: Run, step_flops: Callable[[Row], float | None] = lambda row
     if base in run.evaluations:
         own = _both_costs(run.records.get(base, {}), run.evaluations[base])
         groups[_KEY_OF_BASE] = [own | {"made_steps": 0, "made_program_flops": math.nan}]
+    if "cost" in run.records.get(run.out / "target", {}):
+        made = _both_costs(run.records[run.out / "target"], {})
+        groups[_KEY_OF_TARGET] = [made | {"made_steps": 0, "made_program_flops": math.nan}]
     for folder, row in run.rows.items():
         if "cost" in run.records.get(folder, {}):
             both = _both_costs(run.records[folder], run.evaluations.get(folder, {})) | _steps(row, step_flops)
@@ -524,7 +516,7 @@ _DOES = {
 
 
 def _named(arm: str, temperature: float) -> str:
-    return LABELS[arm].replace("\n", " ") + ("" if math.isnan(temperature) else f" (τ = {temperature:g})")
+    return arm_name(arm) + ("" if math.isnan(temperature) else f" (τ = {temperature:g})")
 
 
 def _seeds(listed: str) -> str:

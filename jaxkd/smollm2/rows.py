@@ -83,22 +83,19 @@ def rows_of(order: Order, out: Path) -> list[Row]:
 def _rows_of_arms(order: Order, arms: list[str], out: Path) -> list[Row]:
     # The student itself is always made: what it is shows whether an arm began with a low recall.
     chosen = pipelines.needed(["student", *arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
+    lengths = order.lengths()
+    plan = pipelines.plan(chosen, [pipelines.ROOT], lengths)
+    names, held_to = {}, {}
+    for name, taken in plan.rows.items():
+        names |= dict.fromkeys(taken, name)
+        held_to |= zip(taken, pipelines.reference_rows(plan, name, lengths, chosen), strict=True)
     rows: dict[Path, Row] = {}
     for seed, student, algorithm in _runs(order):
-        plan = pipelines.plan(chosen, [pipelines.ROOT], order.lengths())
         where = {plan.rows[pipelines.ROOT].start: out / "base"}
-        held_to = {
-            number: reference
-            for name, taken in plan.rows.items()
-            for number, reference in zip(
-                taken, pipelines.reference_rows(plan, name, order.lengths(), chosen), strict=True
-            )
-        }
-        for i, place in enumerate(plan.places):
-            number = plan.size - len(plan.stages) + i
-            name = next(name for name, taken in plan.rows.items() if number in taken)
-            models = [where[j] for j in plan.parents[i]]
-            row = _row(order, out, name, place, seed, student, algorithm, models, where[held_to[number]])
+        made = zip(plan.places, plan.parents, strict=True)
+        for number, (place, parents) in enumerate(made, start=plan.size - len(plan.places)):
+            models, reference = [where[j] for j in parents], where[held_to[number]]
+            row = _row(order, out, names[number], place, seed, student, algorithm, models, reference)
             where[number] = row.folder
             rows.setdefault(row.folder, row)
     return list(rows.values())
@@ -131,18 +128,7 @@ def _row(order: Order, out: Path, name, place, seed, student, algorithm, models,
     label += f"-t{temperature:g}" if "temperature" in axes else ""
     label += f"-b{kl_coef:g}" if "kl_coef" in axes else ""
     stage = all_stages()[name]
-    return Row(
-        name,
-        stage,
-        folder / label,
-        tuple(models),
-        reference,
-        temperature,
-        kl_coef,
-        seed,
-        student,
-        algorithm,
-    )
+    return Row(name, stage, folder / label, tuple(models), reference, temperature, kl_coef, seed, student, algorithm)
 
 
 def deciding_student(order: Order, row: Row) -> Path:

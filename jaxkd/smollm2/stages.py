@@ -5,7 +5,6 @@ them: what a step learns from is drawn, read as text and rewarded, then the jitt
 comes from the stage's key and the number of the step.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -231,13 +230,14 @@ def distil(
     """
     draw_key, step_key = jax.random.split(key)
     on_policy_key = jax.random.fold_in(step_key, 2**31)
+    policy = start.setting.policy(start.config)
+    # First, for it refuses a teacher of another vocabulary.
+    one_step = _distillation_step(settings, policy, teacher.sharpened(temperature), start)
     if samples is None:
         samples = _kept_samples(folder, draw_key, teacher, temperature, settings, workshop)
     held_out, learned = take(samples, slice(settings.num_held_out)), take(samples, slice(settings.num_held_out, None))
     setting, optimisation = start.setting, settings.optimisation
-    policy = setting.policy(start.config)
     optimizer = optimisation.make(settings.num_updates)
-    one_step = _distillation_step(settings, policy, teacher.sharpened(temperature), start)
     rows = _batches(step_key, len(learned.tokens), settings.batch_size)
     num_steps = settings.num_updates * optimisation.accumulate
     every = settings.check_every * optimisation.accumulate
@@ -463,7 +463,7 @@ def align_policy(
 
 def _finite_losses(path: Path) -> bool:
     """Whether a stage's logged losses are numbers: one that is none ends it, be its parameters as they may."""
-    return all(np.isfinite(json.loads(line)["loss"]) for line in path.read_text(encoding="utf-8").splitlines())
+    return all(np.isfinite(entry["loss"]) for entry in durable.entries(path))
 
 
 @jax.jit

@@ -58,7 +58,7 @@ def main(case):
     mesh = sharding.make_mesh(data, model_axis)
     placed = jax.device_put(params, sharding.param_shardings(config, mesh))
     state = optimizer.init(params)
-    state = jax.device_put(state, sharding.state_shardings(config, mesh, state))
+    state = jax.device_put(state, sharding.state_shardings(mesh, placed, state))
     batch = sharding.shard_batch(mesh, (tokens, mask, keys))
     found = results(make_model(config, mesh=mesh), optimizer, placed, state, *batch)
 

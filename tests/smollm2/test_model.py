@@ -71,6 +71,14 @@ def test_a_token_outside_the_vocabulary_is_no_other(token):
     assert jnp.isnan(found[0, 1]).all()
 
 
+def test_padding_may_hold_any_id():
+    model, params = _tiny()
+    tokens, mask = np.array([[5, 6, 0], [0, 7, 8]], np.int32), np.array([[True, True, False], [False, True, True]])
+    found = [logits(model, params, jnp.asarray(np.where(mask, tokens, id)), jnp.asarray(mask)) for id in (0, -100, 999)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0][mask], other[mask])
+
+
 def test_no_position_sees_what_follows():
     model, params = _tiny()
     tokens = _tokens()

@@ -589,7 +589,7 @@ def test_costs_add_up_over_what_a_model_is_made_from(finished):
     order, out, _ = finished
     run = report.read(order, out)
     arm = next(row for row in run.rows.values() if row.name == "kd_align" and row.algorithm == "reinforce")
-    whole = report.cost_of(run, arm)
+    whole = report.cost_of(run, arm.folder)
     own, student = (durable.read_record(folder)["cost"] for folder in (arm.folder, arm.models[0]))
     assert whole.tokens_trained == own["tokens_trained"] + student["tokens_trained"]
     # Six updates of eight completions of at most eight tokens.

@@ -126,25 +126,39 @@ def test_a_gradient_gathers_weights_and_moves_no_activations(monkeypatch):
     def moved(model):
         loss = jax.value_and_grad(lambda params, *x: policy.token_log_probs(model, params, *x).mean())
         lines = collectives(jax.jit(loss).lower(placed_shapes(config, mesh), *texts).compile())
-        return re.findall(r"f32\[(?:112|104|108|36|8,14|8,13),\d+", str(lines))
+        return re.findall(r"f32\[(?:112|104|105|35|8,14|8,13),\d+", str(lines))
 
     assert moved(make_model(config, mesh=mesh)) == []
     assert moved(make_model(config)), "the test sees nothing"
 
 
-def test_decoding_gathers_weights_before_its_loop():
-    config, mesh = Config.tiny(), sharding.make_mesh()
+def _decoding_in_loops(mesh, model) -> list[str]:
+    config = Config.tiny()
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     prompts = [jax.ShapeDtypeStruct((8, 5), kind) for kind in ("int32", "bool")]
     batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in (*prompts, keys)]
-    sampling = generate.made_ready(generate.Sampling())
+    program = generate._generate.lower(
+        model,
+        placed_shapes(config, mesh),
+        *batch,
+        generate.made_ready(generate.Sampling()),
+        jnp.int32(16),
+        model.layer_indices,
+        room=16,
+    ).compile()
+    return [line for name, lines in collectives(program).items() if "region" in name for line in lines]
 
-    def in_loops(model):
-        program = generate._generate.lower(
-            model, placed_shapes(config, mesh), *batch, sampling, jnp.int32(16), model.layer_indices, room=16
-        ).compile()
-        return [line for name, lines in collectives(program).items() if "region" in name for line in lines]
 
+def test_decoding_gathers_weights_before_its_loop():
+    mesh = sharding.make_mesh()
     # Whether all sequences have ended is all that a step must know of the others.
-    assert in_loops(make_model(config, mesh=mesh)) == ["pred[]"]
-    assert len(in_loops(make_model(config))) > 1, "the test sees nothing"
+    assert _decoding_in_loops(mesh, make_model(Config.tiny(), mesh=mesh)) == ["pred[]"]
+    assert len(_decoding_in_loops(mesh, make_model(Config.tiny()))) > 1, "the test sees nothing"
+
+
+def test_decoding_by_tensor_parallel_moves_no_weights_in_its_loop():
+    """Activations alone: no width of a kernel, nor the vocabulary's rows by the model's width."""
+    mesh = sharding.make_mesh(data=len(jax.devices()) // 2, model=2)
+    moved = _decoding_in_loops(mesh, make_model(Config.tiny(), mesh=mesh))
+    weights = re.compile(r"f32\[(?:264|132),24\]|f32\[24,(?:2,)?(?:40|20)\]|f32\[(?:40|20),24\]|f32\[24,\d,4,8\]")
+    assert moved and not weights.search(str(moved)), moved

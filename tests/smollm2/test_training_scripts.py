@@ -228,6 +228,11 @@ def test_distill_writes_a_student(run, tmp_path):
             "orpo has no KL coefficient",
         ),
         (ORDER, ["--preset", "papers"], "--preset must be one of laptop, paper"),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--student", "same", "--max-new-tokens", "9000"],
+            "and 9000 new ones are asked for; the context of the model is 128 tokens",
+        ),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
         (ORDER, ["--truth", "no/such"], "no/such"),
         (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
