@@ -1,4 +1,4 @@
-"""Draws that are kept on disk: made once, gone on with after a kill, written whole or not at all."""
+"""Draws and scores of texts on disk: made once, gone on with after a kill, written whole or not at all."""
 
 import time
 from pathlib import Path
@@ -37,6 +37,33 @@ def kept_draws(
     write_arrays(path, x._asdict())
     begun.unlink(missing_ok=True)
     return x
+
+
+def kept_scores(path: Path, network: Network, x: Texts, workshop: Workshop, what: str) -> np.ndarray:
+    """log π of each token of fixed texts (`Network.token_log_prob`), from a file as draws are."""
+    begun, total = path.with_name(f"begun-{path.name}"), len(x.tokens)
+    if path.exists():
+        return _read_scores(path)
+    parts = [_read_scores(begun)] if begun.exists() else []
+    done = sum(map(len, parts))
+    kept_at = time.monotonic()
+    with workshop.counted(total, what, done) as tick:
+        for part in network.scored(x, first=done):
+            parts.append(part)
+            tick(len(part), int(x.completion_mask[done : done + len(part)].sum()))
+            done += len(part)
+            if time.monotonic() - kept_at >= KEEP_EVERY:
+                write_arrays(begun, {"log_prob": np.concatenate(parts)})
+                kept_at = time.monotonic()
+    log_prob = np.concatenate(parts)
+    write_arrays(path, {"log_prob": log_prob})
+    begun.unlink(missing_ok=True)
+    return log_prob
+
+
+def _read_scores(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["log_prob"]
 
 
 def read_texts(path: Path) -> Texts:

@@ -124,12 +124,8 @@ class Laboratory:
         self.target = self._make_target()
         self.oracle = self._make_oracle()
         kept = take(self.truth_samples, slice(order.evaluation.num_truth_samples))
-        path = folder / "log_prob.npz"
-        if not path.exists():
-            with self.workshop.counted(len(kept.tokens), "score the truth's samples") as tick:
-                draws.write_arrays(path, {"log_prob": self.truth.log_prob(kept, tick)})
-        with np.load(path) as file:
-            log_prob = file["log_prob"]
+        scores = draws.kept_scores(folder / "scores.npz", self.truth, kept, self.workshop, "score the truth's samples")
+        log_prob = scores.sum(axis=1, dtype=np.float64)
         hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
         pairs = self._held_out_pairs
         self.yardstick = Yardstick(

@@ -239,18 +239,25 @@ class Network:
           x: n draws.
           tick: told the numbers of texts and of tokens after each batch.
         """
+        found = []
+        for part in self.scored(x):
+            rows = slice(sum(map(len, found)), None)
+            found.append(part)
+            if tick is not None:
+                tick(len(part), int(x.completion_mask[rows][: len(part)].sum()))
+        return np.concatenate(found)
+
+    def scored(self, x: Any, first: int = 0) -> Iterator[np.ndarray]:
+        """The same batch by batch, float32[batch, T − 1] each; what comes before `first` is left out."""
         n = len(x.tokens)
         # Few sizes of few texts, of which there are as many as happen to be: each is a program.
         size = self.setting.size_of_batches(1 << max(n - 1, 0).bit_length())
-        policy, found = self.setting.policy(self.config), []
-        for start in range(0, n, size):
+        policy = self.setting.policy(self.config)
+        for start in range(first, n, size):
             rows = np.resize(np.arange(start, min(start + size, n)), size)
             batch = Texts(*(np.asarray(array)[rows] for array in (x.tokens, x.mask, x.completion_mask)))
             part = _log_prob(policy, self.params, self.setting.on_devices(batch))
-            found.append(np.asarray(part)[: min(size, n - start)])
-            if tick is not None:
-                tick(len(found[-1]), int(batch.completion_mask[: len(found[-1])].sum()))
-        return np.concatenate(found)
+            yield np.asarray(part)[: min(size, n - start)]
 
     def sharpened(self, temperature: float) -> "Network":
         """The model whose logits are this one's over τ: its last norm's scale, over τ."""

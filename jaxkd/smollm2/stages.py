@@ -24,7 +24,7 @@ from jaxkd.rewards import bradley_terry
 from jaxkd.smollm2 import distillation
 from jaxkd.smollm2.adapters import LoRA, WithFrozen, adapt, init, merge, of_draws
 from jaxkd.smollm2.adapters import reference as adapters_reference
-from jaxkd.smollm2.draws import kept_draws, write_arrays
+from jaxkd.smollm2.draws import kept_draws, kept_scores
 from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.model import Model
 from jaxkd.smollm2.network import Network, ScoredTexts, fingerprint, take
@@ -597,8 +597,4 @@ def reference_log_prob(cache: Path, reference: Network, x: Any, workshop: Worksh
     Coster(workshop, reference).scored(x)
     path = cache / f"reference-{fingerprint(reference, (x.tokens, x.mask, x.completion_mask))}.npz"
     with files.claim(path, wait=True):
-        if not path.exists():
-            with workshop.counted(len(x.tokens), "score by the reference") as tick:
-                write_arrays(path, {"log_prob": reference.token_log_prob(x, tick)})
-    with np.load(path) as file:
-        return file["log_prob"]
+        return kept_scores(path, reference, x, workshop, "score by the reference")

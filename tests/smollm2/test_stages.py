@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from jaxkd import durable
 from jaxkd.align import AlignmentSettings, Coefficients, Info, PreferenceData
-from jaxkd.smollm2 import cost, stages, students
+from jaxkd.smollm2 import cost, draws, stages, students
 from jaxkd.smollm2.draws import write_arrays
 from jaxkd.smollm2.metering import Coster, Workshop
 from jaxkd.smollm2.network import Network, ScoredTexts
@@ -36,9 +37,30 @@ def distilled(folder, base, learning_rate, **changes):
     return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
 
 
+def test_scores_go_on_after_a_kill_and_are_the_same(tmp_path, base, monkeypatch):
+    begun, tokens = [], np.random.default_rng(0).integers(5, 90, (20, 9), np.int32)
+    x = Texts(tokens, np.ones(tokens.shape, bool), np.ones(tokens.shape, bool) & (np.arange(9) > 0))
+
+    def until_killed(x, first):
+        begun.append(first)
+        for number, part in enumerate(base.scored(x, first)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(draws, "KEEP_EVERY", 0.0)
+    arguments = SimpleNamespace(scored=until_killed), x, Workshop(durable.Progress(quiet=True)), "score"
+    with pytest.raises(KeyboardInterrupt):
+        draws.kept_scores(tmp_path / "scores.npz", *arguments)
+    found = draws.kept_scores(tmp_path / "scores.npz", *arguments)
+    assert begun == [0, 2 * base.setting.batch_size]
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.npz"]
+    np.testing.assert_array_equal(found, base.token_log_prob(x))
+
+
 def test_pairs_cost_what_their_reference_takes_whoever_asks_first(tmp_path, base, monkeypatch):
     """The reference draws and scores them, though a smaller model starts from there."""
-    monkeypatch.setattr(Network, "token_log_prob", lambda self, x, tick=None: np.zeros((len(x.tokens), 8), np.float32))
+    monkeypatch.setattr(Network, "scored", lambda self, x, first: iter([np.zeros((len(x.tokens), 8), np.float32)]))
     start = Network(*students.keep_layers(base.config, base.params, 1), base.setting)
     tokens = np.random.default_rng(0).integers(5, 90, (16, 9), np.int32)
     mask = np.ones(tokens.shape, bool)

@@ -68,8 +68,8 @@ def test_robust_dpo_assumes_the_share_that_is_given(run, pairs, monkeypatch, tmp
         raise ValueError(f"assumed: {arguments[6].coefficients.label_smoothing}")
 
     monkeypatch.setattr(stages, "align_policy", stop)
-    zeros = lambda self, x, tick=None: np.zeros((16, x.tokens.shape[1] - 1), np.float32)  # noqa: E731
-    monkeypatch.setattr(Network, "token_log_prob", zeros)
+    zeros = lambda self, x, first: iter([np.zeros((16, x.tokens.shape[1] - 1), np.float32)])  # noqa: E731
+    monkeypatch.setattr(Network, "scored", zeros)
     code, _, errors = run(
         ALIGN, "--source", "random:tiny", "--preferences", pairs, "--algorithm", "robust_dpo", "--label-noise", "0.2",
         *SMALL, "--out", tmp_path / "out",
