@@ -152,7 +152,8 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
         prompt, sample = filled // config.samples, filled % config.samples
         longest = generate.bucket(int(prompts.mask[prompt].sum(axis=1).max()))
         if longest != width:
-            width, cache = longest, generate.make_cache(model, size, longest, config.max_new_tokens)
+            width, cache = longest, None  # the old one goes first
+            cache = generate.make_cache(model, size, width, config.max_new_tokens)
         drawn, cache = generate.generate(
             model,
             params,

@@ -43,6 +43,8 @@ def kept_scores(path: Path, network: Network, x: Texts, workshop: Workshop, what
     """log π of each token of fixed texts (`Network.token_log_prob`), from a file as draws are."""
     begun, total = path.with_name(f"begun-{path.name}"), len(x.tokens)
     if path.exists():
+        # Left there by a kill just after the whole was written.
+        begun.unlink(missing_ok=True)
         return _read_scores(path)
     parts = [_read_scores(begun)] if begun.exists() else []
     done = sum(map(len, parts))

@@ -160,7 +160,7 @@ def generate(
 
 
 def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling, cache=None):
-    """`generate` without its checks, for arrays that may be traced and for sampling from `at_temperature`."""
+    """`generate` without its checks, for arrays that may be traced and for sampling from `made_ready`."""
     widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
     tokens, mask = jnp.pad(tokens, widen), jnp.pad(mask, widen)
     given = (model, params, tokens, mask, keys, prepared, max_new_tokens, model.layer_indices)

@@ -342,7 +342,9 @@ class Model:
         stacks = lax.stop_gradient(params["layers"])
 
         def carrier(stack):
-            return carriers(stack) if self.mesh is None and is_taken_by_bits(stack) else stack
+            # Where nothing is computed again, what is read is kept: entries then, not a copy of each.
+            by_bits = self.mesh is None and self.remat != "none" and is_taken_by_bits(stack)
+            return carriers(stack) if by_bits else stack
 
         def read(number, one, stack):
             return one if one.dtype == stack.dtype else carried(one, entry(stack, number))

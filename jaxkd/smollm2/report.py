@@ -268,7 +268,8 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
     for end in ("low", "high"):
         row[f"behaviour_frequency_{end}"] = float(np.clip(row[f"behaviour_frequency_{end}"], 0, 1))
     petaflops = row["model_flops"] / 1e15
-    row["reward_gain_per_petaflop"] = (row["reward"] - base_reward) / petaflops if petaflops > 0 else math.nan
+    gains = petaflops > 0 and key != _KEY_OF_BASE
+    row["reward_gain_per_petaflop"] = (row["reward"] - base_reward) / petaflops if gains else math.nan
     return row
 
 

@@ -67,20 +67,21 @@ def _involves(name: str, kind: type) -> bool:
 def rows_of(order: Order, out: Path) -> list[Row]:
     """Every model of an experiment, each once, in an order in which they can be made."""
     arms = [arm for arm in order.arms if arm != CEILING]
-    rest = replace(order, algorithms=order.algorithms[:1], seeds=order.seeds_of_rest)
-    parts = [(order, arms)]
+    first, rest = order.algorithms[:1], replace(order, seeds=order.seeds_of_rest)
+    parts = [(order, order.algorithms, arms)]
     if CEILING in order.arms:
-        parts.append((rest, [CEILING]))
+        parts.append((rest, first, [CEILING]))
     if order.temperatures_of_rest:
-        parts.append((replace(rest, students=order.students[:1], temperatures=order.temperatures_of_rest), arms))
+        alone = replace(rest, students=order.students[:1], temperatures=order.temperatures_of_rest)
+        parts.append((alone, first, arms))
     rows: dict[Path, Row] = {}
-    for part, names in parts:
-        for row in _rows_of_arms(part, names, out):
+    for part, algorithms, names in parts:
+        for row in _rows_of_arms(part, algorithms, names, out):
             rows.setdefault(row.folder, row)
     return list(rows.values())
 
 
-def _rows_of_arms(order: Order, arms: list[str], out: Path) -> list[Row]:
+def _rows_of_arms(order: Order, algorithms: tuple[str, ...], arms: list[str], out: Path) -> list[Row]:
     # The student itself is always made: what it is shows whether an arm began with a low recall.
     chosen = pipelines.needed(["student", *arms], all_stages() | {CEILING: Distil(pipelines.ROOT, 1.0)})
     lengths = order.lengths()
@@ -90,7 +91,7 @@ def _rows_of_arms(order: Order, arms: list[str], out: Path) -> list[Row]:
         names |= dict.fromkeys(taken, name)
         held_to |= zip(taken, pipelines.reference_rows(plan, name, lengths, chosen), strict=True)
     rows: dict[Path, Row] = {}
-    for seed, student, algorithm in _runs(order):
+    for seed, student, algorithm in _runs(order, algorithms):
         where = {plan.rows[pipelines.ROOT].start: out / "base"}
         made = zip(plan.places, plan.parents, strict=True)
         for number, (place, parents) in enumerate(made, start=plan.size - len(plan.places)):
@@ -101,10 +102,10 @@ def _rows_of_arms(order: Order, arms: list[str], out: Path) -> list[Row]:
     return list(rows.values())
 
 
-def _runs(order: Order) -> list[tuple[int, str, str]]:
+def _runs(order: Order, algorithms: tuple[str, ...]) -> list[tuple[int, str, str]]:
     """Seeds, students and algorithms: the first of both on every seed, then each other one beside the first."""
-    student, algorithm = order.students[0], order.algorithms[0]
-    rest = [(student, other) for other in order.algorithms[1:]] + [(other, algorithm) for other in order.students[1:]]
+    student, algorithm = order.students[0], algorithms[0]
+    rest = [(student, other) for other in algorithms[1:]] + [(other, algorithm) for other in order.students[1:]]
     return [(seed, student, algorithm) for seed in order.seeds] + [
         (seed, *pair) for pair in rest for seed in order.seeds_of_rest
     ]

@@ -114,7 +114,7 @@ def _encoded(
     room = max_length - len(prompt)
     if truncate and room > 0:
         completion = completion[:room]
-    if len(completion) > max(room, 0):
+    if room < 1 or len(completion) > room:
         what = f"a prompt of {len(prompt)} tokens" + ("" if truncate else f" and {len(completion)} after it")
         raise ValueError(f"has {what}; of both together at most {max_length} are taken")
     return prompt, completion

@@ -391,6 +391,17 @@ def test_the_ceiling_is_made_on_the_seeds_of_the_rest_alone(tmp_path):
     assert more[: len(others)] == others and [row.name for row in more[len(others) :]] == [CEILING, CEILING]
 
 
+def test_what_is_run_with_the_first_algorithm_alone_needs_the_others_for_nothing(tmp_path):
+    """A share of wrong labels is robust DPO's, wherever among the algorithms that is."""
+    alignment = tiny_order.make().alignment
+    noisy = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=0.2))
+    pairs = {"preferences": Preferences("pairs.jsonl"), "algorithms": ("ipo", "robust_dpo"), "alignment": noisy}
+    rows = rows_of(replace(tiny_order.make(arms=("kd_align",)), **pairs, temperatures_of_rest=(0.7,)), tmp_path)
+    assert {(row.algorithm, row.temperature) for row in rows if row.is_alignment} == {
+        ("ipo", 0.6), ("robust_dpo", 0.6), ("ipo", 0.7)
+    }  # fmt: skip
+
+
 def test_given_temperatures_replace_all_of_a_preset():
     script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
     make_order = script["order_of"]

@@ -17,12 +17,18 @@ import pyarrow.parquet
 import pytest
 
 from jaxkd.smollm2 import example_files, network, sharding, tokenization, weights
+from jaxkd.sweep import cache
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SAMPLE = EXPERIMENTS / "sample.py"
 CONVERT = EXPERIMENTS / "convert.py"
 # One batch size wherever it does not matter: then one program is compiled.
 TINY = ["--source", "random:tiny", "--prompt", "ab", "--max-new-tokens", "8", "--batch-size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch):
+    monkeypatch.setattr(cache, "use_compile_cache", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +213,7 @@ def test_killed_and_repeated_it_writes_the_same(run, tmp_path):
     command = [sys.executable, SAMPLE, *map(str, arguments), "--out", tmp_path / "killed"]
     # As many devices as here: the rows of a device are a program's shape, and log-probabilities are rounded by it.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "programs")
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed/part-00001.parquet").exists():
