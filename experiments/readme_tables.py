@@ -237,8 +237,17 @@ def smollm2_order() -> str:
 
 def smollm2_comparisons() -> str:
     """The orders on SmolLM2, seed by seed."""
+    return _comparisons("smollm2_order_comparisons.csv")
+
+
+def smollm2_comparisons_women() -> str:
+    """The same of the run with another behaviour."""
+    return _comparisons("smollm2_order_women_comparisons.csv")
+
+
+def _comparisons(name: str) -> str:
     body = []
-    for row in _rows("smollm2_order_comparisons.csv"):
+    for row in _rows(name):
         names = [ARMS[row["arm"]], ARMS[row["other"]]]
         each = [
             " ".join(f"{100 * float(point):.1f}" for point in row[key].split()) for key in ("points", "other_points")
@@ -265,6 +274,7 @@ _MADE = (
     smollm2_training_speed,
     smollm2_order,
     smollm2_comparisons,
+    smollm2_comparisons_women,
     sharpened,
     control,
     two_by_two,

@@ -374,6 +374,7 @@ class Laboratory:
             settings,
             self.workshop,
             samples,
+            keep_last=row.name == CEILING,
         )
 
     def _truth_samples_for(self, row: Row) -> Texts | None:
@@ -403,8 +404,8 @@ class Laboratory:
         """Samples of the truth that show the behaviour, some of them held out; updates and batches of an alignment.
 
         None of them is a sample that models are measured by. They are the same for every seed, which has an order of
-        batches of its own alone. All updates are made, as in an alignment: no look at the held-out ones ends them
-        early, though the best student by these looks is kept, as of every distillation.
+        batches of its own alone. All updates are made, and the last student is kept, as in an alignment: of the few
+        that are held out, the loss would keep the student that has learned nothing.
         """
         rows = self._rows_for_ceiling(self.behaviour)
         held_out = max(1, len(rows) // 8)

@@ -208,6 +208,8 @@ def distil(
     settings: Distillation,
     workshop: Workshop,
     samples: Texts | None = None,
+    *,
+    keep_last: bool = False,
 ) -> Network:
     """Distil a teacher into a student.
 
@@ -221,9 +223,10 @@ def distil(
       settings: how.
       workshop: progress and cost.
       samples: given ones to learn from instead of the teacher's.
+      keep_last: return the student after the last update.
 
     Returns:
-      The student with the smallest loss on held-out samples.
+      The student with the smallest loss on held-out samples, unless the last is asked for.
 
     Raises:
       FloatingPointError: where a loss is no number; the best student may then be the one before training.
@@ -275,7 +278,7 @@ def distil(
         raise FloatingPointError(
             f"the distillation diverged ({folder / durable.METRICS} shows where): lower the learning rate"
         )
-    return Network(start.config, state.best, setting)
+    return Network(start.config, state.student.params if keep_last else state.best, setting)
 
 
 def _train(folder, state, step: Callable, num_steps: int, what: str, optimisation: Optimisation, workshop: Workshop):

@@ -27,13 +27,13 @@ def base(tmp_path_factory):
     return Network(fresh.config, tiny_order.uneven(fresh.params), fresh.setting)
 
 
-def distilled(folder, base, learning_rate, **changes):
+def distilled(folder, base, learning_rate, *, keep_last=False, **changes):
     """The student, and the metrics of each step."""
     optimisation = replace(tiny_order.OPTIMISATION, learning_rate=learning_rate)
     changes = {"method": "forward_kl", "num_held_out": 32, "optimisation": optimisation} | changes
     settings = replace(tiny_order.make().distillation, **changes)
     workshop = Workshop(durable.Progress(quiet=True))
-    student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop)
+    student = stages.distil(folder, jax.random.key(0), base, base, 0.5, settings, workshop, keep_last=keep_last)
     return student, [json.loads(line) for line in (folder / durable.METRICS).read_text().splitlines()]
 
 
@@ -126,6 +126,12 @@ def test_a_distillation_that_only_gets_worse_stops_early_and_gives_back_its_star
     assert all(line["held_out_loss"] > at_start for line in lines)
     assert [line["best_held_out_loss"] for line in lines] == pytest.approx([at_start] * 3, rel=1e-5)
     jax.tree.map(np.testing.assert_array_equal, student.params, base.params)
+
+
+def test_the_last_student_is_given_back_where_it_is_asked_for(tmp_path, base):
+    student, lines = distilled(tmp_path, base, 0.1, keep_last=True, check_every=1, patience=3)
+    assert held_out_loss(tmp_path, student) == pytest.approx(lines[-1]["held_out_loss"], rel=1e-6)
+    assert lines[-1]["held_out_loss"] > held_out_loss(tmp_path, base)
 
 
 @pytest.mark.slow
