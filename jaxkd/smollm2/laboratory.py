@@ -309,7 +309,7 @@ class Laboratory:
             self.workshop.progress.prefix = numbers[row.folder]
             refusal = self._refusal(row)
             if refusal:
-                print(f"{words_of(row)}, student {row.student or 'none'}: {refusal}", file=sys.stderr)
+                print(f"{words_of(row)}: {refusal}", file=sys.stderr)
                 self._refused.add(row.folder)
             elif durable.read_record(row.folder) is None:
                 self._make_and_record(row)

@@ -161,6 +161,7 @@ def coordinates_of(row: Row) -> dict:
 def words_of(row: Row) -> str:
     """A model in words, for who looks on."""
     parts = [f"seed {row.seed}", row.name]
+    parts += [f"of {row.student}"] if row.student not in ("", "same") else []
     parts += [] if np.isnan(row.temperature) else [f"τ {row.temperature:g}"]
     parts += [] if np.isnan(row.kl_coef) else [f"β {row.kl_coef:g}"]
     return " ".join(parts)
