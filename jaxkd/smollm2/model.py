@@ -388,14 +388,13 @@ class Model:
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(DATA)))
 
     def gathered(self, params: Params) -> Params:
-        """The same parameters for a loop that needs all of them at every step: whole on every device along `data`."""
-        if self.mesh is None:
-            return params
-        # sharding knows of models, not they of it.
-        from jaxkd.smollm2 import sharding
+        """The same parameters for a loop that needs all of them at every step: whole on every device.
 
-        where = sharding.param_shardings(self.config, self.mesh, sharding.WHOLE_ALONG_DATA)
-        return lax.with_sharding_constraint(params, where)
+        With tensor parallelism they stay as they are, and XLA moves some of them at every step.
+        """
+        if self.mesh is None or self.mesh.shape[MODEL] > 1:
+            return params
+        return lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
 
     @property
     def layer_indices(self) -> tuple[np.ndarray, ...]:

@@ -9,7 +9,6 @@ Several hosts. A mesh may span the devices of several processes (jax.distributed
 done on the host batch by batch (`network`: drawing, scoring, fingerprints) and the scripts take the devices of one.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,8 +33,6 @@ AXES = {
     "layers.mlp.down": "LFD",
 }
 RULES = {"V": MODEL, "K": MODEL, "F": MODEL, "D": DATA}
-WHOLE_ALONG_DATA = {letter: axis for letter, axis in RULES.items() if axis != DATA}
-"""Rules for a loop that needs every parameter at each step."""
 
 
 def make_mesh(data: int | None = None, model: int = 1, devices: Any = None) -> Mesh:
@@ -87,26 +84,26 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         )
 
 
-def param_specs(config: Config, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Params:
+def param_specs(config: Config, mesh: Mesh) -> Params:
     """The pytree of parameters as `PartitionSpec`s."""
     check_mesh(config, mesh)
 
     def spec(path, leaf):
         letters = AXES[".".join(key.key for key in path)]
-        return spec_of(_axis(letter, size, mesh, rules) for letter, size in zip(letters, leaf.shape, strict=True))
+        return spec_of(_axis(letter, size, mesh) for letter, size in zip(letters, leaf.shape, strict=True))
 
     return jax.tree_util.tree_map_with_path(spec, make_model(config).shapes())
 
 
-def _axis(letter: str, size: int, mesh: Mesh, rules: Mapping[str, str]) -> str | None:
-    name = rules.get(letter)
+def _axis(letter: str, size: int, mesh: Mesh) -> str | None:
+    name = RULES.get(letter)
     return name if name is not None and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
 
 
-def param_shardings(config: Config, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Params:
+def param_shardings(config: Config, mesh: Mesh) -> Params:
     """The pytree of parameters as `NamedSharding`s."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, rules), is_leaf=is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh), is_leaf=is_spec)
 
 
 def state_shardings(mesh: Mesh, params: Any, state: Any) -> Any:

@@ -953,7 +953,7 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
     given = {}
     monkeypatch.setattr(draws, "kept_draws", _drawn_at_random)
     monkeypatch.setattr(stages, "align_policy", lambda *_, truth_samples, **more: given.update(x=truth_samples))
-    monkeypatch.setattr(stages, "distil", lambda *_: None)
+    monkeypatch.setattr(stages, "distil", lambda *_, keep_last: given.update(kept=keep_last))
     for row in rows_of(order, tmp_path):
         laboratory.workshop.begin()
         laboratory._make(row)
@@ -961,6 +961,8 @@ def test_samples_of_the_truth_are_charged_to_all_that_learn_from_them(tmp_path, 
         spent = laboratory.workshop.cost
         # Eight for the ceiling, and two batches of eight.
         number = 0 if not learns else 8 if row.name == CEILING else 16
+        if row.is_distillation:
+            assert given["kept"] == (row.name == CEILING), "the ceiling alone is the last student"
         if row.algorithm:
             assert (None if given["x"] is None else len(given["x"].tokens)) == (number or None)
         assert spent.tokens_sampled == 8 * number

@@ -154,11 +154,3 @@ def test_decoding_gathers_weights_before_its_loop():
     # Whether all sequences have ended is all that a step must know of the others.
     assert _decoding_in_loops(mesh, make_model(Config.tiny(), mesh=mesh)) == ["pred[]"]
     assert len(_decoding_in_loops(mesh, make_model(Config.tiny()))) > 1, "the test sees nothing"
-
-
-def test_decoding_by_tensor_parallel_moves_no_weights_in_its_loop():
-    """Activations alone: no width of a kernel, nor the vocabulary's rows by the model's width."""
-    mesh = sharding.make_mesh(data=len(jax.devices()) // 2, model=2)
-    moved = _decoding_in_loops(mesh, make_model(Config.tiny(), mesh=mesh))
-    weights = re.compile(r"f32\[(?:264|132),24\]|f32\[24,(?:2,)?(?:40|20)\]|f32\[(?:40|20),24\]|f32\[24,\d,4,8\]")
-    assert moved and not weights.search(str(moved)), moved
