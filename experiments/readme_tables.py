@@ -217,6 +217,7 @@ def smollm2_order() -> str:
         low, high = (100 * float(row[f"behaviour_frequency_{end}"]) for end in ("low", "high"))
         interval = "–" if low != low else f"{low:.1f} to {high:.1f}"
         name = ARMS.get(row["arm"], row["arm"].replace("_", " "))
+        name += f" of {row['student']}" if row["student"] not in ("", "same") else ""
         name += "".join(
             f", {sign} = {float(row[key]):g}"
             for sign, key in (("τ", "temperature"), ("β", "kl_coef"))
