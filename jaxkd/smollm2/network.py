@@ -239,12 +239,12 @@ class Network:
           x: n draws.
           tick: told the numbers of texts and of tokens after each batch.
         """
-        found = []
+        found, done = [], 0
         for part in self.scored(x):
-            rows = slice(sum(map(len, found)), None)
             found.append(part)
             if tick is not None:
-                tick(len(part), int(x.completion_mask[rows][: len(part)].sum()))
+                tick(len(part), int(x.completion_mask[done : done + len(part)].sum()))
+            done += len(part)
         return np.concatenate(found)
 
     def scored(self, x: Any, first: int = 0) -> Iterator[np.ndarray]:

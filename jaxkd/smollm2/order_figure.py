@@ -105,9 +105,11 @@ def draw(run: Run, *paths: Path) -> None:
 
     Where the reward is the behaviour, its frequency is the mean reward; then the second panel tells how likely the
     completions that show it are to the truth. Where alignments learn from a user's pairs, it tells how many of those
-    held out are ranked right.
+    held out are ranked right. Students that were not admitted are named and not drawn: so far from the base, they would
+    leave no room to what the figure is about.
     """
-    order, found, rows = run.order, run.evaluations, run.rows
+    order, rows, refused = run.order, run.rows, {*refusals(run).values()}
+    found = {folder: values for folder, values in run.evaluations.items() if folder not in refused}
     kinds = _Kinds.of([rows[folder] for folder in found if folder in rows])
     behaviour = read_json(run.out / BEHAVIOUR)
     with plt.rc_context(STYLE):
@@ -153,7 +155,8 @@ def _title(run: Run, kinds: _Kinds) -> str:
     told += [f"β = {value:g}" for value in kinds.kl_coefs if len(kinds.kl_coefs) == 1]
     lines = [" · ".join(told), f"{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"]
     refused = dict.fromkeys((run.rows[student].student, run.rows[student].seed) for student in refusals(run).values())
-    lines += [f"not admitted: {' · '.join(f'student {name}, seed {seed}' for name, seed in refused)}"] * bool(refused)
+    named = " · ".join(f"student {name}, seed {seed}" for name, seed in refused)
+    lines += [f"not admitted: {named} (not drawn)"] * bool(refused)
     return "\n".join(lines)
 
 
@@ -318,6 +321,9 @@ def _curves(axis, rows, kinds: _Kinds, quantity: str) -> None:
             continue
         looks = [(entry["step"] + 1, entry["look_reward"]) for entry in logged if "look_reward" in entry]
         axis.plot(*zip(*looks, strict=True) if looks else ([], []), "x", color=_colour(row.name), markersize=4)
+    # Above the highest point, so that the legend hides none.
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.075 * len(handles) * (high - low))
     _note_ends(axis, ends)
     axis.legend(handles.values(), handles.keys(), loc="upper left", handlelength=3, edgecolor="none")
     rewards = "mean reward of up to 4 steps' draws\n(crosses: of 64 draws apart)"

@@ -731,8 +731,12 @@ def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
     )
     assert (row["seeds"], row["refused_seeds"]) == (0, "0") and np.isnan(row["reward"])
     assert "(0:not admitted) nan" in report.format_table([row])
-    order_figure.draw(run)
-    assert "not admitted: student layers:2, seed 0" in drawn[0].get_suptitle()
+    refused = out / "seed-0" / "layers-2" / "student-t0.6" / EVALUATION
+    durable.write_json(refused, json.loads(refused.read_text()) | {"kl_to_base": 1e4, "recall_gap": 1e4})
+    order_figure.draw(report.read(order, out))
+    assert "not admitted: student layers:2, seed 0 (not drawn)" in drawn[0].get_suptitle()
+    frontier, _, gaps, *_ = drawn[0].axes
+    assert frontier.get_xlim()[1] < 1e4 and gaps.get_ylim()[1] < 1e4
 
 
 @pytest.mark.slow
