@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from jaxkd.cli import Training, exit_on_error
+from jaxkd.cli import Training, exit_on_error, use_huge_pages
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 EPOCHS = 4
@@ -224,6 +224,7 @@ def main(config: Align) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Align, description=__doc__))

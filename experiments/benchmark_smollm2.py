@@ -837,7 +837,8 @@ def main(benchmark: Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    from jaxkd.cli import exit_on_error
+    from jaxkd.cli import exit_on_error, use_huge_pages
 
+    use_huge_pages()
     with exit_on_error():
         main(tyro.cli(Benchmark, description=__doc__))

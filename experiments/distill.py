@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from jaxkd.cli import Training, exit_on_error
+from jaxkd.cli import Training, exit_on_error, use_huge_pages
 
 DEFAULTS = {"samples": 1024, "temperature": 1.0, "prompt": "The", "max_new_tokens": 64}
 """Of what the teacher's samples depend on."""
@@ -191,6 +191,7 @@ def main(config: Distill) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Distill, description=__doc__))

@@ -237,7 +237,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from jaxkd.cli import exit_on_error
+    from jaxkd.cli import exit_on_error, use_huge_pages
 
+    use_huge_pages()
     with exit_on_error():
         main(tyro.cli(Config, description=__doc__))

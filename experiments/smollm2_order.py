@@ -24,7 +24,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from jaxkd.cli import Training, exit_on_error
+from jaxkd.cli import Training, exit_on_error, use_huge_pages
 
 FOLDERS = {"laptop": "smollm2_order", "paper": "smollm2_paper"}
 PRESETS = tuple(FOLDERS)
@@ -337,6 +337,7 @@ def write_results(order, out: Path, configuration: dict, step_flops) -> str:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with exit_on_error():
         main(tyro.cli(Flags, description=__doc__))
