@@ -312,7 +312,7 @@ def _write_gguf(path, config, tensors, architecture="llama", tensor_type=None, r
             pairs = tensor.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
             tensor = pairs.reshape(tensor.shape)
         if tensor_type is not None and (vectors or tensor.ndim == 2):
-            tensor = gguf.quantize(tensor, tensor_type)
+            tensor = tensor if tensor.dtype == np.uint8 else gguf.quantize(tensor, tensor_type)
             writer.add_tensor(short, np.ascontiguousarray(tensor), raw_dtype=tensor_type)
         else:
             writer.add_tensor(short, np.ascontiguousarray(tensor))
@@ -441,6 +441,39 @@ def test_gguf_of_other_types(tmp_path, kind):
     loaded = weights.load(tmp_path / "model.gguf")[1]
     largest = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2, "Q4_0": 0.15}[kind]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=largest * np.abs(b).max()), loaded, params)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny model as wide as the blocks of the K- and IQ-types: 256 numbers."""
+    folder = tmp_path_factory.mktemp("wide")
+    config, _ = _saved(folder, hidden_size=256, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    return config, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.quants._type_traits))
+def test_gguf_of_every_type_that_is_dequantised(tmp_path, monkeypatch, wide, kind):
+    config, tensors = wide
+    quantisation, draws = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
+    numbers, size = gguf.GGML_QUANT_SIZES[quantisation]
+
+    def drawn(tensor):
+        if tensor.ndim == 1:
+            return tensor
+        # A scale whose upper byte is below 60 is no infinity.
+        return draws.integers(0, 60, (tensor.shape[0], tensor.shape[1] // numbers * size), dtype=np.uint8)
+
+    quantised = {name: drawn(tensor) for name, tensor in tensors.items()}
+    _write_gguf(tmp_path / "model.gguf", config, quantised, tensor_type=quantisation)
+    # Several blocks a tensor.
+    monkeypatch.setattr(weights, "_ROWS", 100)
+    _, loaded = weights.load(tmp_path / "model.gguf")
+    weights.save_pretrained(tmp_path, config, loaded)
+    for name, found in load_file(tmp_path / "model.safetensors").items():
+        whole = quantised[name]
+        expected = whole if whole.ndim == 1 else gguf.dequantize(whole, quantisation)
+        assert np.isfinite(expected).all() and (expected.ndim == 1 or len(np.unique(expected)) > 2)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 @pytest.mark.parametrize("part", [1, 2])
