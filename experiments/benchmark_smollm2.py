@@ -6,8 +6,9 @@ Both get the same weights, number format and shapes, and a thread for every core
 process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
 both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default
 precision of float32 products ("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile
-is timed apart from run. Memory is the most that is resident while a task runs, weights and all, each task in a fresh
-process; it is told on Linux alone.
+is timed apart from run. On Linux both have their memory in huge pages (`jaxkd.cli.use_huge_pages`), unless
+GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that is resident while a task runs, weights and all, each
+task in a fresh process; it is told on Linux alone.
 
 Prints one JSON object, writes it to --json-file and draws --figure from it; --redraw draws from the file again.
 """
@@ -506,6 +507,8 @@ def serve(connection, name: str, folder: str) -> None:
     while (request := connection.recv()) is not None:
         verb, task = request
         if verb == "prepare":
+            # What an earlier task trained would take memory, and huge pages, from this one.
+            calls = {one: call for one, call in calls.items() if _any_precision(one) == _any_precision(task)}
             calls[task], seconds = side.prepare(task)
             calls[task]()
         else:
