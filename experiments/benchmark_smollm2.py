@@ -687,7 +687,13 @@ def described(benchmark: Benchmark) -> dict:
             versions[name] = version(name)
     settings = {key: value for key, value in asdict(benchmark).items() if key not in ("json_file", "figure", "redraw")}
     # What else the machine was doing: timings beside other work mislead.
-    return {"settings": settings, "versions": versions, "cpus": cores(), "load_before": os.getloadavg()[0]}
+    return {
+        "settings": settings,
+        "versions": versions,
+        "cpus": cores(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "load_before": os.getloadavg()[0],
+    }
 
 
 # --- figure ----------------------------------------------------------------------------------------------------------

@@ -110,9 +110,9 @@ def product_by_rows(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return by_outputs(x.reshape(-1, x.shape[-1]), kernel, dtype).T.reshape(*x.shape[:-1], -1)
 
 
-def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x: float32[B, I] times kernel: [O, I], as float32[O, B]."""
-    over_inputs = (((1,), (1,)), ((), ()))
+def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, inputs: int = 1) -> jax.Array:
+    """x: float32[B, I] times kernel: [O, I], as float32[O, B]; x: float32[I, B] where `inputs`, their axis, is 0."""
+    over_inputs = (((1,), (inputs,)), ((), ()))
     y = lax.dot_general(kernel.astype(dtype), x.astype(dtype), over_inputs, preferred_element_type=jnp.float32)
     # XLA would swap the operands of a product whose transpose is asked for; elsewhere it may.
     return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
@@ -190,8 +190,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float32[B, T, D]."""
+        if self.multiply.by_rows:
+            return self._by_features(x)
         gate, up = jnp.split(self.multiply(x, self.gate_up[...]), 2, axis=-1)
         return self.multiply(jax.nn.silu(gate) * up, self.down[...])
+
+    def _by_features(self, x: jax.Array) -> jax.Array:
+        """The same with features leading throughout, as products by rows leave them: nothing is turned in between."""
+        dtype = self.multiply.dtype
+        gate, up = jnp.split(by_outputs(x.reshape(-1, x.shape[-1]), self.gate_up[...], dtype), 2)
+        return by_outputs(jax.nn.silu(gate) * up, self.down[...], dtype, inputs=0).T.reshape(x.shape)
 
 
 class Layer(nnx.Module):
