@@ -63,7 +63,9 @@ def use_huge_pages() -> None:
     Does nothing where that C library is not the GNU one, or the kernel doesn't give huge pages to who asks for them.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if HUGE_PAGES in tunables or not _huge_pages_are_to_be_asked_for():
+    # A script that another program runs inside itself, such as a notebook, would end that.
+    began_here = sys.argv[0] in sys.orig_argv
+    if not began_here or HUGE_PAGES in tunables or not _huge_pages_are_to_be_asked_for():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -29,6 +29,7 @@ def begun_anew(monkeypatch):
 
 def test_a_script_begins_anew_with_huge_pages_and_what_it_was_told(begun_anew, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    monkeypatch.setattr(sys, "argv", ["align.py", "--out", "a b"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "align.py", "--out", "a b"])
     cli.use_huge_pages()
     assert begun_anew == [(sys.executable, [sys.executable, "-X", "utf8", "align.py", "--out", "a b"])]
@@ -37,12 +38,21 @@ def test_a_script_begins_anew_with_huge_pages_and_what_it_was_told(begun_anew, m
 
 @pytest.mark.parametrize("tunables", ["glibc.malloc.hugetlb=0", "glibc.malloc.check=1:glibc.malloc.hugetlb=2"])
 def test_who_speaks_of_huge_pages_is_left_alone(begun_anew, monkeypatch, tunables):
+    monkeypatch.setattr(sys, "argv", sys.orig_argv[:1])
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     cli.use_huge_pages()
     assert begun_anew == [] and os.environ["GLIBC_TUNABLES"] == tunables
 
 
+def test_a_program_that_runs_a_script_inside_itself_is_left_alone(begun_anew, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["align.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher"])
+    cli.use_huge_pages()
+    assert begun_anew == []
+
+
 def test_nothing_begins_anew_where_the_kernel_does_not_ask_for_it(begun_anew, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.orig_argv[:1])
     monkeypatch.setattr(cli, "_huge_pages_are_to_be_asked_for", lambda: False)
     cli.use_huge_pages()
     assert begun_anew == [] and "GLIBC_TUNABLES" not in os.environ
