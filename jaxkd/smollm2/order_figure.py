@@ -362,8 +362,8 @@ def _completions(found, rows, kinds: _Kinds, behaviour: behaviours.Behaviour, pr
         ("base" if folder not in rows else kinds.name(rows[folder]) + seed, values)
         for folder, values, seed in _shown_models(found, rows)
     ]
-    # Of two lines each, no more have room.
-    widest = max((len(name) for name, _ in shown[: _MOST_LINES // 2]), default=0)
+    # With a line each, no more have room.
+    widest = max((len(name) for name, _ in shown[:_MOST_LINES]), default=0)
     width = max(40, 118 - widest - len(prompt))
     blocks = []
     for name, values in shown:
