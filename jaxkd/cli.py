@@ -57,8 +57,8 @@ def use_huge_pages() -> None:
     """Begin a script anew, in the same process, with memory in huge pages; call it before anything is done.
 
     On CPUs a program's memory is allocated at every call. In pages of 4 KiB their faults take a language model's
-    training step a tenth to a quarter of its time. The C library asks for huge ones where it is told so when it starts:
-    by GLIBC_TUNABLES, which is left alone where it speaks of them already.
+    training step a tenth to a sixth of its time, and sampling about a fifth. The C library asks for huge ones where it
+    is told so when it starts: by GLIBC_TUNABLES, which is left alone where it speaks of them already.
 
     Does nothing where that C library is not the GNU one, or the kernel doesn't give huge pages to who asks for them.
     """
