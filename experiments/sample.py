@@ -139,6 +139,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
     size = min(config.batch_size, config.samples_per_shard, len(prompts.tokens) * config.samples)
     size = -(-size // layout.shards) * layout.shards
 
+    prepared = generate.prepare(model, params, size)
     width, cache = 0, None
 
     @jax.jit
@@ -156,7 +157,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
             cache = generate.make_cache(model, size, width, config.max_new_tokens)
         drawn, cache = generate.generate(
             model,
-            params,
+            prepared,
             prompts.tokens[prompt, -width:],
             prompts.mask[prompt, -width:],
             keys_of(prompt.astype(np.uint32), sample.astype(np.uint32)),

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from jaxkd import checks
 from jaxkd.policy import Params
-from jaxkd.smollm2.model import DATA, MODEL, Model, each, positions_of, rotation_at, spec_of
+from jaxkd.smollm2.model import BY_ROWS, DATA, MODEL, Model, each, positions_of, rotation_at, spec_of
 
 BUCKETS = tuple(sorted({1, *(base * 2**i for base in (2, 3) for i in range(16))}))
 """Lengths that prompts and completions are padded to, each at most half as long again as the one before, or one token
@@ -82,6 +82,42 @@ class Completions(NamedTuple):
     log_probs: jax.Array
 
 
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class Prepared:
+    """A model's parameters as sampling reads them: from `prepare`.
+
+    Attributes:
+      prompts: for the pass over the prompts, the parameters themselves.
+      decoding: for one token after another, as `Model.unstacked` lays them out: a second copy.
+      by_rows: kernels of `decoding` that lie by their outputs.
+    """
+
+    prompts: Params
+    decoding: Params
+    by_rows: tuple[str, ...] = field(metadata={"static": True})
+
+
+def prepare(model: Model, params: Params, batch: int) -> Prepared:
+    """Lay parameters out for `generate`: once, where several calls sample from them.
+
+    Args:
+      model: the model's functions.
+      params: its parameters.
+      batch: sequences at a time; whether it is one decides the layout, and thereby speed alone.
+    """
+    by_rows = BY_ROWS["one" if batch == 1 else "few"]
+    return Prepared(params, params | _laid_out(model, params, model.layer_indices, by_rows=by_rows), by_rows)
+
+
+@partial(jax.jit, static_argnames=("model", "by_rows"))
+def _laid_out(model: Model, params: Params, layers, *, by_rows: tuple[str, ...]) -> Params:
+    """What decoding reads otherwise than it is: anything else would be copied on its way through."""
+    # Whole on every device once, and not at every step.
+    unstacked = model.unstacked(model.gathered(params), layers, by_rows)
+    return {name: one for name, one in unstacked.items() if one is not params.get(name)}
+
+
 Cache = list[tuple[jax.Array, jax.Array]]
 """Keys, float32[B, K, N, W], and values, float32[B, K, W, N], of every layer, as their products read them: nothing is
 transposed at each step. W holds prompts and completions in their buckets."""
@@ -121,7 +157,7 @@ def bucket(length: int) -> int:
 
 def generate(
     model: Model,
-    params: Params,
+    params: Params | Prepared,
     tokens: Any,
     mask: Any,
     keys: jax.Array,
@@ -134,7 +170,7 @@ def generate(
 
     Args:
       model: the model's functions.
-      params: its parameters.
+      params: its parameters; or what `prepare` made of them, which saves laying them out with every call.
       tokens: int32[B, P], prompts, padded on either side.
       mask: bool[B, P], True at tokens; every prompt has at least one.
       keys: B random keys, one a sequence.
@@ -159,11 +195,13 @@ def generate(
     return continue_prompts(model, params, *prompts, max_new_tokens, made_ready(sampling), cache)
 
 
-def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, prepared: Sampling, cache=None):
+def continue_prompts(model, params, tokens, mask, keys, max_new_tokens: int, sampling: Sampling, cache=None):
     """`generate` without its checks, for arrays that may be traced and for sampling from `made_ready`."""
     widen = [(0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0)]
     tokens, mask = jnp.pad(tokens, widen), jnp.pad(mask, widen)
-    given = (model, params, tokens, mask, keys, prepared, max_new_tokens, model.layer_indices)
+    if not isinstance(params, Prepared):
+        params = prepare(model, params, len(tokens))
+    given = (model, params, tokens, mask, keys, sampling, max_new_tokens, model.layer_indices)
     room = bucket(max_new_tokens)
     if cache is None:
         return _cut(_generate(*given, room=room), max_new_tokens)
@@ -330,14 +368,16 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "room"))
-def _generate(model: Model, params, tokens, mask, keys, sampling: Sampling, limit, layers, *, room: int) -> Completions:
+def _generate(
+    model: Model, params: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, *, room: int
+) -> Completions:
     """Prompts int32[B, P] to completions int32[B, room], of which `limit` steps are drawn."""
     return _decode(model, params, tokens, mask, keys, sampling, limit, layers, None, room).drawn
 
 
 @partial(jax.jit, static_argnames=("model", "room"), donate_argnames="cache")
 def _generate_into(
-    model: Model, params, tokens, mask, keys, sampling: Sampling, limit, layers, cache: Cache, *, room: int
+    model: Model, params: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, cache: Cache, *, room: int
 ):
     """`_generate` in a cache that is there already, which is returned too."""
     state = _decode(model, params, tokens, mask, keys, sampling, limit, layers, cache, room)
@@ -345,15 +385,18 @@ def _generate_into(
 
 
 def _decode(
-    model: Model, params, tokens, mask, keys, sampling, limit, layers, cache: Cache | None, room: int
+    model: Model, params: Prepared, tokens, mask, keys, sampling, limit, layers, cache: Cache | None, room: int
 ) -> "_State":
     width = tokens.shape[1]
     tokens, mask = to_the_right(tokens, mask)
-    # Once, and not at every step.
-    params = model.gathered(params)
-    stacked, params = params, model.unstacked(params, layers, by_rows=len(tokens) > 1)
-    prompts = _prefill(model, stacked, tokens, mask, layers, cache, room)
-    state = _extend(model, params, *prompts, keys, sampling)
+    hidden, filled = _prefill(model, params.prompts, tokens, mask, layers, cache, room)
+    state = filled
+    if model.mesh is None:
+        # Sequences and heads on one axis: with an axis of a single sequence XLA would copy the cache at every step.
+        state = filled._replace(caches=jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), filled.caches))
+    # Every number once, and not at every step.
+    uniforms = _uniforms(keys, 1 if sampling.greedy else room)
+    state = _extend(model, params.decoding, hidden, state, uniforms, sampling)
 
     # Every angle once: made at each step, layers would make them again for each of their heads.
     turns = rotation_at(model.config, jnp.arange(width + room)[:, None])
@@ -367,11 +410,13 @@ def _decode(
         allowed = lax.dynamic_update_slice(state.allowed, jnp.ones((tokens.shape[0], 1), bool), (0, at))
         attend = partial(_attend_cached, allowed, at)
         rotation = jax.tree.map(lambda table: table[state.positions], turns)
-        hidden, caches = model.apply(params, last, rotation, attend, state.caches)
+        hidden, caches = model.apply(params.decoding, last, rotation, attend, state.caches, params.by_rows)
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
-        return _extend(model, params, hidden[:, -1], state, keys, sampling)
+        return _extend(model, params.decoding, hidden[:, -1], state, uniforms, sampling)
 
-    return lax.while_loop(go_on, step, state)
+    ended = lax.while_loop(go_on, step, state)
+    caches = jax.tree.map(lambda array, before: array.reshape(before.shape), ended.caches, filled.caches)
+    return ended._replace(caches=caches)
 
 
 def to_the_right(tokens, mask, numpy=jnp):
@@ -432,22 +477,32 @@ def _pad_id(model: Model) -> int:
 
 
 def _attend_cached(allowed, at, q, k, v, cache):
-    """Attention of one new position to all in the cache, with its own keys and values put there first."""
-    keys = lax.dynamic_update_slice(cache[0], jnp.transpose(k, _KEYS), (0, 0, 0, at))
-    values = lax.dynamic_update_slice(cache[1], jnp.transpose(v, _VALUES), (0, 0, at, 0))
-    b, k, n, _ = keys.shape
-    q = q.reshape(b, k, -1, n)
-    scores = jnp.einsum("bkgn,bknw->bkgw", q, keys) * n**-0.5
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None, :], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgw,bkwn->bkgn", weights, values).reshape(b, 1, -1, n), (keys, values)
+    """Attention of one new position to all in the cache, with its own keys and values put there first.
+
+    The cache has sequences and heads on two leading axes or on one.
+    """
+    (*rows, n, width), b = cache[0].shape, len(q)
+    first = (0,) * len(rows)
+    keys = lax.dynamic_update_slice(cache[0], jnp.transpose(k, _KEYS).reshape(*rows, n, 1), (*first, 0, at))
+    values = lax.dynamic_update_slice(cache[1], jnp.transpose(v, _VALUES).reshape(*rows, 1, n), (*first, at, 0))
+    scores = jnp.einsum("...gn,...nw->...gw", q.reshape(*rows, -1, n), keys) * n**-0.5
+    scores = jnp.where(allowed[:, None], scores.reshape(b, -1, width), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(*rows, -1, width)
+    return jnp.einsum("...gw,...wn->...gn", weights, values).reshape(b, 1, -1, n), (keys, values)
 
 
-def _extend(model: Model, params, hidden, state: _State, keys, sampling) -> _State:
+def _uniforms(keys: jax.Array, steps: int) -> jax.Array:
+    """What each step draws by, float32[steps, 2, B]: of each sequence's own key and the step."""
+
+    def at(step):
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step), (2,)))(keys).T
+
+    return jax.vmap(at)(jnp.arange(steps))
+
+
+def _extend(model: Model, params, hidden, state: _State, uniforms, sampling) -> _State:
     """Draw the next token of each sequence from `hidden: float32[B, D]`."""
-    if sampling.greedy:
-        uniforms = jnp.zeros((2, hidden.shape[0]), jnp.float32)
-    else:
-        uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step), (2,)))(keys).T
+    uniforms = lax.dynamic_index_in_dim(uniforms, state.step, keepdims=False)
     tokens, log_probs = draw(model.project_by_rows(params, hidden), uniforms, sampling)
     new = Completions(jnp.where(state.done, _pad_id(model), tokens), ~state.done, jnp.where(state.done, 0.0, log_probs))
     drawn = Completions(

@@ -14,7 +14,7 @@ keep an axis (K, or F) along which tensor parallelism can cut them without separ
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -118,21 +118,30 @@ def by_outputs(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, inputs: int = 
     return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
+_INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""How many leading axes of each kernel are its inputs."""
+
+BY_ROWS = {"few": tuple(_INPUTS), "one": ("down",)}
+"""Kernels that lie by their outputs when decoding few sequences, or one: then by measurement, for a CPU's products of a
+matrix and a vector are fastest along the longer side."""
+
+
 @dataclass(frozen=True)
 class Products:
-    """Products with weights: `(x: float32[…, I], kernel) -> float32[…, O]`.
+    """Products with a layer's weights.
 
     Attributes:
       dtype: type of the operands.
-      by_rows: whether kernels are [O, I] (`product_by_rows`), and not inputs before outputs.
+      by_rows: names of kernels that are [O, I] (`product_by_rows`), and not inputs before outputs.
     """
 
     dtype: jnp.dtype
-    by_rows: bool = False
+    by_rows: tuple[str, ...] = ()
 
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The product."""
-        return (product_by_rows if self.by_rows else product)(x, kernel, self.dtype)
+    def __call__(self, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+        """x: float32[…, I] times the module's kernel of that name, float32[…, O]."""
+        multiply = product_by_rows if name in self.by_rows else product
+        return multiply(x, getattr(module, name)[...], self.dtype)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -174,10 +183,10 @@ class Attention(nnx.Module):
         """x: float32[B, T, D]."""
         b, t, _ = x.shape
         k, g, n = self.heads
-        qkv = self.multiply(x, self.qkv[...]).reshape(b, t, k, g + 2, n)
+        qkv = self.multiply(x, self, "qkv").reshape(b, t, k, g + 2, n)
         q = qkv[..., :g, :].reshape(b, t, k * g, n)
         mixed, kept = attend(rotate(q, rotation), rotate(qkv[..., g, :], rotation), qkv[..., g + 1, :])
-        return self.multiply(mixed.reshape(b, t, -1), self.out[...]), kept
+        return self.multiply(mixed.reshape(b, t, -1), self, "out"), kept
 
 
 class MLP(nnx.Module):
@@ -190,10 +199,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: float32[B, T, D]."""
-        if self.multiply.by_rows:
+        if "gate_up" in self.multiply.by_rows:
             return self._by_features(x)
-        gate, up = jnp.split(self.multiply(x, self.gate_up[...]), 2, axis=-1)
-        return self.multiply(jax.nn.silu(gate) * up, self.down[...])
+        gate, up = jnp.split(self.multiply(x, self, "gate_up"), 2, axis=-1)
+        return self.multiply(jax.nn.silu(gate) * up, self, "down")
 
     def _by_features(self, x: jax.Array) -> jax.Array:
         """The same with features leading throughout, as products by rows leave them: nothing is turned in between."""
@@ -216,10 +225,6 @@ class Layer(nnx.Module):
         mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), kept
-
-
-_INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
-"""How many leading axes of each kernel are its inputs."""
 
 
 class Decoder(nnx.Module):
@@ -272,7 +277,6 @@ class Model:
       config: its shape.
       graphdef: the graph of the NNX modules; `nnx.merge(graphdef, params)` is the `Decoder`.
       layer_graph: the graph of one layer; with a slice of `params["layers"]` it is a `Layer`.
-      layer_graph_by_rows: the same for a layer whose kernels lie by rows.
       compute_dtype: type of the operands of products with weights.
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
@@ -284,7 +288,6 @@ class Model:
     config: Config
     graphdef: nnx.GraphDef
     layer_graph: nnx.GraphDef
-    layer_graph_by_rows: nnx.GraphDef
     compute_dtype: jnp.dtype
     unroll: bool = False
     remat: Remat = "products"
@@ -328,7 +331,13 @@ class Model:
         return self.apply(params, tokens, rotation_at(self.config, positions), attend)[0]
 
     def apply(
-        self, params: Params, tokens: jax.Array, rotation: Rotation, attend: Attend, caches: Any = None
+        self,
+        params: Params,
+        tokens: jax.Array,
+        rotation: Rotation,
+        attend: Attend,
+        caches: Any = None,
+        by_rows: tuple[str, ...] = (),
     ) -> tuple[jax.Array, Any]:
         """Embed, run the layers, norm: `hidden` with the mixing of positions left to the caller.
 
@@ -339,14 +348,14 @@ class Model:
           attend: mixes positions.
           caches: what each layer's `attend` is given beside q, k and v: a pytree with leading axis L, or a list of L
             where the parameters are unstacked.
+          by_rows: kernels that `unstacked` laid by their outputs.
 
         Returns:
           float32[B, T, D], and what `attend` returned beside its result: stacked over layers, or a list of L.
         """
         x = self.by_batch(embed(params["embedding"], tokens))
 
-        graph = self.layer_graph_by_rows if "rows" in params else self.layer_graph
-
+        graph = _layer_graph(self.config, Products(self.compute_dtype, by_rows)) if by_rows else self.layer_graph
         stacks = lax.stop_gradient(params["layers"])
 
         def carrier(stack):
@@ -413,29 +422,32 @@ class Model:
         """
         return tuple(np.arange(self.config.num_layers, dtype=np.int32))
 
-    def unstacked(self, params: Params, layer_indices: Iterable[Any], *, by_rows: bool) -> Params:
+    def unstacked(self, params: Params, layer_indices: Iterable[Any], by_rows: tuple[str, ...]) -> Params:
         """The same parameters for decoding, a second copy: layers as a list, kernels of the compute type.
 
         Args:
           params: as `init` makes them.
           layer_indices: those of the model.
-          by_rows: kernels as `product_by_rows` takes them, and the head as `rows`: [V, D]. Otherwise kernels as they
-            are and, in bfloat16, the head as `columns`: [D, V].
+          by_rows: names of kernels that shall be as `product_by_rows` takes them. Where all are, the head is made
+            `rows`: [V, D]; otherwise, in bfloat16, `columns`: [D, V]; but not where it would stay as it is.
         """
         dtype = self.compute_dtype
 
-        def prepared(path, leaf):
-            axes = _INPUTS.get(path[-1].key)
-            if axes is None:
-                return leaf
-            kernel = leaf.reshape(math.prod(leaf.shape[:axes]), -1).T if by_rows else leaf
-            return kernel.astype(dtype)
+        def prepared(path, stack):
+            name = path[-1].key
+            if name not in _INPUTS:
+                return stack
+            if name in by_rows:
+                inputs = math.prod(stack.shape[1 : 1 + _INPUTS[name]])
+                stack = jnp.swapaxes(stack.reshape(len(stack), inputs, -1), 1, 2)
+            return stack.astype(dtype)
 
-        layers = [jax.tree.map_with_path(prepared, layer) for layer in each(params["layers"], layer_indices)]
-        head = {"rows": self.head(params).astype(dtype)} if by_rows else {}
-        if not by_rows and dtype == jnp.bfloat16:
-            head = {"columns": turned(self.head(params).astype(dtype))}
-        return params | head | {"layers": lax.optimization_barrier(layers)}
+        head, matrix = {}, self.head(params)
+        if by_rows == BY_ROWS["few"]:
+            head = {"rows": matrix.astype(dtype)} if matrix.dtype != dtype else {}
+        elif dtype == jnp.bfloat16:
+            head = {"columns": turned(matrix.astype(dtype))}
+        return params | head | {"layers": each(jax.tree.map_with_path(prepared, params["layers"]), layer_indices)}
 
     def head(self, params: Params) -> jax.Array:
         """The matrix that turns hidden states into logits, [V, D]: the embedding itself where they are tied."""
@@ -452,9 +464,9 @@ class Model:
 
     def project_by_rows(self, unstacked: Params, hidden: jax.Array) -> jax.Array:
         """Logits of `hidden: float32[B, D]` with the vocabulary leading, float32[V, B], from what `unstacked` made."""
-        if "rows" not in unstacked:
+        if len(hidden) == 1:
             return self.project(unstacked, hidden).T
-        return by_outputs(hidden, unstacked["rows"], self.compute_dtype)
+        return by_outputs(hidden, unstacked.get("rows", self.head(unstacked)), self.compute_dtype)
 
 
 def spec_of(axes: Iterable[str | None]) -> PartitionSpec:
@@ -564,6 +576,9 @@ def make_model(
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
     abstract = nnx.eval_shape(lambda: Decoder(config, Products(dtype), nnx.Rngs(params=0)))
-    by_rows = nnx.eval_shape(lambda: Layer(config, Products(dtype, by_rows=True), nnx.Rngs(params=0)))
-    graphs = (nnx.split(one)[0] for one in (abstract, abstract.layers, by_rows))
-    return Model(config, *graphs, dtype, unroll, remat, mesh)
+    return Model(config, *(nnx.split(one)[0] for one in (abstract, abstract.layers)), dtype, unroll, remat, mesh)
+
+
+@lru_cache
+def _layer_graph(config: Config, multiply: Products) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Layer(config, multiply, nnx.Rngs(params=0))))[0]

@@ -212,10 +212,11 @@ class Network:
         tokens, mask = (
             jnp.asarray(np.repeat(one, size, axis=0)) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)
         )
+        prepared = generate.prepare(self.model, self.params, size)
         for start in range(first, n, size):
             drawn = generate.continue_prompts(
                 self.model,
-                self.params,
+                prepared,
                 *self.setting.on_devices((tokens, mask, _keys(key, start + jnp.arange(size)))),
                 self.setting.max_new_tokens,
                 sampling,

@@ -1,5 +1,5 @@
 import re
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from random_params import random_params
 from jaxkd.smollm2 import generate, sharding
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.generate import Sampling
-from jaxkd.smollm2.model import Model, make_model, rotation_at
+from jaxkd.smollm2.model import BY_ROWS, Model, make_model, rotation_at
 
 logits = jax.jit(Model.logits, static_argnums=0)
 
@@ -96,14 +96,20 @@ def test_no_layer_is_cut_out_by_a_kernel_of_its_own():
     model, params = _model()
     assert model.config.num_layers > 1
 
-    def own_kernels(program, *more):
-        arguments = (params, PROMPTS, MASK, KEYS, Sampling(), 10, *more)
-        text = jax.jit(partial(program, model)).lower(*arguments).compile().as_text()
+    def own_kernels(program, *given):
+        text = jax.jit(program).lower(*given).compile().as_text()
         return re.findall(r"= f32\[1,\d+,\d+.*slice=\{\[[1-9]\d*:", text)
 
-    assert not own_kernels(lambda *given: generate._decode(*given, None, 10), model.layer_indices)
-    known = own_kernels(lambda *given: generate._decode(*given, model.layer_indices, None, 10))
-    assert known, "the test sees nothing"
+    def decode(prepared, layers):
+        return generate._decode(model, prepared, PROMPTS, MASK, KEYS, Sampling(), 10, layers, None, 10)
+
+    def unstack(params, layers):
+        return model.unstacked(params, layers, BY_ROWS["few"])
+
+    for program, weights in ((unstack, params), (decode, generate.prepare(model, params, len(PROMPTS)))):
+        assert not own_kernels(program, weights, model.layer_indices), program
+        known = own_kernels(lambda weights, program=program: program(weights, model.layer_indices), weights)
+        assert known, f"the test sees nothing of {program}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -112,15 +118,34 @@ def test_weights_that_lie_by_rows_are_the_same_weights(dtype):
     tokens, rotation = PROMPTS[:, :1], rotation_at(model.config, jnp.zeros((2, 1), jnp.int32))
 
     def logits_of(by_rows):
-        unstacked = model.unstacked(params, model.layer_indices, by_rows=by_rows)
-        assert ("rows" in unstacked) == by_rows
-        hidden, _ = model.apply(unstacked, tokens, rotation, lambda q, k, v, cache: (q, None))
+        unstacked = model.unstacked(params, model.layer_indices, by_rows)
+        hidden, _ = model.apply(unstacked, tokens, rotation, lambda q, k, v, cache: (q, None), by_rows=by_rows)
         return np.asarray(model.project_by_rows(unstacked, hidden[:, 0]))
 
-    found, expected = logits_of(True), logits_of(False)
-    assert found.shape == (model.config.vocab_size, 2)
-    np.testing.assert_allclose(found, expected, atol={"float32": 1e-5, "bfloat16": 3e-2}[dtype])
+    expected = logits_of(())
     assert np.abs(expected).max() > 0.1
+    for by_rows in BY_ROWS.values():
+        found = logits_of(by_rows)
+        assert found.shape == (model.config.vocab_size, 2)
+        np.testing.assert_allclose(found, expected, atol={"float32": 1e-5, "bfloat16": 3e-2}[dtype])
+
+
+def test_prepared_parameters_serve_any_number_of_sequences():
+    """Whether one sequence or several were expected changes the layout of weights and no draw."""
+    model, params = _model()
+    expected = _generate(model, params)
+    for batch in (1, 2):
+        prepared = generate.prepare(model, params, batch)
+        np.testing.assert_array_equal(_generate(model, prepared).tokens, expected.tokens)
+
+
+def test_prepared_parameters_are_copied_but_for_the_embedding():
+    """What decoding reads as it is, is not copied: the embedding is a fifth of SmolLM2-135M."""
+    model, params = _model()
+    for batch in (1, 2):
+        decoding = generate.prepare(model, params, batch).decoding
+        new = set(decoding) - {name for name, one in params.items() if decoding[name] is one}
+        assert new == {"layers"}, batch
 
 
 def test_a_batch_of_one_draws_as_it_does_among_others():
@@ -138,7 +163,8 @@ def test_nothing_is_decoded_once_every_sequence_has_ended():
 
     def steps(**changes):
         model, params = _model(**changes)
-        arguments = (params, PROMPTS, MASK, KEYS, Sampling(), 10, model.layer_indices)
+        prepared = generate.prepare(model, params, len(PROMPTS))
+        arguments = (prepared, PROMPTS, MASK, KEYS, Sampling(), 10, model.layer_indices)
         state = jax.jit(lambda *given: generate._decode(model, *given, None, 10))(*arguments)
         return int(state.step), np.asarray(state.drawn.mask)
 

@@ -3,10 +3,10 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cluster import run_cluster
@@ -132,25 +132,22 @@ def test_a_gradient_gathers_weights_and_moves_no_activations(monkeypatch):
     assert moved(make_model(config)), "the test sees nothing"
 
 
-def _decoding_in_loops(mesh, model) -> list[str]:
-    config = Config.tiny()
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    prompts = [jax.ShapeDtypeStruct((8, 5), kind) for kind in ("int32", "bool")]
-    batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in (*prompts, keys)]
-    program = generate._generate.lower(
-        model,
-        placed_shapes(config, mesh),
-        *batch,
-        generate.made_ready(generate.Sampling()),
-        jnp.int32(16),
-        model.layer_indices,
-        room=16,
-    ).compile()
-    return [line for name, lines in collectives(program).items() if "region" in name for line in lines]
-
-
 def test_decoding_gathers_weights_before_its_loop():
-    mesh = sharding.make_mesh()
+    mesh, config = sharding.make_mesh(), Config.tiny()
+    prompts = [jax.ShapeDtypeStruct((8, 5), kind) for kind in ("int32", "bool")]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for x in (*prompts, keys)]
+    sampling = generate.made_ready(generate.Sampling())
+
+    def in_loops(function, *given) -> Counter:
+        program = jax.jit(function).lower(placed_shapes(config, mesh), *given).compile()
+        return Counter(line for name, lines in collectives(program).items() if "region" in name for line in lines)
+
+    def more_than_a_pass(model) -> Counter:
+        """In the loops of sampling, without those that a pass over the prompts gathers layer by layer."""
+        sample = in_loops(lambda params, *x: generate.continue_prompts(model, params, *x, 16, sampling), *batch)
+        return sample - in_loops(model.hidden, *batch[:2])
+
     # Whether all sequences have ended is all that a step must know of the others.
-    assert _decoding_in_loops(mesh, make_model(Config.tiny(), mesh=mesh)) == ["pred[]"]
-    assert len(_decoding_in_loops(mesh, make_model(Config.tiny()))) > 1, "the test sees nothing"
+    assert more_than_a_pass(make_model(config, mesh=mesh)) == {"pred[]": 1}
+    assert len(more_than_a_pass(make_model(config))) > 1, "the test sees nothing"
