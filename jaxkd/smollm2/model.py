@@ -75,6 +75,9 @@ def transposed(matrix: jax.Array) -> jax.Array:
 
 
 def _lying_transposed(matrix: jax.Array) -> jax.Array:
+    if matrix.dtype == jnp.bfloat16:
+        # Moved as what it is, bfloat16 would be made float32 and back on its way.
+        return lax.bitcast_convert_type(_lying_transposed(lax.bitcast_convert_type(matrix, jnp.uint16)), jnp.bfloat16)
     return lax.optimization_barrier(matrix.T.reshape(-1)).reshape(matrix.shape[::-1])
 
 
