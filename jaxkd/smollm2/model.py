@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import checks
@@ -50,17 +51,27 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, keeps_bits: bool = False) -> jax.Array:
     """x: float32[…, I] times kernel: [I, …] in the given type, accumulated in float32, as float32[…, outputs].
 
     The kernel may have its inputs or its outputs on several axes. It is flattened inside, so that what the backward
     pass keeps is the kernel itself: flattened outside, a scan over layers would keep a copy of all weights.
+
+    Args:
+      x: left operand.
+      kernel: right operand.
+      dtype: in which they are multiplied.
+      keeps_bits: whether the backward pass is given a bfloat16 x as it was multiplied, under the name `OPERAND`, and
+        not x itself.
     """
-    y = _product(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(dtype))
+    y = _product(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(dtype), keeps_bits)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _plain_product(x, kernel, dtype):
+OPERAND = "operand"
+
+
+def _plain_product(x, kernel, dtype, keeps_bits=False):
     kernel = kernel.reshape(x.shape[-1], -1)
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
@@ -86,15 +97,21 @@ def turned(matrix: jax.Array) -> jax.Array:
     return transposed(matrix) if matrix.dtype == jnp.bfloat16 else matrix.T
 
 
-_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2,))
+_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2, 3))
 
 
-def _product_forward(x, kernel, dtype):
-    return _plain_product(x, kernel, dtype), (x, kernel)
+def _product_forward(x, kernel, dtype, keeps_bits):
+    kept = x
+    if keeps_bits:
+        # As whole numbers: a loop over layers would stack bfloat16 in float32.
+        kept = checkpoint_name(lax.bitcast_convert_type(x.astype(dtype), jnp.uint16), OPERAND)
+    return _plain_product(x, kernel, dtype), (kept, kernel)
 
 
-def _product_backward(dtype, residuals, cotangent):
+def _product_backward(dtype, keeps_bits, residuals, cotangent):
     x, kernel = residuals
+    if keeps_bits:
+        x = lax.bitcast_convert_type(x, dtype)
     cotangent = cotangent.astype(dtype)
     flat = kernel.reshape(x.shape[-1], -1)
     toward_x = jnp.matmul(cotangent, turned(flat.astype(dtype)), preferred_element_type=jnp.float32)
@@ -143,8 +160,12 @@ class Products:
 
     def __call__(self, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
         """x: float32[…, I] times the module's kernel of that name, float32[…, O]."""
-        multiply = product_by_rows if name in self.by_rows else product
-        return multiply(x, getattr(module, name)[...], self.dtype)
+        kernel = getattr(module, name)[...]
+        if name in self.by_rows:
+            return product_by_rows(x, kernel, self.dtype)
+        # What the MLP's second product takes would be computed again from numbers that lie far apart, where the
+        # backward pass wants it transposed.
+        return product(x, kernel, self.dtype, keeps_bits=name == "down" and self.dtype == jnp.bfloat16)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -230,6 +251,12 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kept
 
 
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(OPERAND),
+)
+
+
 class Decoder(nnx.Module):
     """The whole network. `layers` holds every layer's parameters stacked on a leading axis L."""
 
@@ -283,7 +310,8 @@ class Model:
       compute_dtype: type of the operands of products with weights.
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
-        weights: half the memory, and no slower where memory is what is slow) or "layers" (all but each layer's input).
+        weights, and in bfloat16 what the MLP's second one takes: half the memory, and no slower where memory is what
+        is slow) or "layers" (all but each layer's input).
       mesh: devices that batches and parameters are laid out over; weights are then gathered layer by layer to where the
         sequences are. None on one device.
     """
@@ -379,7 +407,7 @@ class Model:
         if self.remat == "layers":
             layer = jax.checkpoint(layer)
         elif self.remat == "products":
-            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+            layer = jax.checkpoint(layer, policy=_PRODUCTS)
         if isinstance(params["layers"], list):
             kept = []
             for state, cache in zip(params["layers"], caches or [None] * len(params["layers"]), strict=True):
