@@ -139,8 +139,7 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
     size = min(config.batch_size, config.samples_per_shard, len(prompts.tokens) * config.samples)
     size = -(-size // layout.shards) * layout.shards
 
-    prepared = generate.prepare(model, params, size)
-    width, cache = 0, None
+    prepared, width, cache = None, 0, None
 
     @jax.jit
     def keys_of(prompt, sample):
@@ -148,7 +147,9 @@ def make_sampler(config: Config, tokenizer, model_config, params, prompts, mesh=
         return one(prompt, sample)
 
     def draw(numbers: list[int]) -> Iterator[dict]:
-        nonlocal width, cache
+        nonlocal prepared, width, cache
+        # Here, for a command that is repeated may have nothing to draw.
+        prepared = prepared or generate.prepare(model, params, size)
         filled = np.resize(np.asarray(numbers), size)
         prompt, sample = filled // config.samples, filled % config.samples
         longest = generate.bucket(int(prompts.mask[prompt].sum(axis=1).max()))

@@ -1,4 +1,4 @@
-"""Sampling text: prefill and decoding in one compiled call, a key for each sequence.
+"""Sampling text: prefill and decoding in one compiled call, a key for each sequence. `prepare` lays weights out for it.
 
 A draw is found by inverting the cumulative distribution: one uniform number chooses a block of the vocabulary, another
 a token in it. Gumbel noise over the whole vocabulary would take a fifth to a half of the time. Both numbers come from
@@ -88,12 +88,12 @@ class Prepared:
     """A model's parameters as sampling reads them: from `prepare`.
 
     Attributes:
-      prompts: for the pass over the prompts, the parameters themselves.
+      prefill: for the pass over the prompts, the parameters themselves.
       decoding: for one token after another, as `Model.unstacked` lays them out: a second copy.
       by_rows: kernels of `decoding` that lie by their outputs.
     """
 
-    prompts: Params
+    prefill: Params
     decoding: Params
     by_rows: tuple[str, ...] = field(metadata={"static": True})
 
@@ -103,8 +103,12 @@ def prepare(model: Model, params: Params, batch: int) -> Prepared:
 
     Args:
       model: the model's functions.
-      params: its parameters.
+      params: its parameters; where they change, or are donated, they are laid out anew.
       batch: sequences at a time; whether it is one decides the layout, and thereby speed alone.
+
+    Returns:
+      The parameters, and a second copy of the layers in the compute type, which lives as long as this does; over a mesh
+      without tensor parallelism the copy is of all parameters, whole on every device.
     """
     by_rows = BY_ROWS["one" if batch == 1 else "few"]
     return Prepared(params, params | _laid_out(model, params, model.layer_indices, by_rows=by_rows), by_rows)
@@ -369,34 +373,34 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "room"))
 def _generate(
-    model: Model, params: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, *, room: int
+    model: Model, prepared: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, *, room: int
 ) -> Completions:
     """Prompts int32[B, P] to completions int32[B, room], of which `limit` steps are drawn."""
-    return _decode(model, params, tokens, mask, keys, sampling, limit, layers, None, room).drawn
+    return _decode(model, prepared, tokens, mask, keys, sampling, limit, layers, None, room).drawn
 
 
 @partial(jax.jit, static_argnames=("model", "room"), donate_argnames="cache")
 def _generate_into(
-    model: Model, params: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, cache: Cache, *, room: int
+    model: Model, prepared: Prepared, tokens, mask, keys, sampling: Sampling, limit, layers, cache: Cache, *, room: int
 ):
     """`_generate` in a cache that is there already, which is returned too."""
-    state = _decode(model, params, tokens, mask, keys, sampling, limit, layers, cache, room)
+    state = _decode(model, prepared, tokens, mask, keys, sampling, limit, layers, cache, room)
     return state.drawn, state.caches
 
 
 def _decode(
-    model: Model, params: Prepared, tokens, mask, keys, sampling, limit, layers, cache: Cache | None, room: int
+    model: Model, prepared: Prepared, tokens, mask, keys, sampling, limit, layers, cache: Cache | None, room: int
 ) -> "_State":
     width = tokens.shape[1]
     tokens, mask = to_the_right(tokens, mask)
-    hidden, filled = _prefill(model, params.prompts, tokens, mask, layers, cache, room)
+    hidden, filled = _prefill(model, prepared.prefill, tokens, mask, layers, cache, room)
     state = filled
     if model.mesh is None:
         # Sequences and heads on one axis: with an axis of a single sequence XLA would copy the cache at every step.
         state = filled._replace(caches=jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), filled.caches))
     # Every number once, and not at every step.
     uniforms = _uniforms(keys, 1 if sampling.greedy else room)
-    state = _extend(model, params.decoding, hidden, state, uniforms, sampling)
+    state = _extend(model, prepared.decoding, hidden, state, uniforms, sampling)
 
     # Every angle once: made at each step, layers would make them again for each of their heads.
     turns = rotation_at(model.config, jnp.arange(width + room)[:, None])
@@ -410,9 +414,9 @@ def _decode(
         allowed = lax.dynamic_update_slice(state.allowed, jnp.ones((tokens.shape[0], 1), bool), (0, at))
         attend = partial(_attend_cached, allowed, at)
         rotation = jax.tree.map(lambda table: table[state.positions], turns)
-        hidden, caches = model.apply(params.decoding, last, rotation, attend, state.caches, params.by_rows)
+        hidden, caches = model.apply(prepared.decoding, last, rotation, attend, state.caches, prepared.by_rows)
         state = state._replace(caches=caches, allowed=allowed, positions=state.positions + 1)
-        return _extend(model, params.decoding, hidden[:, -1], state, uniforms, sampling)
+        return _extend(model, prepared.decoding, hidden[:, -1], state, uniforms, sampling)
 
     ended = lax.while_loop(go_on, step, state)
     caches = jax.tree.map(lambda array, before: array.reshape(before.shape), ended.caches, filled.caches)

@@ -61,14 +61,15 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, keeps_bits: bool 
       x: left operand.
       kernel: right operand.
       dtype: in which they are multiplied.
-      keeps_bits: whether the backward pass is given a bfloat16 x as it was multiplied, under the name `OPERAND`, and
-        not x itself.
+      keeps_bits: whether the backward pass is given the bits of a bfloat16 x as it was multiplied, and not x itself; it
+        can't be differentiated again then.
     """
     y = _product(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(dtype), keeps_bits)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-OPERAND = "operand"
+_OPERAND = "jaxkd.operand"
+"""The name by which a policy for `jax.checkpoint` keeps those bits."""
 
 
 def _plain_product(x, kernel, dtype, keeps_bits=False):
@@ -87,7 +88,7 @@ def transposed(matrix: jax.Array) -> jax.Array:
 
 def _lying_transposed(matrix: jax.Array) -> jax.Array:
     if matrix.dtype == jnp.bfloat16:
-        # Moved as what it is, bfloat16 would be made float32 and back on its way.
+        # As whole numbers: XLA's CPU moves these in two thirds of the time, for a matrix as large as the head.
         return lax.bitcast_convert_type(_lying_transposed(lax.bitcast_convert_type(matrix, jnp.uint16)), jnp.bfloat16)
     return lax.optimization_barrier(matrix.T.reshape(-1)).reshape(matrix.shape[::-1])
 
@@ -104,7 +105,7 @@ def _product_forward(x, kernel, dtype, keeps_bits):
     kept = x
     if keeps_bits:
         # As whole numbers: a loop over layers would stack bfloat16 in float32.
-        kept = checkpoint_name(lax.bitcast_convert_type(x.astype(dtype), jnp.uint16), OPERAND)
+        kept = checkpoint_name(lax.bitcast_convert_type(x.astype(dtype), jnp.uint16), _OPERAND)
     return _plain_product(x, kernel, dtype), (kept, kernel)
 
 
@@ -159,10 +160,16 @@ class Products:
     by_rows: tuple[str, ...] = ()
 
     def __call__(self, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
-        """x: float32[…, I] times the module's kernel of that name, float32[…, O]."""
+        """x: float32[…, I] times the module's kernel of that name, float32[…, O].
+
+        Raises:
+          ValueError: on a kernel that lies otherwise than `by_rows` says.
+        """
         kernel = getattr(module, name)[...]
         if name in self.by_rows:
             return product_by_rows(x, kernel, self.dtype)
+        if math.prod(kernel.shape[: _INPUTS[name]]) != x.shape[-1]:
+            raise ValueError(f"{name} must have {x.shape[-1]} inputs in front; got {list(kernel.shape)}: by rows?")
         # What the MLP's second product takes would be computed again from numbers that lie far apart, where the
         # backward pass wants it transposed.
         return product(x, kernel, self.dtype, keeps_bits=name == "down" and self.dtype == jnp.bfloat16)
@@ -253,7 +260,7 @@ class Layer(nnx.Module):
 
 _PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(OPERAND),
+    jax.checkpoint_policies.save_only_these_names(_OPERAND),
 )
 
 
@@ -296,6 +303,12 @@ def positions_of(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
+@lru_cache
+def _layer_graph(config: Config, multiply: Products) -> nnx.GraphDef:
+    """The graph of one layer: with a slice of the parameters of `layers` it is a `Layer`."""
+    return nnx.split(nnx.eval_shape(lambda: Layer(config, multiply, nnx.Rngs(params=0))))[0]
+
+
 # --- the model as pure functions -------------------------------------------------------------------------------------
 
 
@@ -306,7 +319,6 @@ class Model:
     Attributes:
       config: its shape.
       graphdef: the graph of the NNX modules; `nnx.merge(graphdef, params)` is the `Decoder`.
-      layer_graph: the graph of one layer; with a slice of `params["layers"]` it is a `Layer`.
       compute_dtype: type of the operands of products with weights.
       unroll: layers one after another in the compiled program rather than a scan: slower to compile, faster to run.
       remat: what the backward pass computes again instead of keeping: "none", "products" (all but the products with
@@ -318,7 +330,6 @@ class Model:
 
     config: Config
     graphdef: nnx.GraphDef
-    layer_graph: nnx.GraphDef
     compute_dtype: jnp.dtype
     unroll: bool = False
     remat: Remat = "products"
@@ -386,7 +397,7 @@ class Model:
         """
         x = self.by_batch(embed(params["embedding"], tokens))
 
-        graph = _layer_graph(self.config, Products(self.compute_dtype, by_rows)) if by_rows else self.layer_graph
+        graph = _layer_graph(self.config, Products(self.compute_dtype, by_rows))
         stacks = lax.stop_gradient(params["layers"])
 
         def carrier(stack):
@@ -495,7 +506,7 @@ class Model:
 
     def project_by_rows(self, unstacked: Params, hidden: jax.Array) -> jax.Array:
         """Logits of `hidden: float32[B, D]` with the vocabulary leading, float32[V, B], from what `unstacked` made."""
-        if len(hidden) == 1:
+        if len(hidden) == 1 and ("columns" in unstacked or self.compute_dtype == jnp.float32):
             return self.project(unstacked, hidden).T
         return by_outputs(hidden, unstacked.get("rows", self.head(unstacked)), self.compute_dtype)
 
@@ -607,9 +618,4 @@ def make_model(
     checks.name("compute_dtype", dtype.name, COMPUTE_DTYPES)
     checks.name("remat", remat, REMAT)
     abstract = nnx.eval_shape(lambda: Decoder(config, Products(dtype), nnx.Rngs(params=0)))
-    return Model(config, *(nnx.split(one)[0] for one in (abstract, abstract.layers)), dtype, unroll, remat, mesh)
-
-
-@lru_cache
-def _layer_graph(config: Config, multiply: Products) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Layer(config, multiply, nnx.Rngs(params=0))))[0]
+    return Model(config, nnx.split(abstract)[0], dtype, unroll, remat, mesh)

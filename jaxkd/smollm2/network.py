@@ -212,8 +212,9 @@ class Network:
         tokens, mask = (
             jnp.asarray(np.repeat(one, size, axis=0)) for one in (self.setting.prompt_tokens, self.setting.prompt_mask)
         )
-        prepared = generate.prepare(self.model, self.params, size)
-        for start in range(first, n, size):
+        starts = range(first, n, size)
+        prepared = generate.prepare(self.model, self.params, size) if starts else None
+        for start in starts:
             drawn = generate.continue_prompts(
                 self.model,
                 prepared,

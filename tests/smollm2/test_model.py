@@ -114,8 +114,14 @@ def test_the_products_written_gradient_is_automatic_differentiations(dtype, tole
     def plain(x, kernel):
         return jnp.sin(jnp.einsum("bti,igo->btgo", x, kernel)).sum()
 
-    ours, plain = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, plain))
+    def keeping_bits(x, kernel):
+        return jnp.sin(module.product(x, kernel, jnp.dtype(dtype), keeps_bits=True)).sum()
+
+    gradients = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, plain, keeping_bits))
+    ours, plain, keeping_bits = gradients
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, plain)
+    if dtype == "bfloat16":
+        jax.tree.map(np.testing.assert_array_equal, ours, keeping_bits)
 
 
 def test_tied_embeddings_get_gradients_from_both_ends():
@@ -153,6 +159,14 @@ def test_bfloat16_layers_are_taken_and_their_gradients_stacked_by_bits(monkeypat
     stacks = re.compile(r"f32\[3,(24,2,40|40,24|24,2,4,8|2,2,8,24)\]")
     assert not stacks.search(text)
     assert stacks.search(plain), "XLA moves bfloat16 as it is by now: is_taken_by_bits can go"
+
+
+def test_the_mlps_second_operand_is_kept_by_its_bits(monkeypatch):
+    """So that the backward pass does not compute it again: in the loop over layers a stack of them is made."""
+    kept = re.compile(rf"u16\[3,{_tokens().size},40\]")
+    assert kept.search(_bfloat16_gradient(lambda loss, params: loss.lower(params).compile().as_text()))
+    monkeypatch.setattr(model_module, "_PRODUCTS", jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    assert not kept.search(_bfloat16_gradient(lambda loss, params: loss.lower(params).compile().as_text()))
 
 
 def test_parameters_may_be_bfloat16():

@@ -1198,7 +1198,7 @@ def test_stages_interrupted_at_any_step_end_bit_equal_and_compile_once(tmp_path,
 
 
 def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
-    """Of each stage that is made from now on: how many programs there are of its step, of drawing and of scoring."""
+    """Of each stage that is made from now on: numbers of programs of its step, of drawing (two) and of scoring."""
     stages_seen = []
 
     def watched(make):
@@ -1211,7 +1211,7 @@ def _programs_after_each_step(monkeypatch) -> list[list[tuple[int, ...]]]:
 
             def one_step(*inputs):
                 made = step(*inputs)
-                programs = (step, generate._generate, network._log_prob)
+                programs = (step, generate._laid_out, generate._generate, network._log_prob)
                 seen.append(tuple(program._cache_size() for program in programs))
                 return made
 

@@ -57,12 +57,13 @@ def test_streamed_log_probs_and_gradient_are_the_naive_ones(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, plain)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "layers"])
-def test_what_is_computed_again_changes_no_gradient(remat):
+def test_what_is_computed_again_changes_no_gradient(remat, dtype):
     config = Config.tiny(num_layers=2)
 
     def with_gradient(remat):
-        model = make_model(config, remat=remat)
+        model = make_model(config, compute_dtype=dtype, remat=remat)
         loss = jax.jit(jax.value_and_grad(lambda params: policy.token_log_probs(model, params, TOKENS, MASK).sum()))
         params = random_params(model)
         return loss(params), str(jax.make_jaxpr(loss)(params))

@@ -148,6 +148,10 @@ def test_decoding_gathers_weights_before_its_loop():
         sample = in_loops(lambda params, *x: generate.continue_prompts(model, params, *x, 16, sampling), *batch)
         return sample - in_loops(model.hidden, *batch[:2])
 
+    placed = jax.device_put(make_model(config).init(jax.random.key(0)), sharding.param_shardings(config, mesh))
+    assert not placed["embedding"].sharding.is_fully_replicated
+    decoding = generate.prepare(make_model(config, mesh=mesh), placed, 8).decoding
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(decoding))
     # Whether all sequences have ended is all that a step must know of the others.
     assert more_than_a_pass(make_model(config, mesh=mesh)) == {"pred[]": 1}
     assert len(more_than_a_pass(make_model(config))) > 1, "the test sees nothing"
