@@ -77,6 +77,7 @@ def _plain_product(x, kernel, dtype, keeps_bits=False):
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
 
+@jax.custom_vjp
 def transposed(matrix: jax.Array) -> jax.Array:
     """The transpose of a matrix as an operand of a product; on a CPU it lies in memory as one.
 
@@ -91,6 +92,10 @@ def _lying_transposed(matrix: jax.Array) -> jax.Array:
         # As whole numbers: XLA's CPU moves these in two thirds of the time, for a matrix as large as the head.
         return lax.bitcast_convert_type(_lying_transposed(lax.bitcast_convert_type(matrix, jnp.uint16)), jnp.bfloat16)
     return lax.optimization_barrier(matrix.T.reshape(-1)).reshape(matrix.shape[::-1])
+
+
+# Bits have no derivative.
+transposed.defvjp(lambda matrix: (transposed(matrix), None), lambda _, cotangent: (transposed(cotangent),))
 
 
 def turned(matrix: jax.Array) -> jax.Array:

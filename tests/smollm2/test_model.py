@@ -124,8 +124,10 @@ def test_the_products_written_gradient_is_automatic_differentiations(dtype, tole
         jax.tree.map(np.testing.assert_array_equal, ours, keeping_bits)
 
 
-def test_tied_embeddings_get_gradients_from_both_ends():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tied_embeddings_get_gradients_from_both_ends(dtype):
     model, params = _tiny()
+    model = make_model(model.config, compute_dtype=dtype)
     gradient = jax.jit(jax.grad(lambda p: model.logits(p, jnp.zeros((1, 2), jnp.int32))[0, -1, 5]))(params)
     # Token 0 was read, token 5 was scored.
     assert np.abs(gradient["embedding"][0]).max() > 0 and np.abs(gradient["embedding"][5]).max() > 0
