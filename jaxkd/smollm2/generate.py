@@ -397,6 +397,7 @@ def _decode(
     state = filled
     if model.mesh is None:
         # Sequences and heads on one axis: with an axis of a single sequence XLA would copy the cache at every step.
+        # (Over a mesh each has an axis of devices of its own.)
         state = filled._replace(caches=jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), filled.caches))
     # Every number once, and not at every step.
     uniforms = _uniforms(keys, 1 if sampling.greedy else room)

@@ -120,8 +120,7 @@ def test_the_products_written_gradient_is_automatic_differentiations(dtype, tole
     gradients = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, plain, keeping_bits))
     ours, plain, keeping_bits = gradients
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, plain)
-    if dtype == "bfloat16":
-        jax.tree.map(np.testing.assert_array_equal, ours, keeping_bits)
+    jax.tree.map(np.testing.assert_array_equal, ours, keeping_bits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
