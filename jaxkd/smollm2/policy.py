@@ -1,10 +1,11 @@
 """SmolLM2 as a policy, and its comparison with a teacher, by a head that is streamed.
 
 The head. n positions times V tokens of logits are never kept. Blocks of at most `TOKEN_CHUNK` positions by
-`VOCAB_BLOCK` tokens, or as many numbers of fewer positions by the whole vocabulary where two models are compared, are
-made, summed and dropped; what is kept for the backward pass is one number a position, and the backward pass makes each
-block again. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and q = softmax(z),
-∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered on the way forward.
+`VOCAB_BLOCK` tokens are made, summed and dropped, where two models are compared those of as many numbers in all; what
+is kept for the backward pass is one number a position, and the backward pass makes each block again. (Of a batch that
+is a single chunk XLA may keep them between the two: 200 MB at most.) Derivatives are written out: where
+D = Σ_v f(log p_v, log q_v) and q = softmax(z), ∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered
+on the way forward.
 
 Conventions of the divergences are those of `jaxkd.losses.divergence`: P is the teacher, Q the student, nats.
 """
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxkd import checks
@@ -338,7 +340,7 @@ def _pull_back(toward_logits: Callable, hidden, head, dtype, *others) -> tuple[j
     """
     n = hidden.shape[0]
     chunk = _chunk_size(n, TOKEN_CHUNK)
-    chunks = tuple(_chunked(array, chunk) for array in (hidden, *others))
+    chunks = jax.tree.map(partial(_chunked, chunk=chunk), (hidden, *others))
     toward_hidden = jnp.zeros(chunks[0].shape, jnp.float32)
     toward_head = []
     blocks = _blocks(head.shape[0])
@@ -417,44 +419,77 @@ def _term_and_slope(divergence: str, log_p, log_q, coefficient):
 
 
 def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coefficient, divergence, dtypes):
-    vocabulary = (0, head.shape[0])
+    n, vocab_size = len(hidden), len(head)
+    blocks = _blocks(vocab_size)
     columns, teacher_columns = (
-        _columns(matrix, [vocabulary], dtype) for matrix, dtype in zip((head, teacher_head), dtypes, strict=True)
+        _columns(matrix, blocks, dtype) for matrix, dtype in zip((head, teacher_head), dtypes, strict=True)
     )
 
     def one_chunk(hidden, taught, targets):
-        logits, teacher_logits = _logits(hidden, columns(vocabulary)), _logits(taught, teacher_columns(vocabulary))
-        normalizer, teacher_normalizer = (jax.nn.logsumexp(z, axis=-1) for z in (logits, teacher_logits))
-        log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
-        value, slope = (x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient))
-        log_prob, teacher_log_prob = (jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (log_q, log_p))
+        of_student, of_teacher = (
+            [_logits(x, of(block)) for block in blocks] for x, of in ((hidden, columns), (taught, teacher_columns))
+        )
+        normalizer, teacher_normalizer = _log_sum_exp(of_student), _log_sum_exp(of_teacher)
+        totals = []
+        for block, logits, teacher_logits in zip(blocks, of_student, of_teacher, strict=True):
+            log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
+            sums = [x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient)]
+            totals.append([*sums, *(_at_target(x, targets, block) for x in (log_q, log_p))])
+        value, slope, log_prob, teacher_log_prob = map(sum, zip(*totals, strict=True))
         return (value, log_prob, normalizer, teacher_log_prob, teacher_normalizer), slope
 
-    # The whole vocabulary of fewer positions: the divergence needs both sums before its first term.
-    positions = max(1, TOKEN_CHUNK * VOCAB_BLOCK // head.shape[0])
-    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets, chunk=positions)
+    # The divergence needs both sums before its first term: the whole vocabulary, of few positions. Up to three times as
+    # many are one chunk, for XLA then sees that the backward pass makes the same blocks, and makes them once.
+    few = max(1, TOKEN_CHUNK * VOCAB_BLOCK // vocab_size)
+    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets, chunk=n if n <= 3 * few else few)
     residuals = (hidden, head, teacher_hidden, teacher_head, targets, coefficient, results[2], results[4], slope)
     return results, residuals
 
 
+def _log_sum_exp(blocks: list[jax.Array]) -> jax.Array:
+    """Log-sum-exp of the logits [chunk, block] of several blocks, float32[chunk]."""
+    return jax.nn.logsumexp(jnp.stack([jax.nn.logsumexp(logits, axis=-1) for logits in blocks]), axis=0)
+
+
+def _at_target(array: jax.Array, targets: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """The entries of [chunk, block] at the targets, float32[chunk]; 0 for those of other blocks."""
+    inside = (block[0] <= targets) & (targets < block[1])
+    entries = jnp.take_along_axis(array, jnp.where(inside, targets - block[0], 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(inside, entries, 0.0)
+
+
+def _compare_differentiated(*arguments):
+    """`_compare_forward` of what a rule with symbolic zeros is given."""
+    return _compare_forward(*(getattr(one, "value", one) for one in arguments))
+
+
 def _compare_backward(divergence, dtypes, residuals, cotangents):
     hidden, head, taught, teacher_head, targets, coefficient, normalizer, teacher_normalizer, slope = residuals
+    blocks = _blocks(len(head))
+    teacher_columns = _columns(teacher_head, blocks, dtypes[1])
+    each = {"taught": taught, "normalizer": normalizer, "teacher_normalizer": teacher_normalizer, "slope": slope}
+    # A loss on the divergence alone is spared the passes over the vocabulary that the others would take.
+    for name, cotangent in zip(("of_value", "of_target", "of_normalizer"), cotangents, strict=False):
+        if not isinstance(cotangent, SymbolicZero):
+            each[name] = cotangent
 
-    teacher_columns = _columns(teacher_head, _blocks(teacher_head.shape[0]), dtypes[1])
-
-    def toward_logits(logits, block, taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_q):
-        log_q = logits - normalizer[:, None]
-        log_p = _logits(taught, teacher_columns(block)) - teacher_normalizer[:, None]
-        _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
+    def toward_logits(logits, block, targets, values):
+        at = {name: value[:, None] for name, value in values.items()}
+        log_q = logits - at["normalizer"]
         probs = jnp.exp(log_q)
-        through_value = of_value[:, None] * (toward_q - probs * slope[:, None])
-        at_target = jnp.where(_is_target(targets, block), of_target[:, None], 0.0)
-        return through_value + at_target + of_q[:, None] * probs
+        toward = jnp.zeros_like(logits)
+        if "of_value" in at:
+            log_p = _logits(values["taught"], teacher_columns(block)) - at["teacher_normalizer"]
+            _, toward_q = _term_and_slope(divergence, log_p, log_q, coefficient)
+            toward += at["of_value"] * (toward_q - probs * at["slope"])
+        if "of_target" in at:
+            toward += at["of_target"] * (jnp.where(_is_target(targets, block), 1.0, 0.0) - probs)
+        if "of_normalizer" in at:
+            toward += at["of_normalizer"] * probs
+        return toward
 
-    of_value, of_target, of_normalizer = cotangents[:3]
-    each = (taught, targets, normalizer, teacher_normalizer, slope, of_value, of_target, of_normalizer - of_target)
-    toward_hidden, toward_head = _pull_back(toward_logits, hidden, head, dtypes[0], *each)
+    toward_hidden, toward_head = _pull_back(toward_logits, hidden, head, dtypes[0], targets, each)
     return toward_hidden, toward_head, jnp.zeros_like(taught), jnp.zeros_like(teacher_head), None, jnp.zeros(())
 
 
-compare_hidden.defvjp(_compare_forward, _compare_backward)
+compare_hidden.defvjp(_compare_differentiated, _compare_backward, symbolic_zeros=True)

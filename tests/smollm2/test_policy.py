@@ -101,6 +101,13 @@ def _naive_comparison(name, coefficient, logits, taught, targets):
     return policy.Comparison(divergence, picked[0], normalizers[0], picked[1], normalizers[1])
 
 
+def _inputs_to_compare(n, d, v):
+    """Hidden states and heads of two models, and targets."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    drawn = [jax.random.normal(key, shape) for key, shape in zip(keys, [(n, d), (v, d)] * 2, strict=True)]
+    return drawn, jnp.arange(n, dtype=jnp.int32) * 13
+
+
 def _weighed(fields, weights):
     """A number that all fields with a gradient enter."""
     return jnp.sum(weights * (fields.divergence + 0.5 * fields.log_prob + 0.1 * fields.log_normalizer))
@@ -121,12 +128,8 @@ def _close(a, b):
     ],
 )
 def test_streamed_divergences_and_gradients_are_the_naive_ones(name, coefficients):
-    keys = jax.random.split(jax.random.key(5), 4)
-    n, d, v = 19, 6, 264
-    hidden, head, taught, teacher_head = (
-        jax.random.normal(key, shape) for key, shape in zip(keys, [(n, d), (v, d)] * 2, strict=True)
-    )
-    targets, weights = jnp.arange(n, dtype=jnp.int32) * 13, jnp.cos(jnp.arange(n, dtype=jnp.float32))
+    (hidden, head, taught, teacher_head), targets = _inputs_to_compare(n := 19, 6, 264)
+    weights = jnp.cos(jnp.arange(n, dtype=jnp.float32))
     dtypes = (jnp.dtype("float32"),) * 2
 
     def ours(hidden, head, coefficient):
@@ -142,6 +145,39 @@ def test_streamed_divergences_and_gradients_are_the_naive_ones(name, coefficient
     ours, plain = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True)) for f in (ours, plain))
     for coefficient in coefficients:
         jax.tree.map(_close, ours(hidden, head, jnp.float32(coefficient)), plain(hidden, head, coefficient))
+
+
+@pytest.mark.parametrize("field", ["divergence", "log_prob", "log_normalizer"])
+def test_the_gradient_of_a_loss_on_one_field_alone_is_the_naive_one(field):
+    (hidden, head, *teacher), targets = _inputs_to_compare(19, 6, 264)
+    compared = partial(policy.compare_hidden, coefficient=jnp.float32(0.5), divergence="reverse_kl")
+
+    def ours(hidden, head):
+        fields = compared(hidden, head, *teacher, targets, dtypes=(jnp.dtype("float32"),) * 2)
+        return jnp.sum(jnp.cos(targets) * getattr(policy.Comparison(*fields), field))
+
+    def plain(hidden, head):
+        fields = _naive_comparison("reverse_kl", 0.5, hidden @ head.T, teacher[0] @ teacher[1].T, targets)
+        return jnp.sum(jnp.cos(targets) * getattr(fields, field))
+
+    jax.tree.map(_close, *(jax.jit(jax.grad(f, argnums=(0, 1)))(hidden, head) for f in (ours, plain)))
+
+
+def test_a_small_batch_has_the_logits_of_two_models_made_once(monkeypatch):
+    """Not again in the backward pass: XLA must see that its blocks are those of the forward pass."""
+    n, d, v = 19, 64, 264
+    monkeypatch.setattr(policy, "TOKEN_CHUNK", n)
+    monkeypatch.setattr(policy, "VOCAB_BLOCK", 98)
+    (hidden, head, *teacher), targets = _inputs_to_compare(n, d, v)
+
+    def loss(hidden, head):
+        dtypes = (jnp.dtype("float32"),) * 2
+        return policy.compare_hidden(hidden, head, *teacher, targets, jnp.float32(0.5), "forward_kl", dtypes)[0].sum()
+
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
+    products = re.findall(rf"= f32\[{n},(\d+)\]\S* (?:dot\(|fusion\(.*kind=kCustom)", compiled)
+    blocks = [int(size) for size in products if int(size) != d]
+    assert sum(blocks) == 2 * v and len(blocks) == 6
 
 
 def test_models_are_compared_as_their_logits_are():
@@ -176,7 +212,7 @@ def test_nothing_of_the_size_of_all_logits_is_made():
 
 @pytest.mark.parametrize("name", list(policy.DIVERGENCES))
 def test_nothing_of_the_size_of_all_logits_is_made_where_models_are_compared(name):
-    """Three positions at a time, 800 numbers by 264 tokens; of 21 positions, for 24 is the hidden size too."""
+    """Forward three of 21 positions at a time, 800 numbers by 264 tokens, and back seven; 24 is the hidden size."""
     model, params = _model()
     tokens, mask = TOKENS[:, :8], MASK[:, :8]
 
@@ -185,8 +221,9 @@ def test_nothing_of_the_size_of_all_logits_is_made_where_models_are_compared(nam
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
     shapes = [tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<([0-9x]+)xf32>", text)]
-    positions = {math.prod(shape) // 264 for shape in shapes if 264 in shape}
-    assert 3 in positions and positions <= {1, 3, 24}
+    whole = {math.prod(shape) // 264 for shape in shapes if 264 in shape}
+    blocks = {math.prod(shape) // 100 for shape in shapes if 100 in shape}
+    assert whole <= {1, 24} and {3, 7} <= blocks <= {1, 3, 7, 24}
 
 
 def test_every_divergence_from_itself_is_zero():
