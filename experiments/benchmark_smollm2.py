@@ -6,9 +6,10 @@ Both get the same weights, number format and shapes, and a thread for every core
 process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
 both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default
 precision of float32 products ("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile
-is timed apart from run. On Linux both have their memory in huge pages (`jaxkd.cli.use_huge_pages`), unless
-GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that is resident while a task runs, weights and all, each
-task in a fresh process; it is told on Linux alone.
+is timed apart from run. In every turn both also multiply two square matrices: what the faster of them takes for as many
+FLOPs as the task's is the least that the task could take. On Linux both have their memory in huge pages
+(`jaxkd.cli.use_huge_pages`), unless GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that is resident
+while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
 
 Prints one JSON object, writes it to --json-file and draws --figure from it; --redraw draws from the file again.
 """
@@ -98,6 +99,8 @@ TRAINING = ("dpo", "distillation")
 PROMPT_TOKENS = 8
 """Tokens of a training text that are not learned from."""
 STUDENT_LAYERS = 12
+PRODUCT = 1536
+"""Rows and columns of the square product: larger ones are no faster here."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,9 @@ class Task:
 
     `what` is forward (logits of every position), gradient (log-probability of every token, and its gradient),
     naive_gradient (the same through full logits), decode, dpo (a step of DPO, policy and reference, on batch / 2 pairs)
-    or distillation (a token-level step of a student with 12 of the layers); both of the last with AdamW and clipping,
-    beside TRL's own trainers. `remat` is what jaxkd's backward pass computes again (`Model.remat`).
+    or distillation (a token-level step of a student with 12 of the layers), both of these with AdamW and clipping,
+    beside TRL's own trainers; or product (of two square matrices). `remat` is what jaxkd's backward pass computes again
+    (`Model.remat`).
     """
 
     what: str
@@ -151,6 +155,23 @@ def memory_tasks_of(benchmark: Benchmark) -> list[Task]:
     ]
 
 
+def product_of(task: Task) -> Task:
+    """The product that a task is set beside."""
+    return Task("product", task.dtype, PRODUCT, PRODUCT)
+
+
+def flops_of(task: Task, config) -> float:
+    """Model FLOPs of a task (`jaxkd.smollm2.cost`): what is computed again to save memory is not among them."""
+    from jaxkd.smollm2.cost import forward_flops, mean_context, training_flops
+
+    length = task.length + task.new_tokens
+    texts = task.batch * length, mean_context([length])
+    if task.what in ("forward", "decode"):
+        return forward_flops(config, *texts)
+    student = replace(config, num_layers=STUDENT_LAYERS) if task.what == "distillation" else config
+    return training_flops(student, *texts) + (forward_flops(config, *texts) if task.what in TRAINING else 0.0)
+
+
 def cores() -> int:
     """Cores that this process may use. Not asked of jaxkd, which would bring jax into torch's process and memory."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -189,6 +210,8 @@ class JaxSide:
 
     def prepare(self, task: Task):
         """Compile. Returns the call, and the seconds that compiling took."""
+        if task.what == "product":
+            return self._prepare_product(task)
         params, tokens = self._params(task.dtype), self.jax.numpy.asarray(tokens_of(task, self.config.vocab_size))
         if task.what == "decode":
             return self._prepare_decode(task, params, tokens)
@@ -199,6 +222,12 @@ class JaxSide:
         compiled = self.jax.jit(function[task.what](task)).lower(params, tokens).compile()
         seconds = time.perf_counter() - begin
         return (lambda: self.jax.block_until_ready(compiled(params, tokens))), seconds
+
+    def _prepare_product(self, task: Task):
+        jax = self.jax
+        a, b = (jax.random.normal(jax.random.key(i), (task.batch, task.length)).astype(task.dtype) for i in range(2))
+        product = jax.jit(lambda a, b: jax.numpy.matmul(a, b, preferred_element_type="float32"))
+        return (lambda: jax.block_until_ready(product(a, b))), 0.0
 
     def _params(self, dtype: str):
         """Weights in a number format; only one format is kept."""
@@ -340,6 +369,8 @@ class TorchSide:
     def prepare(self, task: Task):
         """Set the number format. Returns the call, and no seconds, for nothing is compiled."""
         torch = self.torch
+        if task.what == "product":
+            return self._prepare_product(task)
         self.model.to(getattr(torch, task.dtype))
         tokens = torch.from_numpy(tokens_of(task, self.model.config.vocab_size)).long()
         run = getattr(self, f"_{task.what}")
@@ -348,6 +379,16 @@ class TorchSide:
             # "highest" is what torch has if nobody says anything.
             torch.set_float32_matmul_precision("highest" if task.precision == "default" else task.precision)
             return run(task, tokens)
+
+        return call, 0.0
+
+    def _prepare_product(self, task: Task):
+        torch = self.torch
+        a, b = (torch.randn(task.batch, task.length).to(getattr(torch, task.dtype)) for _ in range(2))
+
+        def call():
+            torch.set_float32_matmul_precision("highest")  # "medium" may multiply in bfloat16
+            return a @ b
 
         return call, 0.0
 
@@ -517,7 +558,8 @@ def serve(connection, name: str, folder: str) -> None:
         verb, task = request
         if verb == "prepare":
             # What an earlier task trained would take memory, and huge pages, from this one.
-            calls = {one: call for one, call in calls.items() if _any_precision(one) == _any_precision(task)}
+            if task.what != "product":
+                calls = {one: call for one, call in calls.items() if _any_precision(one) == _any_precision(task)}
             calls[task], seconds = side.prepare(task)
             calls[task]()
         else:
@@ -590,16 +632,20 @@ def contestants_of(task: Task, peers: dict, benchmark: Benchmark) -> list[tuple[
     return found
 
 
-def time_task(task: Task, peers: dict, benchmark: Benchmark) -> dict:
-    """Seconds of one task on every side, taken in turns."""
+def time_task(task: Task, flops: float, peers: dict, benchmark: Benchmark) -> dict:
+    """Seconds of one task of so many model FLOPs on every side, taken in turns, and what they are of a product's."""
     contestants = contestants_of(task, peers, benchmark)
-    compile_seconds = {label: peer.ask("prepare", one) for label, peer, one in contestants}
-    seconds = {label: [] for label, _, _ in contestants}
+    products = [(f"product {name}", peer, product_of(task)) for name, peer in peers.items()]
+    compile_seconds = {label: peer.ask("prepare", one) for label, peer, one in contestants + products}
+    seconds = {label: [] for label, _, _ in contestants + products}
     for _ in range(benchmark.repetitions):
-        for label, peer, one in contestants:
+        for label, peer, one in contestants + products:
             seconds[label].append(peer.ask("run", one))
-    row = asdict(task) | {"name": task.name, "compile_s": compile_seconds["jaxkd"]}
+    fastest = min(statistics.median(seconds.pop(label)) for label, _, _ in products)
+    row = asdict(task) | {"name": task.name, "compile_s": compile_seconds["jaxkd"], "flops": flops}
     row["seconds"] = {label: statistics.median(values) for label, values in seconds.items()}
+    row["product_flops_a_second"] = 2 * PRODUCT**3 / fastest
+    row["share_of_product"] = {k: flops / v / row["product_flops_a_second"] for k, v in row["seconds"].items()}
     row["seconds_smallest"] = {label: min(values) for label, values in seconds.items()}
     if task.what == "decode":
         row["tokens_a_second"] = {k: task.batch * task.new_tokens / v for k, v in row["seconds"].items()}
@@ -622,7 +668,8 @@ def measure(benchmark: Benchmark) -> dict:
 
     from jaxkd.smollm2 import weights
 
-    benchmark.check_context(weights.load_config(benchmark.source).max_positions)
+    config = weights.load_config(benchmark.source)
+    benchmark.check_context(config.max_positions)
     if benchmark.memory and not tells_memory():
         print("Memory is not measured: this system has no /proc/self/clear_refs, or does not let it be used.",
               file=sys.stderr)  # fmt: skip
@@ -635,7 +682,7 @@ def measure(benchmark: Benchmark) -> dict:
         result |= {"loading_s": convert(benchmark.source, folder), "tasks": []}
         peers = {name: Peer(name, folder) for name in names}
         for task in tqdm(tasks_of(benchmark), desc="timing", file=sys.stderr):
-            result["tasks"].append(time_task(task, peers, benchmark))
+            result["tasks"].append(time_task(task, flops_of(task, config), peers, benchmark))
             save(result, benchmark.json_file)
         for peer in peers.values():
             peer.stop()
@@ -709,15 +756,23 @@ def described(benchmark: Benchmark) -> dict:
 
 # Okabe and Ito's colours, told apart under every common colour blindness; markers and hatches tell them apart in grey.
 # The larger and hollow marker is still seen where the smaller one lies on it.
-COLORS = {"jaxkd": "#0072B2", "torch": "#E69F00", "torch medium": "#CC79A7"}
+COLORS = {"jaxkd": "#0072B2", "torch": "#E69F00", "torch medium": "#CC79A7", "product": "0.35"}
 HATCHES = {"jaxkd": None, "torch": "///"}
 POINTS = {
     "jaxkd": {"marker": "o", "markersize": 4.5},
     "torch": {"marker": "s", "markersize": 3.5, "zorder": 3},
     "torch medium": {"marker": "^", "markersize": 8, "markerfacecolor": "none"},
+    "product": {"marker": "|", "markersize": 20},
 }
-LINES = {"jaxkd": "-", "torch": "-", "torch medium": ":"}
-NAMES = {"jaxkd": "jaxkd", "torch": "transformers on torch, defaults", "torch medium": "… float32 matmul “medium”"}
+HEIGHTS = {"jaxkd": -0.28, "torch": 0, "torch medium": 0.28, "product": 0}
+"""Where each side stands about the middle of a task's line."""
+LINES = {"jaxkd": "-", "torch": "-", "torch medium": ":", "product": "--"}
+NAMES = {
+    "jaxkd": "jaxkd",
+    "torch": "transformers on torch, defaults",
+    "torch medium": "… float32 matmul “medium”",
+    "product": "the least: model FLOPs at a square product’s rate",
+}
 WHAT = {
     "naive_gradient": "gradient, full logits",
     "dpo": "step of DPO",
@@ -734,7 +789,8 @@ def draw(result: dict, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # Passes, steps, and what was measured for memory alone.
-    rows = sorted(result["tasks"], key=lambda row: ("seconds" not in row, row["what"] in TRAINING))
+    rows = [_with_product(row) for row in result["tasks"]]
+    rows = sorted(rows, key=lambda row: ("seconds" not in row, row["what"] in TRAINING))
     passes = [row for row in rows if "seconds" in row and row["what"] != "decode"]
     decoding = [row for row in rows if "seconds" in row and row["what"] == "decode"]
     weighed = [row for row in rows if "memory_bytes" in row and row["what"] != "decode"]
@@ -761,11 +817,23 @@ def draw(result: dict, path: Path) -> None:
         for axis in axes.values():
             handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | handles
         names = [NAMES[side] for side in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=len(names), frameon=False)
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=2, frameon=False)
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         figure.suptitle(f"{result['settings']['source']} on {result['cpus']} CPU cores ({versions})", fontsize=9)
         figure.savefig(path, dpi=160)
         plt.close(figure)
+
+
+def _with_product(row: dict) -> dict:
+    """A row with a side that takes a product's time for the task's model FLOPs."""
+    if "seconds" not in row:
+        return row
+    seconds = row["flops"] / row["product_flops_a_second"]
+    row = row | {"seconds": row["seconds"] | {"product": seconds}}
+    if row["what"] == "decode":
+        rate = row["batch"] * row["new_tokens"] / seconds
+        row["tokens_a_second"] = row["tokens_a_second"] | {"product": rate}
+    return row
 
 
 def _described(row: dict, *, between: str) -> str:
@@ -777,12 +845,12 @@ def _described(row: dict, *, between: str) -> str:
 
 def _seconds(axes, rows: list[dict]) -> None:
     """A line a task, the first on top, its sides one above the other."""
-    sides = [side for side in COLORS if any(side in row["seconds"] for row in rows)]
-    for i, side in enumerate(sides):
-        shift = (i - (len(sides) - 1) / 2) * 0.28
+    sides = [side for side in HEIGHTS if any(side in row["seconds"] for row in rows)]
+    for side in sides:
+        shift = HEIGHTS[side]
         points = [(row["seconds"][side], j + shift) for j, row in enumerate(rows) if side in row["seconds"]]
         axes.plot(*zip(*points, strict=True), linestyle="none", color=COLORS[side], label=side, **POINTS[side])
-        for seconds, y in points:
+        for seconds, y in points if side != "product" else ():
             axes.annotate(
                 f"{seconds:#.3g}".rstrip("."), (seconds, y), (6, 0), textcoords="offset points", va="center", fontsize=7
             )
@@ -800,7 +868,8 @@ def _rates(axes, rows: list[dict]) -> None:
         points = [(row["batch"], row["tokens_a_second"][side]) for row in rows if side in row["tokens_a_second"]]
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), LINES[side], color=COLORS[side], label=side, **POINTS[side])
+        mark = {"linewidth": 0.8} if side == "product" else POINTS[side]
+        axes.plot(*zip(*points, strict=True), LINES[side], color=COLORS[side], label=side, **mark)
         if side == "jaxkd":
             for x, y in points:
                 axes.annotate(f"{y:.0f}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)

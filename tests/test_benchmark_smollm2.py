@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"jaxkd": [2.0, 1.0, 9.0], "torch": [3.0, 8.0, 4.0], "torch medium": [5.0, 5.0, 6.0]}
 """What each repetition takes; the medians are 2, 4 and 5."""
+PRODUCTS = {"product jaxkd": [0.3, 0.1, 0.2], "product torch": [0.5, 0.5, 0.1]}
 
 
 @pytest.fixture
@@ -30,10 +31,25 @@ def test_torch_is_given_the_layers_that_jaxkds_students_keep(benchmark, num_laye
     assert benchmark.spaced(num_layers, kept) == spaced_layers(num_layers, kept)
 
 
+def test_flops_of_tasks_are_those_of_their_passes(benchmark):
+    """A gradient is three forward passes, DPO has its reference's besides, and a student of 12 layers its teacher's."""
+    from jaxkd.smollm2.config import Config
+
+    config = Config.tiny()
+    forward, gradient, dpo, decode, distillation = (
+        benchmark.flops_of(benchmark.Task(what, "float32", 8, 16, new), config)
+        for what, new in (("forward", 0), ("gradient", 0), ("dpo", 0), ("decode", 16), ("distillation", 0))
+    )
+    student = benchmark.flops_of(benchmark.Task("forward", "float32", 8, 16), benchmark.replace(config, num_layers=12))
+    assert gradient == 3 * forward and dpo == 4 * forward and distillation == forward + 3 * student
+    # Twice the tokens, each of which attends to more.
+    assert 2 * forward < decode < 2.2 * forward
+
+
 @pytest.fixture
 def peers(monkeypatch, benchmark):
     """Two sides that take the seconds above, and what they were asked for."""
-    asked, left = [], {label: list(values) for label, values in SECONDS.items()}
+    asked, left = [], {label: list(values) for label, values in (SECONDS | PRODUCTS).items()}
 
     class FakePeer:
         def __init__(self, name, folder=None):
@@ -41,6 +57,7 @@ def peers(monkeypatch, benchmark):
 
         def ask(self, verb, task):
             label = f"{self.name} medium" if task.precision == "medium" else self.name
+            label = f"product {label}" if task.what == "product" else label
             asked.append((verb, label))
             return 0.5 if verb == "prepare" else left[label].pop(0)
 
@@ -54,13 +71,16 @@ def peers(monkeypatch, benchmark):
 def test_sides_take_turns_and_ratios_are_of_medians(benchmark, peers):
     sides, asked = peers
     task = benchmark.Task("decode", "float32", batch=8, length=4, new_tokens=10)
-    row = benchmark.time_task(task, sides, benchmark.Benchmark(repetitions=3, torch_decode_batches=(8,)))
-    labels = list(SECONDS)
+    flops = benchmark.PRODUCT**3
+    row = benchmark.time_task(task, flops, sides, benchmark.Benchmark(repetitions=3, torch_decode_batches=(8,)))
+    labels = [*SECONDS, *PRODUCTS]
     assert asked == [("prepare", label) for label in labels] + 3 * [("run", label) for label in labels]
     assert row["seconds"] == {"jaxkd": 2.0, "torch": 4.0, "torch medium": 5.0}
     assert row["seconds_smallest"] == {"jaxkd": 1.0, "torch": 3.0, "torch medium": 5.0}
     assert row["times_faster_than"] == {"torch": 2.0, "torch medium": 2.5}
     assert row["tokens_a_second"] == {"jaxkd": 40.0, "torch": 20.0, "torch medium": 16.0}
+    # A product of twice the task's FLOPs takes 0.2 s where it is faster.
+    assert row["share_of_product"] == pytest.approx({"jaxkd": 0.05, "torch": 0.025, "torch medium": 0.02})
     assert row["compile_s"] == 0.5 and row["name"] == "decode float32 8x10"
 
 
@@ -231,7 +251,12 @@ def test_the_figure_shows_every_time_and_rate_of_the_committed_numbers(figure, b
         assert len(told) >= 4
         for line in axes.get_lines():
             side = line.get_label()
-            assert sorted(getattr(line, along)()) == sorted(values[side] for values in told if side in values)
+            drawn = sorted(getattr(line, along)())
+            if side != "product":
+                assert drawn == sorted(values[side] for values in told if side in values)
+            elif axes is passes:
+                least = [row["flops"] / row["product_flops_a_second"] for row in timed if row["what"] != "decode"]
+                assert drawn == sorted(least)
     # A logarithmic axis has no zero for a bar to begin at.
     assert not passes.patches and passes.get_xscale() == "log"
     labels = [label.get_text() for label in passes.get_yticklabels()]

@@ -288,7 +288,8 @@ def draw(logits: jax.Array, uniforms: jax.Array, sampling: Sampling) -> tuple[ja
     """
     largest = logits.max(axis=0, keepdims=True)
     plain = jnp.exp(logits - largest)
-    log_total = largest[0] + jnp.log(plain.sum(axis=0))
+    # By the blocks that a draw needs as well.
+    log_total = largest[0] + jnp.log(_in_blocks(plain).sum(axis=1).sum(axis=0))
     if sampling.greedy:
         tokens = jnp.argmax(logits, axis=0).astype(jnp.int32)
     else:
@@ -339,10 +340,15 @@ def _keep_heaviest(weights, measure, enough) -> jax.Array:
 
 def _inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     """Draw from `weights: float32[V, B]`, unnormalised: a block of the vocabulary, then a token in it, int32[B]."""
-    v, b = weights.shape
-    weights = jnp.pad(weights, ((0, -v % _BLOCK), (0, 0))).reshape(-1, _BLOCK, b)
+    weights = _in_blocks(weights)
     block = _first_above(weights.sum(axis=1), uniforms[0])
     return block * _BLOCK + _first_above(_entry(weights, block), uniforms[1])
+
+
+def _in_blocks(weights: jax.Array) -> jax.Array:
+    """[V, B] to [V / 128, 128, B], padded with zeros."""
+    v, b = weights.shape
+    return jnp.pad(weights, ((0, -v % _BLOCK), (0, 0))).reshape(-1, _BLOCK, b)
 
 
 def _first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
