@@ -6,8 +6,8 @@ Both get the same weights, number format and shapes, and a thread for every core
 process of its own, and the repetitions of a task alternate between them, so that what else the machine does strikes
 both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default
 precision of float32 products ("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile
-is timed apart from run. In every turn both also multiply two square matrices: what the faster of them takes for as many
-FLOPs as the task's is the least that the task could take. On Linux both have their memory in huge pages
+is timed apart from run. In every turn both also multiply two square matrices, float32 ones in full precision: what the
+faster of them would take for the task's model FLOPs is the least that these could take. On Linux both have their memory in huge pages
 (`jaxkd.cli.use_huge_pages`), unless GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that is resident
 while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
 
@@ -162,11 +162,15 @@ def product_of(task: Task) -> Task:
 
 def flops_of(task: Task, config) -> float:
     """Model FLOPs of a task (`jaxkd.smollm2.cost`): what is computed again to save memory is not among them."""
-    from jaxkd.smollm2.cost import forward_flops, mean_context, training_flops
+    from jaxkd.smollm2.cost import forward_flops, head_parameters, mean_context, training_flops
 
-    length = task.length + task.new_tokens
-    texts = task.batch * length, mean_context([length])
-    if task.what in ("forward", "decode"):
+    if task.what == "decode":
+        # The last token is not read again, and of the prompt only the last position is projected.
+        read = task.length + task.new_tokens - 1
+        not_projected = 2 * task.batch * (task.length - 1) * head_parameters(config)
+        return forward_flops(config, task.batch * read, mean_context([read])) - not_projected
+    texts = task.batch * task.length, mean_context([task.length])
+    if task.what == "forward":
         return forward_flops(config, *texts)
     student = replace(config, num_layers=STUDENT_LAYERS) if task.what == "distillation" else config
     return training_flops(student, *texts) + (forward_flops(config, *texts) if task.what in TRAINING else 0.0)
@@ -642,10 +646,10 @@ def time_task(task: Task, flops: float, peers: dict, benchmark: Benchmark) -> di
         for label, peer, one in contestants + products:
             seconds[label].append(peer.ask("run", one))
     fastest = min(statistics.median(seconds.pop(label)) for label, _, _ in products)
-    row = asdict(task) | {"name": task.name, "compile_s": compile_seconds["jaxkd"], "flops": flops}
+    row = asdict(task) | {"name": task.name, "compile_s": compile_seconds["jaxkd"], "model_flops": flops}
     row["seconds"] = {label: statistics.median(values) for label, values in seconds.items()}
     row["product_flops_a_second"] = 2 * PRODUCT**3 / fastest
-    row["share_of_product"] = {k: flops / v / row["product_flops_a_second"] for k, v in row["seconds"].items()}
+    row["share_of_product"] = flops / row["seconds"]["jaxkd"] / row["product_flops_a_second"]
     row["seconds_smallest"] = {label: min(values) for label, values in seconds.items()}
     if task.what == "decode":
         row["tokens_a_second"] = {k: task.batch * task.new_tokens / v for k, v in row["seconds"].items()}
@@ -762,7 +766,7 @@ POINTS = {
     "jaxkd": {"marker": "o", "markersize": 4.5},
     "torch": {"marker": "s", "markersize": 3.5, "zorder": 3},
     "torch medium": {"marker": "^", "markersize": 8, "markerfacecolor": "none"},
-    "product": {"marker": "|", "markersize": 20},
+    "product": {"marker": "|", "markersize": 16},
 }
 HEIGHTS = {"jaxkd": -0.28, "torch": 0, "torch medium": 0.28, "product": 0}
 """Where each side stands about the middle of a task's line."""
@@ -817,7 +821,7 @@ def draw(result: dict, path: Path) -> None:
         for axis in axes.values():
             handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | handles
         names = [NAMES[side] for side in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=2, labelspacing=0.9, frameon=False)
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         figure.suptitle(f"{result['settings']['source']} on {result['cpus']} CPU cores ({versions})", fontsize=9)
         figure.savefig(path, dpi=160)
@@ -826,9 +830,9 @@ def draw(result: dict, path: Path) -> None:
 
 def _with_product(row: dict) -> dict:
     """A row with a side that takes a product's time for the task's model FLOPs."""
-    if "seconds" not in row:
+    if "product_flops_a_second" not in row:
         return row
-    seconds = row["flops"] / row["product_flops_a_second"]
+    seconds = row["model_flops"] / row["product_flops_a_second"]
     row = row | {"seconds": row["seconds"] | {"product": seconds}}
     if row["what"] == "decode":
         rate = row["batch"] * row["new_tokens"] / seconds

@@ -202,7 +202,7 @@ def _beside_torch(shown: Callable[[str], bool]) -> str:
         shape = f"{row['batch']} × {row['new_tokens'] or row['length']}"
         compiled = _number(row, "compile_s", "{:.1f}")
         ratios = [_number(faster, side, "{:.2f}") for side in sides[1:]]
-        share = _number(row.get("share_of_product", {}), "jaxkd", "{:.0%}")
+        share = _number(row, "share_of_product", "{:.0%}")
         body.append([what, row["dtype"], shape, *measured, *ratios, share, compiled, *memory])
     head = ["task", "products in", "batch × tokens", "jaxkd", "torch", "torch, “medium”", "times torch",
             "times “medium”", "of a product", "compile (s)", "jaxkd (GiB)", "torch (GiB)"]  # fmt: skip

@@ -59,7 +59,7 @@ def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
     """As optax has it, but as a factor: a quotient for each number is one that XLA writes to memory."""
 
     def clip(gradient, params=None):
-        factor = most / jnp.maximum(optax.tree.norm(gradient), most)
+        factor = jnp.minimum(1.0, most / optax.tree.norm(gradient))
         return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
 
     return optax.stateless(clip)

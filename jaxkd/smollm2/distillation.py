@@ -12,7 +12,7 @@ from jaxkd.smollm2.policy import Texts
 def make_comparison(student: Model, teacher: Model, divergence: str) -> Compare:
     """Compare next-token distributions along texts, at the tokens of completions.
 
-    The heads are streamed (`policy.compare`): neither model's logits are ever whole in memory.
+    The heads are streamed (`policy.compare`): of more than some hundred positions, logits are never whole in memory.
 
     Args:
       student: its functions.

@@ -1,11 +1,11 @@
 """SmolLM2 as a policy, and its comparison with a teacher, by a head that is streamed.
 
 The head. n positions times V tokens of logits are never kept. Blocks of at most `TOKEN_CHUNK` positions by
-`VOCAB_BLOCK` tokens are made, summed and dropped, where two models are compared those of as many numbers in all; what
-is kept for the backward pass is one number a position, and the backward pass makes each block again. (Of a batch that
-is a single chunk XLA may keep them between the two: 200 MB at most.) Derivatives are written out: where
-D = Σ_v f(log p_v, log q_v) and q = softmax(z), ∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered
-on the way forward.
+`VOCAB_BLOCK` tokens are made, summed and dropped, where two models are compared those of as many numbers of each; what
+is kept for the backward pass is one number a position, and the backward pass makes each block again. A batch of few
+positions is a single chunk, whose blocks XLA may keep between the two: at most 200 MB for log-probabilities, and some
+hundred for each model where two are compared. Derivatives are written out: where D = Σ_v f(log p_v, log q_v) and
+q = softmax(z), ∂D/∂z_v = f′_v − q_v Σ_w f′_w with f′ = ∂f/∂log q, and Σ f′ is gathered on the way forward.
 
 Conventions of the divergences are those of `jaxkd.losses.divergence`: P is the teacher, Q the student, nats.
 """
@@ -382,7 +382,12 @@ def _target_forward(hidden, head, targets, dtype):
     normalizer, target = _over_chunks(
         lambda h, t: _normalizer_and_target(h, t, blocks, columns), hidden, targets, chunk=TOKEN_CHUNK
     )
-    return target - normalizer, (hidden, head, targets, normalizer)
+    return jnp.where(_is_known(targets, head), target - normalizer, jnp.nan), (hidden, head, targets, normalizer)
+
+
+def _is_known(targets: jax.Array, head: jax.Array) -> jax.Array:
+    """bool[n]: no block holds a token that is not in the vocabulary, which would pass for one with a logit of 0."""
+    return (targets >= 0) & (targets < head.shape[0])
 
 
 def _target_backward(dtype, residuals, cotangent):
@@ -435,13 +440,15 @@ def _compare_forward(hidden, head, teacher_hidden, teacher_head, targets, coeffi
             log_q, log_p = logits - normalizer[:, None], teacher_logits - teacher_normalizer[:, None]
             sums = [x.sum(axis=-1) for x in _term_and_slope(divergence, log_p, log_q, coefficient)]
             totals.append([*sums, *(_at_target(x, targets, block) for x in (log_q, log_p))])
-        value, slope, log_prob, teacher_log_prob = map(sum, zip(*totals, strict=True))
+        value, slope, *log_probs = map(sum, zip(*totals, strict=True))
+        log_prob, teacher_log_prob = (jnp.where(_is_known(targets, head), x, jnp.nan) for x in log_probs)
         return (value, log_prob, normalizer, teacher_log_prob, teacher_normalizer), slope
 
     # The divergence needs both sums before its first term: the whole vocabulary, of few positions. Up to three times as
     # many are one chunk, for XLA then sees that the backward pass makes the same blocks, and makes them once.
     few = max(1, TOKEN_CHUNK * VOCAB_BLOCK // vocab_size)
-    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets, chunk=n if n <= 3 * few else few)
+    most = min(3 * few, TOKEN_CHUNK)
+    results, slope = _over_chunks(one_chunk, hidden, teacher_hidden, targets, chunk=n if n <= most else few)
     residuals = (hidden, head, teacher_hidden, teacher_head, targets, coefficient, results[2], results[4], slope)
     return results, residuals
 

@@ -161,6 +161,19 @@ def test_the_gradient_of_a_loss_on_one_field_alone_is_the_naive_one(field):
         return jnp.sum(jnp.cos(targets) * getattr(fields, field))
 
     jax.tree.map(_close, *(jax.jit(jax.grad(f, argnums=(0, 1)))(hidden, head) for f in (ours, plain)))
+    # Three blocks: both models' logits forward; back the student's, and the teacher's where the divergence asks for them.
+    products = str(jax.make_jaxpr(jax.grad(ours, argnums=(0, 1)))(hidden, head)).count("dot_general")
+    assert products == 3 * (2 + 3 + (field == "divergence"))
+
+
+def test_a_token_outside_the_vocabulary_has_no_log_probability():
+    (hidden, head, *teacher), _ = _inputs_to_compare(3, 6, 264)
+    targets, dtypes = jnp.asarray([-1, 263, 264], jnp.int32), (jnp.dtype("float32"),) * 2
+    fields = policy.compare_hidden(hidden, head, *teacher, targets, jnp.float32(0.5), "forward_kl", dtypes)
+    fields = policy.Comparison(*fields)
+    scored = policy.target_log_probs(hidden, head, targets, dtypes[0])
+    for found in (fields.log_prob, fields.teacher_log_prob, scored):
+        np.testing.assert_array_equal(np.isnan(found), [True, False, True])
 
 
 def test_a_small_batch_has_the_logits_of_two_models_made_once(monkeypatch):
@@ -175,9 +188,9 @@ def test_a_small_batch_has_the_logits_of_two_models_made_once(monkeypatch):
         return policy.compare_hidden(hidden, head, *teacher, targets, jnp.float32(0.5), "forward_kl", dtypes)[0].sum()
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
-    products = re.findall(rf"= f32\[{n},(\d+)\]\S* (?:dot\(|fusion\(.*kind=kCustom)", compiled)
-    blocks = [int(size) for size in products if int(size) != d]
-    assert sum(blocks) == 2 * v and len(blocks) == 6
+    products = re.findall(r"= f32\[(\d+),(\d+)\]\S* (?:dot\(|fusion\(.*kind=kCustom)", compiled)
+    blocks = [(int(rows), int(size)) for rows, size in products if int(size) != d]
+    assert {rows for rows, _ in blocks} == {n} and sum(size for _, size in blocks) == 2 * v
 
 
 def test_models_are_compared_as_their_logits_are():
