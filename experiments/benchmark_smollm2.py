@@ -7,9 +7,9 @@ process of its own, and the repetitions of a task alternate between them, so tha
 both alike. A pass or a step is run once before it is timed, as a loop would have. Torch is measured at its default
 precision of float32 products ("torch") and after torch.set_float32_matmul_precision("medium") ("torch medium"). Compile
 is timed apart from run. In every turn both also multiply two square matrices, float32 ones in full precision: what the
-faster of them would take for the task's model FLOPs is the least that these could take. On Linux both have their memory in huge pages
-(`jaxkd.cli.use_huge_pages`), unless GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that is resident
-while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
+faster of them would take for the task's model FLOPs is the least that these could take. On Linux both have their memory
+in huge pages (`jaxkd.cli.use_huge_pages`), unless GLIBC_TUNABLES says glibc.malloc.hugetlb=0. Memory is the most that
+is resident while a task runs, weights and all, each task in a fresh process; it is told on Linux alone.
 
 Prints one JSON object, writes it to --json-file and draws --figure from it; --redraw draws from the file again.
 """

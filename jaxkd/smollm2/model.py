@@ -363,7 +363,8 @@ class Model:
           float32[B, T, D]; at padding, numbers without meaning.
 
         Raises:
-          ValueError: on shapes or types that do not fit, or without a mask more positions than the model has.
+          ValueError: on shapes or types that do not fit, or more positions than the model has; those of a traced mask
+            are not counted.
         """
         _check(self.config, tokens, mask)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] if mask is None else positions_of(mask)
@@ -595,8 +596,12 @@ def _check(config: Config, tokens: jax.Array, mask: jax.Array | None) -> None:
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
         raise ValueError(f"mask must be bool{list(tokens.shape)} like tokens; got {mask.dtype}{list(mask.shape)}")
     # With a mask, positions count tokens alone: the longest prompt and the longest answer may belong to two rows.
-    if mask is None and tokens.shape[1] > config.max_positions:
-        raise ValueError(f"a sequence has {tokens.shape[1]} positions; the model has {config.max_positions}")
+    if mask is None:
+        longest = tokens.shape[1]
+    else:
+        longest = 0 if isinstance(mask, jax.core.Tracer) else np.asarray(mask).sum(axis=1).max(initial=0)
+    if longest > config.max_positions:
+        raise ValueError(f"a sequence has {longest} positions; the model has {config.max_positions}")
 
 
 def make_model(

@@ -184,6 +184,7 @@ def test_parameters_may_be_bfloat16():
         (jnp.zeros((1, 3), jnp.float32), None, r"tokens must be int\[B, T\]"),
         (jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 2), bool), "mask must be"),
         (jnp.zeros((1, 200), jnp.int32), None, "200 positions; the model has 128"),
+        (jnp.zeros((2, 200), jnp.int32), jnp.arange(200) < jnp.array([[3], [129]]), "129 positions; the model has 128"),
     ],
 )
 def test_refuses(tokens, mask, message):

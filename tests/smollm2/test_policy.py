@@ -161,7 +161,7 @@ def test_the_gradient_of_a_loss_on_one_field_alone_is_the_naive_one(field):
         return jnp.sum(jnp.cos(targets) * getattr(fields, field))
 
     jax.tree.map(_close, *(jax.jit(jax.grad(f, argnums=(0, 1)))(hidden, head) for f in (ours, plain)))
-    # Three blocks: both models' logits forward; back the student's, and the teacher's where the divergence asks for them.
+    # Three blocks: both models' logits forward; back the student's, and the teacher's where the divergence asks.
     products = str(jax.make_jaxpr(jax.grad(ours, argnums=(0, 1)))(hidden, head)).count("dot_general")
     assert products == 3 * (2 + 3 + (field == "divergence"))
 
