@@ -269,7 +269,7 @@ class Laboratory:
         Several processes may do so in one run folder: each takes the first row that no other is at and whose models are
         there, and waits where there is none.
         """
-        self._measure_base(wait=False)
+        self._measure_shared(wait=False)
         for row in rows:
             durable.let_checkpoint_go(row.folder)
         numbers = {row.folder: f"[{number}/{len(rows)}] {words_of(row)}" for number, row in enumerate(rows, start=1)}
@@ -288,7 +288,7 @@ class Laboratory:
             if row.folder not in there and (row.folder / EVALUATION).exists():
                 yield row
         # Another process that was at it may have ended.
-        self._measure_base(wait=True)
+        self._measure_shared(wait=True)
 
     def _ready(self, row: Row, made_here: set[Path]) -> bool:
         """Whether every model that a row needs is made, and what decides on it is measured, or will never be."""
@@ -437,22 +437,27 @@ class Laboratory:
             return True
         return is_admitted(self.order, durable.read_json(student / EVALUATION))
 
-    def _measure_base(self, *, wait: bool) -> None:
-        folder = self.out / "base"
+    def _measure_shared(self, *, wait: bool) -> None:
+        self._measure_one("base", self.base, wait=wait)
+        if self.target is not None:
+            self._measure_one("target", self.target, wait=wait)
+
+    def _measure_one(self, name: str, model: Network, *, wait: bool) -> None:
+        folder = self.out / name
         with files.claim(folder, wait=wait) as mine:
             if not mine or (folder / EVALUATION).exists():
                 return
-            if self.base is self.truth and not (folder / "samples.npz").exists():
+            if model is self.truth and not (folder / "samples.npz").exists():
                 # The truth's own samples are the base's: its recall gap is 0 whatever is drawn.
                 folder.mkdir(exist_ok=True)
                 total = self.order.evaluation.num_samples
                 draws.write_arrays(folder / "samples.npz", take(self.truth_samples, slice(total))._asdict())
-            self.workshop.progress.prefix = "base"
+            self.workshop.progress.prefix = name
             self.workshop.begin()
             found = evaluate(
-                folder, self._seed_key(0, _EVALUATE), self.base, self.yardstick, self.order.evaluation, self.workshop
+                folder, self._seed_key(0, _EVALUATE), model, self.yardstick, self.order.evaluation, self.workshop
             )
-            _write_evaluation(folder, found, self.workshop, {"name": "base", "seed": -1})
+            _write_evaluation(folder, found, self.workshop, {"name": name, "seed": -1})
 
     def _measure(self, row: Row) -> None:
         self.workshop.begin()

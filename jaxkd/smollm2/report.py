@@ -49,6 +49,7 @@ class Run(NamedTuple):
       out: the folder.
       rows: by their folders, in an order in which they can be made.
       evaluations: what was measured, by folder, the base's first; of rows that are not finished there is none.
+      target: what was measured of the target; None where there is none.
       records: what finished stages wrote last, by folder.
     """
 
@@ -56,16 +57,18 @@ class Run(NamedTuple):
     out: Path
     rows: dict[Path, Row]
     evaluations: dict[Path, dict]
+    target: dict | None
     records: dict[Path, dict]
 
 
 def read(order: Order, out: Path) -> Run:
     """Read a run folder."""
     rows = {row.folder: row for row in rows_of(order, out)}
-    folders = [out / "base", out / "target", *rows]
-    found = {folder: read_json(folder / EVALUATION) for folder in folders if (folder / EVALUATION).exists()}
-    records = {folder: record for folder in folders if (record := read_record(folder)) is not None}
-    return Run(order, out, rows, found, records)
+    base, target = out / "base", out / "target"
+    found = {folder: read_json(folder / EVALUATION) for folder in (base, *rows) if (folder / EVALUATION).exists()}
+    of_target = read_json(target / EVALUATION) if (target / EVALUATION).exists() else None
+    records = {folder: record for folder in (base, target, *rows) if (record := read_record(folder)) is not None}
+    return Run(order, out, rows, found, of_target, records)
 
 
 def _measured(run: Run) -> dict[Path, dict]:
@@ -226,7 +229,8 @@ TABLE_QUANTITIES = (
 def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
-    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base;
+    What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base and for
+    the target, where there is one;
     `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm may have no other.
     """
     found, base, ends = _measured(run), run.out / "base", _ends(run)
@@ -234,6 +238,8 @@ def table(run: Run) -> list[dict]:
     without: dict[tuple, dict[str, list[int]]] = {}
     if base in found:
         groups[_KEY_OF_BASE] = {"": found[base]}
+    if run.target is not None:
+        groups[_KEY_OF_TARGET] = {"": run.target}
     for folder, row in run.rows.items():
         if folder not in ends:
             continue
@@ -268,7 +274,7 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
     for end in ("low", "high"):
         row[f"behaviour_frequency_{end}"] = float(np.clip(row[f"behaviour_frequency_{end}"], 0, 1))
     petaflops = row["model_flops"] / 1e15
-    gains = petaflops > 0 and key != _KEY_OF_BASE
+    gains = petaflops > 0 and key not in (_KEY_OF_BASE, _KEY_OF_TARGET)
     row["reward_gain_per_petaflop"] = (row["reward"] - base_reward) / petaflops if gains else math.nan
     return row
 
@@ -339,7 +345,7 @@ def stage_costs(run: Run, step_flops: Callable[[Row], float | None] = lambda row
         own = _both_costs(run.records.get(base, {}), run.evaluations[base])
         groups[_KEY_OF_BASE] = [own | {"made_steps": 0, "made_program_flops": math.nan}]
     if "cost" in run.records.get(run.out / "target", {}):
-        made = _both_costs(run.records[run.out / "target"], {})
+        made = _both_costs(run.records[run.out / "target"], run.target or {})
         groups[_KEY_OF_TARGET] = [made | {"made_steps": 0, "made_program_flops": math.nan}]
     for folder, row in run.rows.items():
         if "cost" in run.records.get(folder, {}):

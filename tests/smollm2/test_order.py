@@ -826,6 +826,12 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
     x = _texts(row.folder / "samples.npz", order.evaluation.num_scored)
     by_target = by_hand.log_prob(*weights.load(out / "target" / "model"), x)
     level = json.loads((out / "target" / "level.json").read_text())["level"]
+    # The target is measured too: by itself its reward is that of its own likelihoods.
+    of_target = next(row for row in report.table(report.read(order, out)) if row["arm"] == "target")
+    its = _texts(out / "target" / "samples.npz", order.evaluation.num_scored)
+    own = by_hand.log_prob(*weights.load(out / "target" / "model"), its) / its["completion_mask"].sum(axis=1)
+    assert of_target["reward"] == pytest.approx(np.mean(level - abs(own - level)), rel=1e-4)
+    assert of_target["seeds"] == 1 and np.isnan(of_target["reward_gain_per_petaflop"])
     likelihood = by_target / x["completion_mask"].sum(axis=1)
     expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
