@@ -40,7 +40,7 @@ class Sampling:
       top_k: keep the k likeliest tokens; None keeps all.
       top_p: keep the likeliest tokens that together have this probability; None keeps all.
       min_p: keep tokens at least this many times as likely as the likeliest; None keeps all.
-      greedy: take the likeliest token whatever the temperature; so does a temperature of 0.
+      greedy: take the likeliest token whatever the temperature; so does a temperature of 0 that is not traced.
 
     Raises:
       ValueError: on a number outside its range; traced numbers are not checked.
@@ -62,10 +62,21 @@ class Sampling:
         for name, bounds in limits.items():
             value = getattr(self, name)
             if isinstance(value, np.number):
-                value = value.item()
-                object.__setattr__(self, name, value)
-            if isinstance(value, int | float):
-                (checks.whole if name == "top_k" else checks.number)(name, value, **bounds)
+                object.__setattr__(self, name, value.item())
+            if (known := _known(value)) is not None:
+                (checks.whole if name == "top_k" else checks.number)(name, known, **bounds)
+
+
+def _known(value: Any) -> int | float | None:
+    """The number that a setting has now; None where it is switched off, traced or no scalar."""
+    if isinstance(value, int | float):
+        return value
+    scalar = isinstance(value, np.number | np.ndarray | jax.Array) and value.ndim == 0
+    if not scalar or isinstance(value, jax.core.Tracer):
+        return None
+    # A count of tokens is traced as a float, as all settings are.
+    number = value.item()
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 class Completions(NamedTuple):
@@ -260,7 +271,7 @@ def check_token_ids(vocab_size: int, tokens, mask=None) -> None:
 
 def made_ready(sampling: Sampling) -> Sampling:
     """Sampling whose settings that are off are None and cost nothing, and whose others are arrays and traced."""
-    greedy = sampling.greedy or (isinstance(sampling.temperature, int | float) and sampling.temperature == 0)
+    greedy = sampling.greedy or _known(sampling.temperature) == 0
     off = {"temperature": 1, "top_p": 1, "min_p": 0}
     values = {
         name: None if value is None or (isinstance(value, int | float) and value == off.get(name)) else value

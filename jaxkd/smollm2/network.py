@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxkd import checks
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
@@ -199,6 +200,9 @@ class Network:
           n: how many.
           temperature: τ > 0.
           batch_size: the most at a time, by default the setting's; changes no draw.
+
+        Raises:
+          ValueError: on a temperature of 0 or less.
         """
         return join(list(self.draws(key, n, temperature, batch_size=batch_size)))
 
@@ -206,6 +210,7 @@ class Network:
         self, key: jax.Array, n: int, temperature: float = 1.0, first: int = 0, *, batch_size: int | None = None
     ) -> Iterator[Texts]:
         """The same, batch by batch; what comes before `first` is left out."""
+        checks.number("temperature", temperature, above=0)
         size = self.setting.size_of_batches(n, batch_size)
         # Always an array: a temperature of 1 then needs no program of its own.
         sampling = generate.made_ready(generate.Sampling(jnp.float32(temperature)))

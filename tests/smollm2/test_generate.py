@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from jaxkd.smollm2 import generate, sharding
+from jaxkd.smollm2 import generate, sharding, tokenization
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.generate import Sampling
 from jaxkd.smollm2.model import BY_ROWS, Model, make_model, rotation_at
+from jaxkd.smollm2.network import Layout, Network, Setting
 
 logits = jax.jit(Model.logits, static_argnums=0)
 
@@ -42,7 +43,9 @@ def test_greedy_is_the_likeliest_token_of_the_whole_text():
         np.testing.assert_array_equal(drawn.tokens[row], following.argmax(axis=-1))
 
 
-@pytest.mark.parametrize("settings", [{"greedy": True}, {"temperature": np.float32(0)}])
+@pytest.mark.parametrize(
+    "settings", [{"greedy": True}, {"temperature": np.float32(0)}, {"temperature": jnp.float32(0)}]
+)
 def test_greedy_may_be_asked_for_in_other_ways(settings):
     model, params = _model()
     np.testing.assert_array_equal(
@@ -50,9 +53,23 @@ def test_greedy_may_be_asked_for_in_other_ways(settings):
     )
 
 
-def test_numbers_of_numpy_are_checked_too():
-    with pytest.raises(ValueError, match="top_p must be"):
-        Sampling(top_p=np.float32(0))
+@pytest.mark.parametrize("scalar", [np.float32, jnp.float32, np.array])
+def test_numbers_of_numpy_and_jax_are_checked_too(scalar):
+    for name, value in (("top_p", 0.0), ("top_k", 2.5), ("min_p", 1.5), ("temperature", -1.0)):
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value:g}"):
+            Sampling(**{name: scalar(value)})
+    # Traced, a number is not known.
+    assert jax.jit(lambda value: Sampling(top_p=value).top_p)(scalar(0.0)) == 0
+
+
+def test_a_network_draws_at_a_temperature_above_zero():
+    model, params = _model()
+    setting = Setting.of_prompt(tokenization.byte_tokenizer(), "T", 8, 8, Layout())
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0; got 0"):
+        Network(model.config, params, setting).draw(KEYS[0], 1, 0.0)
+
+
+def test_prompts_that_are_no_whole_numbers_are_refused():
     model, params = _model()
     with pytest.raises(ValueError, match=r"prompts must be int\[B, P\]"):
         _generate(model, params, prompts=PROMPTS.astype(np.float32))
