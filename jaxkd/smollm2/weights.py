@@ -350,7 +350,7 @@ def _in_wheel(name: str) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    folder = _fetch(name, revision, ["*.json", "*.jinja", _ONE_FILE])
+    folder = _fetch(name, revision, [_CONFIG, _INDEX, _ONE_FILE])
     _check_config(folder, name, revision)
     if (folder / _ONE_FILE).is_file():
         return folder
@@ -370,8 +370,8 @@ def _elsewhere(name: str, revision: str | None) -> str:
 
     try:
         files = huggingface_hub.list_repo_files(name, revision=revision)
-    except Exception:  # as in `_fetch`; without the network there is no more to be said
-        return ""
+    except Exception:  # as in `_fetch`; the cache may hold some files alone, such as a tokenizer's
+        return " in the local cache, and the hub can't be asked: fetch it once with the network"
     return _instead(files, f"fetch one with `hf download {name} FILE` and give its path")
 
 

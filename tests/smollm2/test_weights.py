@@ -201,10 +201,11 @@ def _serve(monkeypatch, hub):
 
     def files(name, *, revision):
         assert (name, revision) == ("nobody/tiny", "v1")
-        return sorted(path.name for path in hub.iterdir())
+        return sorted(path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file())
 
     def snapshot_download(name, *, revision, allow_patterns):
         for file in filter_repo_objects(files(name, revision=revision), allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(exist_ok=True)
             (cache / file).write_bytes((hub / file).read_bytes())
         return str(cache)
 
@@ -249,8 +250,14 @@ def test_a_hub_id_without_safetensors_is_told_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
-    with pytest.raises(ValueError, match=r"^nobody/tiny has no config\.json$"):
-        weights.load_config("nobody/tiny", "v1")
+    told = r" in the local cache, and the hub can't be asked: fetch it once with the network$"
+    for read in (weights.load, weights.load_config):
+        with pytest.raises(ValueError, match=r"^nobody/tiny has no config\.json" + told):
+            read("nobody/tiny", revision="v1")
+    _saved(hub)
+    (hub / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor .*\.index\.json" + told):
+        weights.load("nobody/tiny", revision="v1")
 
 
 @pytest.mark.parametrize("form", ["one file", "several", "both"])
@@ -271,12 +278,16 @@ def test_the_files_that_a_hubs_index_names_are_fetched_and_no_others(tmp_path, m
         hub.mkdir(exist_ok=True)
         for file in (tmp_path / "one").iterdir():
             file.rename(hub / file.name)
-    for other in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.safetensors"):
+    others = ("model.fp16.safetensors", "pytorch_model.bin", "tokenizer.json", "chat_template.jinja")
+    nested = ("onnx/config.json", "onnx/model.safetensors", "checkpoint-5/trainer_state.json")
+    for other in (*others, *nested):
+        (hub / other).parent.mkdir(exist_ok=True)
         (hub / other).write_bytes(b"")
     cache = _serve(monkeypatch, hub)
     _same(weights.load("nobody/tiny", revision="v1")[1], params)
-    wanted = sorted(names.values()) if form == "several" else ["model.safetensors"]
-    assert sorted(path.name for path in cache.glob("*") if path.suffix != ".json") == wanted
+    wanted = {"config.json", *(names.values() if form == "several" else ["model.safetensors"])}
+    wanted |= set() if form == "one file" else {"model.safetensors.index.json"}
+    assert {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()} == wanted
 
 
 def test_random_has_no_files_and_is_always_the_same():
