@@ -147,14 +147,20 @@ class SafetensorsReader:
             raise ValueError(f"{directory} has no {_CONFIG}{_instead_in(directory)}")
         self.config = Config.from_hf(json_file.read_object(directory / _CONFIG))
         self._files, self.shapes = {}, {}
-        for path, wanted in _safetensors_files(directory).items():
-            self._open(path, wanted)
+        wrong = [told for file in _safetensors_files(directory).items() for told in self._open(*file)]
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
-    def _open(self, path: Path, wanted: set[str] | None) -> None:
+    def _open(self, path: Path, wanted: set[str] | None) -> list[str]:
+        """Take the tensors of one file; returns what is wrong with it.
+
+        Raises:
+          ValueError: where it can't be read.
+        """
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise ValueError(f"{path} is missing, though {path.parent}/{_INDEX} names it")
+            return [f"{path} is missing, though {path.parent}/{_INDEX} names it"]
         try:
             file = safe_open(path, framework="numpy")
             names = set(file.keys())
@@ -162,15 +168,17 @@ class SafetensorsReader:
             types = {name: file.get_slice(name).get_dtype() for name in names if not _IGNORED.fullmatch(name)}
         except SafetensorError as error:
             raise ValueError(f"{path} can't be read as safetensors, it may be cut short: {error}") from None
+        self.shapes |= shapes
+        self._files |= dict.fromkeys(names, file)
+        wrong = []
         if wanted is not None and wanted - names:
-            raise ValueError(f"{path} lacks {_list(wanted - names)}, which the index says it has")
+            wrong.append(f"{path} lacks {_list(wanted - names)}, which the index says it has")
         if strange := [f"{name} is {kind}" for name, kind in types.items() if kind not in _PLAIN_TYPES]:
-            raise ValueError(
+            wrong.append(
                 f"{path} holds numbers of other types than {', '.join(_PLAIN_TYPES)}; quantised checkpoints are not "
                 f"read, take the plain one, or a GGUF: {_list(strange)}"
             )
-        self.shapes |= shapes
-        self._files |= dict.fromkeys(names, file)
+        return wrong
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """See `Reader`."""

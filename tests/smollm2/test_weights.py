@@ -54,6 +54,26 @@ def test_several_files_with_an_index(tmp_path, monkeypatch):
     _same(weights.load(tmp_path)[1], params)
 
 
+def test_what_is_wrong_with_several_files_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 12_000)
+    _saved(tmp_path)
+    paths = sorted(tmp_path.glob("model-*-of-*.safetensors"))
+    missing, lacking, quantised, other, *_ = paths
+    missing.unlink()
+    lost, *rest = load_file(lacking).items()
+    save_file(dict(rest), lacking)
+    for path in (quantised, other):
+        save_file({name: np.ones(tensor.shape, np.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError) as raised:
+        weights.load(tmp_path)
+    message = str(raised.value)
+    assert f"{missing} is missing, though" in message
+    assert f"{lacking} lacks {lost[0]}, which the index says it has" in message
+    for path in (quantised, other):
+        assert f"{path} holds numbers of other types" in message
+    assert message.count(str(tmp_path / "model-")) == 4, "of the other files there is nothing to say"
+
+
 def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     _saved(tmp_path)
     path = tmp_path / "model.safetensors"
