@@ -539,6 +539,17 @@ def test_gguf_that_is_none(tmp_path, content):
         weights.load(path)
 
 
+@pytest.mark.parametrize("kind", [None, "F16", "Q8_0"])
+def test_gguf_cut_inside_its_numbers(tmp_path, kind):
+    config, _ = _saved(tmp_path, hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2)
+    tensors, path = load_file(tmp_path / "model.safetensors"), tmp_path / "model.gguf"
+    _write_gguf(path, config, tensors, tensor_type=kind and gguf.GGMLQuantizationType[kind])
+    weights.load_config(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.gguf can't be read as GGUF, it may be cut short"):
+        weights.load(path)
+
+
 def test_refuses_parameters_of_another_shape_and_types(tmp_path):
     config, params = _saved(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.mlp\.down is \[3, 40, 24\], must be \[2, 40, 24\]"):
