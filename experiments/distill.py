@@ -30,7 +30,8 @@ class Distill:
     out: Path
     """Folder for checkpoint, metrics and configuration."""
     student: str = "same"
-    """Where the student starts: "same" (at the teacher), "layers:18" (18 of its layers), or a source."""
+    """Where the student starts: "same" (at the teacher), "layers:18" (18 of its layers, evenly spaced), "layers:0,7,29"
+    (these of its layers, counted from 0, in increasing order), or a source."""
     data: Path | None = None
     """JSONL or Parquet file of prompts with completions to learn from, instead of the teacher's samples."""
     method: str = "sequence"

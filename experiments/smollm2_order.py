@@ -52,7 +52,8 @@ class Flags:
     base: str | None = None
     """Source of p′; "truth" for the truth itself, "fit:SOURCE" for SOURCE fitted to samples of the truth."""
     student: tuple[str, ...] | None = None
-    """Where students start: "same" (at the base), "layers:24" (24 of the base's layers), or a source."""
+    """Where students start: "same" (at the base), "layers:24" (24 of the base's layers, evenly spaced), "layers:0,7,29"
+    (these of its layers, counted from 0, in increasing order), or a source."""
     target: str | None = None
     """Source of the target, or "distil:0.5" for the base distilled at that temperature."""
     reward: str | None = None

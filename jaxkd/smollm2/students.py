@@ -21,28 +21,35 @@ class Start:
     Attributes:
       layers: how many of the base's layers it keeps.
       source: a checkpoint, any source that `weights.load` takes.
+      chosen: which layers they are, in increasing order; None spaces them evenly.
     """
 
     layers: int | None = None
     source: str | None = None
+    chosen: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, spec: str) -> "Start":
-        """From a specification: "same", "layers:N", or a source.
+        """From a specification: "same", "layers:N" (so many), "layers:0,7,29" (these, from 0), or a source.
 
         Raises:
-          ValueError: on layers that are no whole number of at least 1.
+          ValueError: on layers that are neither a whole number of at least 1 nor a list in increasing order.
         """
         if spec == "same":
             return cls()
         if not spec.startswith("layers:"):
             return cls(source=spec)
         try:
-            layers = int(spec.partition(":")[2])
+            layers = tuple(int(number) for number in spec.partition(":")[2].split(","))
         except ValueError:
-            raise ValueError(f"{spec!r} must end in a number") from None
-        checks.whole("layers", layers, least=1)
-        return cls(layers=layers)
+            raise ValueError(
+                f"{spec!r} must end in a number of layers (layers:18), or in the layers themselves (layers:0,7,29)"
+            ) from None
+        if len(layers) > 1:
+            _check_order(layers)
+            return cls(layers=len(layers), chosen=layers)
+        checks.whole("layers", layers[0], least=1)
+        return cls(layers=layers[0])
 
     def of(self, base: Network) -> Network:
         """The student, before it has learned anything."""
@@ -50,7 +57,14 @@ class Start:
             return base.setting.load(self.source)
         if self.layers is None:
             return base
-        return Network(*keep_layers(base.config, base.params, self.layers), base.setting)
+        return Network(*keep_layers(base.config, base.params, self.chosen or self.layers), base.setting)
+
+
+def _check_order(layers: Sequence[int]) -> None:
+    for layer in layers:
+        checks.whole("a layer kept", layer, least=0)
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"the layers kept must be in increasing order, each once; got {list(layers)}")
 
 
 def spaced_layers(num_layers: int, kept: int) -> tuple[int, ...]:
@@ -83,8 +97,7 @@ def keep_layers(config: Config, params: Params, layers: int | Sequence[int]) -> 
         raise ValueError("a student must keep at least one layer; got an empty list")
     for layer in layers:
         checks.whole("a layer kept", layer, least=0, most=config.num_layers - 1)
-    if list(layers) != sorted(set(layers)):
-        raise ValueError(f"the layers kept must be in increasing order, each once; got {list(layers)}")
+    _check_order(layers)
     chosen = np.asarray(layers)
     student = {name: jax.tree.map(jnp.copy, part) for name, part in params.items() if name != "layers"}
     student["layers"] = jax.tree.map(lambda leaf: leaf[chosen], params["layers"])

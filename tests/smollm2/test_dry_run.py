@@ -123,6 +123,12 @@ def test_moments_lie_as_their_parameters_do():
     assert number_of_cut(again) == number_of_cut(state) == 2 * number_of_cut(params) > 0
 
 
+def test_a_student_has_as_many_layers_as_are_kept():
+    shapes = dry_run.shapes_of(tiny_order.make(students=("same", "layers:2", "layers:0,2")))
+    layers = {role: config.num_layers for role, (config, *_) in shapes.items() if role.startswith("student")}
+    assert layers == {"student same": 3, "student layers:2": 2, "student layers:0,2": 2}
+
+
 def test_models_that_stay_are_counted():
     """Truth, base, target, and two of the larger of the models that are made."""
     order = tiny_order.make(base="fit:random:tiny", reward="plain", target="distil:0.5", students=("layers:1",))

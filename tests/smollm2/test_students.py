@@ -47,10 +47,14 @@ def test_refuses(layers, message):
         students.keep_layers(config, make_model(config).shapes(), layers)
 
 
-def test_fresh_has_any_shape():
+def test_fresh_has_any_shape_and_is_a_checkpoint(tmp_path):
     config = Config.tiny(num_layers=1, hidden_size=16)
     params = students.fresh(config, jax.random.key(0), "bfloat16")
     assert params["layers"]["mlp"]["down"].shape == (1, 40, 16) and params["embedding"].dtype == "bfloat16"
+    weights.save_pretrained(tmp_path, config, params)
+    loaded_config, loaded = weights.load(tmp_path, dtype="bfloat16")
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 @pytest.mark.loose
@@ -62,13 +66,30 @@ def test_a_students_start_is_what_its_specification_says(tmp_path):
     expected = students.keep_layers(config, params, 2)
     assert cut.config == expected[0] and cut.setting is base.setting
     jax.tree.map(np.testing.assert_array_equal, cut.params, expected[1])
+    named = students.Start.parse("layers:1,2")
+    assert (named.layers, named.chosen) == (2, (1, 2))
+    expected = students.keep_layers(config, params, [1, 2])
+    assert named.of(base).config == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, named.of(base).params, expected[1])
+    with pytest.raises(ValueError, match=r"a layer kept must be .* at most 2; got 7"):
+        students.Start.parse("layers:0,7").of(base)
     other = jax.tree.map(lambda leaf: 2 * leaf, params)
     weights.save_pretrained(tmp_path / "same-one", config, other, tokenization.byte_tokenizer())
     found = students.Start.parse(str(tmp_path / "same-one")).of(base)
     jax.tree.map(np.testing.assert_array_equal, found.params, other)
 
 
-@pytest.mark.parametrize(("spec", "message"), [("layers:x", "must end in a number"), ("layers:0", "at least 1; got 0")])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("layers:x", r"must end in a number of layers \(layers:18\), or in the layers themselves \(layers:0,7,29\)"),
+        ("layers:0,", "'layers:0,' must end in a number"),
+        ("layers:0", "at least 1; got 0"),
+        ("layers:0,2,1", r"in increasing order, each once; got \[0, 2, 1\]"),
+        ("layers:1,1", r"in increasing order, each once; got \[1, 1\]"),
+        ("layers:-1,0", "a layer kept must be a whole number of at least 0; got -1"),
+    ],
+)
 def test_refuses_starts(spec, message):
     with pytest.raises(ValueError, match=message):
         students.Start.parse(spec)

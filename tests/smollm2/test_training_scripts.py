@@ -142,6 +142,7 @@ def test_distill_writes_a_student(run, tmp_path):
         ),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "digit", "--lora-rank", "999"], "rank must be at most"),
         (DISTILL, ["--teacher", "random:tiny", "--student", "layers:9"], "the number of layers kept"),
+        (DISTILL, ["--teacher", "random:tiny", "--student", "layers:0,9"], "a layer kept must be"),
         (ORDER, ["--truth", "random:tiny", "--student", "layers:9"], "layers of the base in 'layers:9'"),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "often", "--algorithm", "ppo"], "a behaviour must be"),
         (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
