@@ -215,7 +215,11 @@ def main(config: Config) -> None:
     tokenization.check_vocabulary(tokenizer, model_config.vocab_size)
     examples = read_prompts(config, tokenizer, model_config.vocab_size)
     prompts = text.encode_prompts(
-        tokenizer, examples, context=model_config.max_positions, new_tokens=config.max_new_tokens
+        tokenizer,
+        examples,
+        context=model_config.max_positions,
+        new_tokens=config.max_new_tokens,
+        path=config.prompts,
     )
     if config.show_example:
         print(text.show_example(tokenizer, prompts.tokens[0], prompts.mask[0]))

@@ -48,7 +48,9 @@ def completion_ids(tokenizer: Tokenizer, example: Example, which: str = "complet
     return ids if ended else [*ids, end]
 
 
-def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], *, context: int, new_tokens: int = 0) -> Prompts:
+def encode_prompts(
+    tokenizer: Tokenizer, examples: Sequence[Example], *, context: int, new_tokens: int = 0, path: Path | None = None
+) -> Prompts:
     """Prompts as one array.
 
     Args:
@@ -56,18 +58,23 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], *, context
       examples: B of them.
       context: the most tokens that the model takes.
       new_tokens: how many will be sampled after a prompt.
+      path: the file or folder that holds them, for errors; its prompts are counted from 1, others from 0.
 
     Raises:
       ValueError: naming the prompt that does not fit, or is empty.
     """
-    ids = [_fitting(prompt_ids(tokenizer, example), i, context, new_tokens) for i, example in enumerate(examples)]
+    names = [f"prompt {i}" if path is None else f"{path}, prompt {i + 1}" for i in range(len(examples))]
+    ids = [
+        _fitting(prompt_ids(tokenizer, example), name, context, new_tokens)
+        for name, example in zip(names, examples, strict=True)
+    ]
     return Prompts(*_pad(ids, tokenizer.pad_id, left=True))
 
 
-def _fitting(ids: list[int], number: int, context: int, new_tokens: int) -> list[int]:
+def _fitting(ids: list[int], name: str, context: int, new_tokens: int) -> list[int]:
     if not ids:
-        raise ValueError(f"prompt {number} is empty: the model needs at least one token to go on from")
-    check_length(len(ids), context, what=f"prompt {number}", new_tokens=new_tokens)
+        raise ValueError(f"{name} is empty: the model needs at least one token to go on from")
+    check_length(len(ids), context, what=name, new_tokens=new_tokens)
     return ids
 
 

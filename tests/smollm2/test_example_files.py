@@ -89,6 +89,7 @@ def test_bad_rows_are_refused_with_file_and_row(tmp_path, tokenizer, row, messag
         ("a.jsonl", b"{\n", "line 1 is not JSON"),
         ("a.jsonl", b"[1]\n", "must be a JSON object, got list"),
         ("a.jsonl", b"", "has no rows"),
+        ("a.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: .*0xe9"),
         ("a.parquet", b"PAR1", "can't be read as Parquet"),
         ("a.csv", b"prompt\n", "must end in"),
         ("a.jsonl", None, "there is no file"),

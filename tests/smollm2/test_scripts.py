@@ -348,6 +348,15 @@ def test_bad_arguments_of_sample_are_refused(run, tmp_path, monkeypatch, argumen
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_of_a_file_is_refused_with_the_file_and_counted_from_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("the weights are not needed for this"))
+    path = tmp_path / "prompts.jsonl"
+    call = [SAMPLE, "--source", "random:tiny", "--prompts", path, "--out", tmp_path / "out"]
+    for second, message in (("a" * 130, "has 130 tokens"), ("", "is empty")):
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("ab", second)))
+        refused(run, f"prompts.jsonl, prompt 2 {message}", *call)
+
+
 @pytest.mark.parametrize("script", ["sample", "convert"])
 def test_unknown_hub_id_without_network(run, tmp_path, monkeypatch, script):
     from huggingface_hub import constants
