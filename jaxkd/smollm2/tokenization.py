@@ -314,7 +314,10 @@ def from_gguf(path: str | Path) -> Tokenizer:
 
     kind = value("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ValueError(f"the tokenizer in {path} is {kind!r}; only byte-level BPE ('gpt2') can be built from GGUF")
+        raise ValueError(
+            f"the tokenizer in {path} is {kind!r}; only byte-level BPE ('gpt2') can be built from GGUF; take the "
+            "model's folder of safetensors or its hub id, which has a tokenizer.json"
+        )
     for name in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{name}" not in fields:
             raise ValueError(f"{path} has no tokenizer.ggml.{name}")
