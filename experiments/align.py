@@ -81,6 +81,8 @@ class Align:
     """Seed of draws, labels and order."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
+    show_example: bool = False
+    """Print the tokens of the first pair of --preferences with their masks, and stop."""
     training: OmitArgPrefixes[Training] = Training()
 
     def __post_init__(self):
@@ -104,6 +106,8 @@ class Align:
         checks.number("--kl-coef", self.kl_coef, above=0)
         checks.number("--label-noise", self.label_noise, least=0, most=0.5)
         check_label_noise("--label-noise", [with_pairs().get(self.algorithm, self.algorithm)], [self.label_noise])
+        if self.show_example and self.preferences is None:
+            raise ValueError("--show-example shows a pair of --preferences: give them, or leave it away")
         if self.preferences is not None:
             preferences.check_label_noise([self.algorithm], self.label_noise)
         checks.whole("--max-length", self.max_length, least=2)
@@ -112,7 +116,7 @@ class Align:
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go, and how they are computed."""
-        apart = ("out", "training", *(() if self.label_noise else ("label_noise",)))
+        apart = ("out", "training", "show_example", *(() if self.label_noise else ("label_noise",)))
         kept = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in apart}
         return kept | {"dtype": self.training.dtype}
 
@@ -173,6 +177,14 @@ def check_behaviour(spec: str, start, key) -> None:
     behaviours.check_rate(spec, hits, total)
 
 
+def show_pair(tokenizer, pairs) -> None:
+    """Print the first pair's tokens as they are learned from."""
+    from jaxkd.smollm2 import text
+
+    for which, row in (("chosen", 0), ("rejected", len(pairs.tokens) // 2)):
+        print(f"{which}\n{text.show_example(tokenizer, *(array[row] for array in pairs))}")
+
+
 def main(config: Align) -> None:
     """Align and save."""
     import jax
@@ -190,6 +202,9 @@ def main(config: Align) -> None:
         length = min(config.max_length, shortest_context(sources))
         pairs = preferences.read(config.preferences, tokenizer, length)
         preferences.check_enough(pairs, config.batch_size)
+    if config.show_example:
+        show_pair(tokenizer, pairs)
+        return
     setting = Setting.of_prompt(
         tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.training.layout()
     )

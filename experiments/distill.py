@@ -71,6 +71,8 @@ class Distill:
     """Seed of draws and order."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    show_example: bool = False
+    """Print the tokens of the first text of --data with their masks, and stop."""
     training: OmitArgPrefixes[Training] = Training()
 
     def __post_init__(self):
@@ -85,6 +87,8 @@ class Distill:
         checks.whole("--max-length", self.max_length, least=2)
         checks.whole("--seed", self.seed, least=0, most=2**32 - 1)
         distillation_of(self)
+        if self.show_example and self.data is None:
+            raise ValueError("--show-example shows a text of --data: give it, or leave the flag away")
         if self.data is not None and self.on_policy_fraction:
             raise ValueError(
                 "--on-policy-fraction draws after --prompt, not after the prompts of --data: leave one away"
@@ -102,7 +106,7 @@ class Distill:
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go, and how they are computed."""
-        apart = ("out", "training")
+        apart = ("out", "training", "show_example")
         kept = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in apart}
         return kept | {"dtype": self.training.dtype}
 
@@ -132,13 +136,8 @@ def distillation_of(config: Distill):
 
 
 def read_texts(config: Distill, tokenizer):
-    """The completions of a file as draws, in an order of the seed's own: the first are held out, and neighbours in a
-    file often have their prompt in common."""
-    import jax
-    import numpy as np
-
+    """The completions of a file as draws, in its order."""
     from jaxkd.smollm2 import example_files, text, weights
-    from jaxkd.smollm2.network import take
     from jaxkd.smollm2.students import Start
 
     student = Start.parse(config.student).source
@@ -151,9 +150,19 @@ def read_texts(config: Distill, tokenizer):
             f"{config.data} has {len(examples)} rows; --held-out {config.held_out} and --batch-size "
             f"{config.batch_size} need {config.held_out + config.batch_size}"
         )
-    texts = text.encode_rows(config.data, tokenizer, examples, "completion", min(config.max_length, context))
+    return text.encode_rows(config.data, tokenizer, examples, "completion", min(config.max_length, context))
+
+
+def shuffled(config: Distill, texts):
+    """Texts in an order of the seed's own: the first are held out, and neighbours in a file often have their prompt in
+    common."""
+    import jax
+    import numpy as np
+
+    from jaxkd.smollm2.network import take
+
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return take(texts, np.asarray(jax.random.permutation(key, len(examples))))
+    return take(texts, np.asarray(jax.random.permutation(key, len(texts.tokens))))
 
 
 def main(config: Distill) -> None:
@@ -161,7 +170,7 @@ def main(config: Distill) -> None:
     import jax
 
     from jaxkd import durable
-    from jaxkd.smollm2 import stages, tokenization
+    from jaxkd.smollm2 import stages, text, tokenization
     from jaxkd.smollm2.network import Setting, fingerprint
     from jaxkd.smollm2.students import Start
     from jaxkd.sweep.cache import use_compile_cache
@@ -170,7 +179,11 @@ def main(config: Distill) -> None:
     tokenizer, student = tokenization.load_tokenizer(config.teacher), Start.parse(config.student)
     if student.source is not None:
         tokenization.check_same_vocabulary(tokenizer, tokenization.load_tokenizer(student.source))
-    samples = None if config.data is None else read_texts(config, tokenizer)
+    texts = None if config.data is None else read_texts(config, tokenizer)
+    if config.show_example:
+        print(text.show_example(tokenizer, *(array[0] for array in texts)))
+        return
+    samples = None if texts is None else shuffled(config, texts)
     setting = Setting.of_prompt(
         tokenizer, config.prompt, config.max_new_tokens, config.batch_size, config.training.layout()
     )

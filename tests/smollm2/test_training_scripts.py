@@ -52,6 +52,50 @@ def test_align_on_preferences_writes_a_checkpoint(run, pairs, tmp_path):
     assert code == 2 and "kl_coef: 0.1 there, 0.2 now" in errors
 
 
+def _shown(out):
+    """What each token is part of, and its text."""
+    return [line.split()[2:] for line in out.splitlines() if line.split()[0].isdecimal()]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("the weights are not needed for this"))
+
+
+def test_a_pair_is_shown_before_weights_are_read(run, pairs, no_weights, tmp_path):
+    pairs.write_text(pairs.read_text().replace("Say 0", "a").replace(" yes 0", "bc").replace(" no 0", "d"))
+    arguments = ["--source", "random:tiny", "--preferences", pairs, *SMALL, "--out", tmp_path / "out"]
+    code, out, errors = run(ALIGN, *arguments, "--show-example")
+    assert code == 0, errors
+    asked, end = ["prompt", "'a'"], ["completion", "'<|im_end|>'"]
+    chosen, rejected = (_shown(part) for part in out.removeprefix("chosen\n").split("rejected\n"))
+    assert chosen[:4] == [asked, ["completion", "'b'"], ["completion", "'c'"], end]
+    assert rejected[:3] == [asked, ["completion", "'d'"], end]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_text_is_shown_before_weights_are_read(run, no_weights, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"prompt": "a", "completion": chr(ord("b") + i)} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--teacher", "random:tiny", "--data", path, "--held-out", "8", *SMALL, "--out", tmp_path / "out"]
+    code, out, errors = run(DISTILL, *arguments, "--show-example")
+    assert code == 0, errors
+    assert _shown(out) == [["prompt", "'a'"], ["completion", "'b'"], ["completion", "'<|im_end|>'"]]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_whether_or_not_its_texts_were_looked_at(pairs, tmp_path):
+    for script, kind, arguments in (
+        (ALIGN, "Align", {"source": "random:tiny", "preferences": pairs}),
+        (DISTILL, "Distill", {"teacher": "random:tiny", "data": pairs}),
+    ):
+        made = runpy.run_path(str(script))[kind]
+        one, other = (made(out=tmp_path, show_example=shown, **arguments) for shown in (False, True))
+        assert one.results_depend_on() == other.results_depend_on()
+        assert "show_example" not in one.results_depend_on()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [["ppo"], ["reinforce", "--lora-rank", "2"]])
 def test_align_on_a_behaviour(run, tmp_path, algorithm):
@@ -98,7 +142,7 @@ def test_texts_of_a_file_are_held_out_at_random(tmp_path):
     tokenizer, found = tokenization.byte_tokenizer(), []
     for seed in (0, 1, 1):
         config = script["Distill"]("random:tiny", tmp_path, data=path, held_out=16, batch_size=8, seed=seed)
-        read = script["read_texts"](config, tokenizer)
+        read = script["shuffled"](config, script["read_texts"](config, tokenizer))
         rows_of = zip(read.tokens, read.mask, strict=True)
         found.append([tokenizer.decode(row[kept].tolist(), skip_special_tokens=True) for row, kept in rows_of])
     whole = [row["prompt"] + row["completion"] for row in rows]
@@ -130,6 +174,12 @@ def test_distill_writes_a_student(run, tmp_path):
     ("script", "arguments", "message"),
     [
         (ALIGN, ["--source", "random:tiny"], "give one of --preferences"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--show-example"],
+            "--show-example shows a pair of --preferences",
+        ),
+        (DISTILL, ["--teacher", "random:tiny", "--show-example"], "--show-example shows a text of --data"),
         (
             ALIGN,
             ["--source", "random:tiny", "--behaviour", "digit", "--algorithm", "dpo"],
