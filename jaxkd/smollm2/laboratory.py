@@ -341,8 +341,6 @@ class Laboratory:
         return ""
 
     def _make(self, row: Row) -> Network:
-        if isinstance(row.stage, Sharpen):
-            return self.model(row.models[0]).sharpened(row.temperature)
         if row.is_alignment:
             order = self.order
             alignment = alignment_of(order, row.algorithm)
@@ -359,11 +357,14 @@ class Laboratory:
                 truth_samples=self._truth_samples_for(row),
                 preferences=self._preference_data(row, reference),
             )
+        # A row of a fixed temperature has no place on the axis.
+        temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
+        if isinstance(row.stage, Sharpen):
+            return self.model(row.models[0]).sharpened(temperature)
         samples, settings = None, self.order.distillation
         if row.name == CEILING:
             samples, settings = self._shown(settings)
             self._charge_for(take(self.truth_samples, self._searched_for_ceiling()))
-        temperature = row.temperature if row.stage.temperature == "temperature" else row.stage.temperature
         teacher = self.truth if row.name == CEILING else self.model(row.models[0])
         return stages.distil(
             row.folder,

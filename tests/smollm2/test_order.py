@@ -180,6 +180,17 @@ def test_sharpening_divides_the_logits(finished):
     )
 
 
+def test_a_model_is_sharpened_at_the_temperature_of_its_stage(tmp_path, monkeypatch):
+    """A number where the stage has one, else the axis."""
+    monkeypatch.setitem(pipelines.STAGES, "halved", pipelines.Sharpen("align_kd", temperature=0.5))
+    order = tiny_order.make(arms=("halved", "kd_align_sharpened"))
+    laboratory = tiny_order.laboratory(order, tmp_path)
+    laboratory.model = lambda folder: SimpleNamespace(sharpened=lambda temperature: (folder, temperature))
+    rows = {row.name: row for row in rows_of(order, tmp_path)}
+    for name, teacher, temperature in (("halved", "align_kd", 0.5), ("kd_align_sharpened", "kd_align", 0.6)):
+        assert laboratory._make(rows[name]) == (rows[teacher].folder, temperature)
+
+
 @pytest.mark.slow
 def test_cut_students_are_checkpoints(offline):
     order, out, laboratory = offline
