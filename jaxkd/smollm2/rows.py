@@ -53,7 +53,15 @@ class Row:
 
 def role_of(row: Row) -> str:
     """Whose shape a row's model has: that of the base, or of a student by name."""
-    return f"student {row.student}" if row.student else "base"
+    return f"student {row.student}" if _is_students(row.name) else "base"
+
+
+def _is_students(name: str) -> bool:
+    """Whether a stage's model has the student's shape: an aligned or sharpened one keeps that of what it starts at."""
+    if name in (pipelines.ROOT, pipelines.TRUTH):
+        return False
+    stage = all_stages()[name]
+    return type(stage) is Distil or _is_students(stage.models[0])
 
 
 def _involves(name: str, kind: type) -> bool:

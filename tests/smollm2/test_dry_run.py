@@ -1,15 +1,19 @@
 """What a dry run says of an order."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkd.smollm2 import cost, dry_run, sharding
+from jaxkd import pipelines
+from jaxkd.smollm2 import cost, dry_run, passes, sharding
 from jaxkd.smollm2.config import Config
 from jaxkd.smollm2.network import Layout
+from jaxkd.smollm2.order import CEILING
 from jaxkd.smollm2.preferences import Preferences
+from jaxkd.smollm2.rows import role_of, rows_of
 from tests.smollm2 import tiny_order
 
 TINY = Config.tiny()
@@ -92,6 +96,26 @@ def test_each_kind_of_alignment_has_a_step_of_its_own(alignments):
         "align student same (kto)": 8,
     }
     assert all(name.split("(")[1].startswith(settings.algorithm) for name, (_, settings, _) in found.items())
+
+
+def test_a_model_has_the_shape_of_what_it_starts_at(monkeypatch):
+    """Be it held to a student of another depth, or made by way of one."""
+    monkeypatch.setitem(pipelines.STAGES, "sharpened_base", pipelines.Sharpen("base_start_student_reference", 0.5))
+    order = tiny_order.make(
+        students=("layers:1",), arms=(*pipelines.ARMS, "sharpened_base", CEILING), algorithms=("reinforce",)
+    )
+    made = {row.folder: row for row in rows_of(order, Path())}
+    of_base = {row.name for row in made.values() if role_of(row) == "base"}
+    assert of_base == {"aligned_base", "base_start_student_reference", "sharpened_base"}
+    assert {role_of(row) for row in made.values() if row.name not in of_base} == {"student layers:1"}
+    kinds = {row.name: dry_run._kind_of_alignment(row, made, order) for row in made.values() if row.is_alignment}
+    assert kinds["base_start_student_reference"][:2] == ("base", "student layers:1")
+    assert kinds["kd_align_anchored"][:2] == ("student layers:1", "base")
+    configs = {"base": TINY, "student layers:1": replace(TINY, num_layers=1)}
+    row = next(row for row in made.values() if row.name == "base_start_student_reference")
+    reference, policy = passes.of_step(row, made, order, configs, 9)
+    assert (reference.config.num_layers, policy.config.num_layers) == (1, TINY.num_layers)
+    assert policy.differentiate and not reference.differentiate
 
 
 def test_pairs_of_a_user_are_taken_to_be_as_long_as_they_may_be(alignments):
