@@ -104,10 +104,10 @@ def failures(run: Run) -> dict[Path, str]:
 
 
 def lost(run: Run) -> set[Path]:
-    """Folders of models that diverged, or whose start or teacher did; a model comes after what it is made from."""
+    """Folders of models that diverged, or whose start, teacher or deciding student did; a model comes after these."""
     found = {*failures(run)}
     for folder, row in run.rows.items():
-        if found & {*row.models}:
+        if found & {*row.models, deciding_student(run.order, row)}:
             found.add(folder)
     return found
 

@@ -750,6 +750,22 @@ def test_what_diverged_what_was_refused_and_what_is_not_made_yet_are_told_apart(
     assert "1:diverged" in told and "0:not admitted" in told
 
 
+def test_what_a_student_that_diverged_would_have_decided_on_is_never_made(ended):
+    """An arm that is not made from it, as well as one that is."""
+    order, out = ended
+    order, student = replace(order, arms=("kd_align", "align_kd")), out / "seed-1" / "layers-2" / "student-t0.6"
+    (student / EVALUATION).unlink()
+    durable.finish(student, {"failed": "the distillation diverged"})
+    run = report.read(order, out)
+    folder = next(
+        row.folder for row in run.rows.values() if (row.name, row.student, row.seed) == ("align_kd", "layers:2", 1)
+    )
+    assert student not in run.rows[folder].models and folder in report.lost(run)
+    failed = report.to_dataset(run).failed.isel(algorithm=0, temperature=0, kl_coef=0).sel(student="layers:2")
+    for name, of_seeds in (("align_kd", [0, 1, np.nan]), ("student", [0, 1, np.nan])):
+        np.testing.assert_array_equal(failed.sel(stage=name), of_seeds, name)
+
+
 def test_a_refused_student_is_told_with_what_is_missing(ended, drawn):
     order, out = ended
     run = report.read(order, out)
