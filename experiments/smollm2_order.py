@@ -261,7 +261,8 @@ def budget(order, rows) -> str:
     ceilings = sum(row.name == CEILING for row in rows)
     distillations = sum(row.is_distillation for row in rows) - ceilings
     alignments, aligned = sum(row.is_alignment for row in rows), order.alignment.settings
-    more = f", {ceilings} of {aligned.num_updates} for the ceiling" * bool(ceilings)
+    texts = aligned.num_updates * aligned.batch_size
+    more = f", {ceilings} of {texts} sequences for the ceiling" * bool(ceilings)
     return (
         f"{len(rows)} models: {distillations} distillations of at most {order.distillation.num_updates} updates × "
         f"{order.distillation.batch_size} sequences{more}, {alignments} alignments of {aligned.num_updates} "

@@ -193,7 +193,7 @@ def _steps(order: Order, configs: dict[str, Config], layout: Layout):
         yield _aligning(told, len(alike) * settings.num_steps, both, layout, order, settings, length)
     updates: Counter = Counter()
     for row in (row for row in rows if row.is_distillation):
-        # The ceiling makes as many as an alignment.
+        # The ceiling makes as many as an alignment; where few texts show the behaviour, more of smaller batches.
         of = order.alignment.settings if row.name == CEILING else order.distillation
         updates[_distillation(row, made, order)] += of.num_updates
     for (role, teacher, method), steps in updates.items():

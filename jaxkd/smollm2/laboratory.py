@@ -402,17 +402,19 @@ class Laboratory:
         return preferences.batched(self._pairs, key, self.order.alignment.settings.batch_size, log_prob)
 
     def _shown(self, settings: Distillation) -> tuple[Texts, Distillation]:
-        """Samples of the truth that show the behaviour, some of them held out; updates and batches of an alignment.
+        """Samples of the truth that show the behaviour, some held out, and how the ceiling learns from them.
 
         None of them is a sample that models are measured by. They are the same for every seed, which has an order of
-        batches of its own alone. All updates are made, and the last student is kept, as in an alignment: of the few
-        that are held out, the loss would keep the student that has learned nothing.
+        batches of its own alone. Updates and batches are an alignment's; where too few texts fill such a batch, it
+        holds what there is, and more updates make up for that. All updates are made, and the last student is kept, as
+        in an alignment: of the few that are held out, the loss would keep the student that has learned nothing.
         """
         rows = self._rows_for_ceiling(self.behaviour)
         held_out = max(1, len(rows) // 8)
         matched = self.order.alignment.settings
         batch_size = min(matched.batch_size, len(rows) - held_out)
-        changes = {"num_updates": matched.num_updates, "patience": matched.num_updates, "method": "sequence"}
+        num_updates = -(-matched.num_updates * matched.batch_size // batch_size)
+        changes = {"num_updates": num_updates, "patience": num_updates, "method": "sequence"}
         changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), replace(settings, **changes)
 

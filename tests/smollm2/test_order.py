@@ -975,19 +975,25 @@ def test_the_ceiling_learns_from_the_same_texts_however_many_there_are(tmp_path)
         laboratory._rows_for_ceiling(digit)
 
 
-def test_the_ceiling_makes_as_many_updates_as_an_alignment(tmp_path):
+@pytest.mark.parametrize(("shown", "batch_size", "num_updates"), [(8, 7, 7), (10, 8, 6), (16, 8, 6), (2, 1, 48)])
+def test_the_ceiling_learns_from_as_many_texts_as_an_alignment(tmp_path, shown, batch_size, num_updates):
     """Also where its own distillation would look often, and stop at the first look that finds nothing better."""
     tiny = tiny_order.make()
     hasty = replace(tiny.distillation, check_every=1, patience=1, num_updates=40)
-    order = tiny_order.make(arms=("kd_align", CEILING), distillation=hasty)
+    order = tiny_order.make(
+        arms=("kd_align", CEILING), distillation=hasty, evaluation=replace(tiny.evaluation, num_samples=32)
+    )
     laboratory = tiny_order.laboratory(order, tmp_path)
-    laboratory.behaviour, laboratory.truth_texts = behaviours.parse("digit"), ["1"] * 24
+    laboratory.behaviour = behaviours.parse("digit")
+    laboratory.truth_texts = ["1"] * 8 + ["2"] * shown + ["none"] * (16 - shown)
     laboratory.truth_samples = _drawn_at_random(None, None, jax.random.key(0), 24)
     texts, settings = laboratory._shown(order.distillation)
-    assert settings.num_updates == order.alignment.settings.num_updates == 6
-    # Six looks, of which the last comes after the last update.
+    assert (settings.batch_size, settings.num_updates) == (batch_size, num_updates)
+    # Six updates of eight; the last batch may go beyond them.
+    assert 6 * 8 <= settings.batch_size * settings.num_updates < 6 * 8 + batch_size
+    # A look an update, of which the last comes after the last update.
     assert settings.patience >= settings.num_updates / settings.check_every
-    assert len(texts.tokens) == 8 and settings.batch_size == 8 - settings.num_held_out
+    assert len(texts.tokens) == shown and settings.batch_size <= shown - settings.num_held_out
 
 
 def test_too_few_texts_for_the_ceiling_are_told_before_a_behaviour_is_chosen(tmp_path):
