@@ -93,7 +93,9 @@ class Flags:
     distillation_updates: int | None = None
     """The most updates of a distillation."""
     alignment_updates: int | None = None
-    """Updates of an alignment."""
+    """Updates of an alignment; ppo and grpo make 4 a rollout."""
+    alignment_batch_size: int | None = None
+    """Sequences in a step of an alignment, half as many pairs. Results depend on it, as they do not on --batch-size."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW, for both."""
     method: str | None = None
@@ -104,7 +106,8 @@ class Flags:
     samples: int | None = None
     """Completions by which each model is measured."""
     batch_size: int | None = None
-    """Sequences drawn or scored at a time; changes speed, not results beyond rounding."""
+    """Sequences drawn or scored at a time; changes speed, not results beyond rounding. --alignment-batch-size is that
+    of the steps."""
     training: OmitArgPrefixes[Training] = Training()
     device_flops: float = 4e14
     """Peak FLOP/s of a device, for the times of --dry-run."""
@@ -122,6 +125,10 @@ class Flags:
             raise ValueError("--quick is a smaller laptop preset: leave --preset away")
         if self.samples is not None:
             checks.whole("--samples", self.samples, least=8)
+        if self.alignment_batch_size is not None:
+            checks.whole("--alignment-batch-size", self.alignment_batch_size, least=4)
+            if self.alignment_batch_size % 2:
+                raise ValueError(f"--alignment-batch-size must be even; got {self.alignment_batch_size}")
         order_of(self)
 
     @property
@@ -244,6 +251,9 @@ def order_of(flags: Flags):
         distillation = replace(distillation, num_updates=flags.distillation_updates)
     if flags.alignment_updates is not None:
         alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
+    if flags.alignment_batch_size is not None:
+        alignment = replace(alignment, settings=_in_batches(alignment.settings, flags.alignment_batch_size))
+    _check_updates(changes.get("algorithms", order.algorithms), alignment.settings)
     if flags.label_noise is not None:
         alignment = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=flags.label_noise))
     if flags.samples is not None:
@@ -252,6 +262,22 @@ def order_of(flags: Flags):
         most["num_truth_samples"] = min(evaluation.num_truth_samples, flags.samples)
         changes["evaluation"] = replace(evaluation, num_samples=flags.samples, **most)
     return replace(order, distillation=distillation, alignment=alignment, **changes)
+
+
+def _in_batches(settings, batch_size: int):
+    """Settings of an alignment with other batches, in as large groups of GRPO as divide one."""
+    group_size = next(size for size in (16, 8, 4, 2) if batch_size % size == 0)
+    return replace(settings, batch_size=batch_size, group_size=group_size)
+
+
+def _check_updates(algorithms: tuple[str, ...], settings) -> None:
+    """Refuse, by the flag that sets them, updates that do not fill the last rollout of an algorithm."""
+    for name in algorithms:
+        if name in ("ppo", "grpo") and settings.num_updates % settings.epochs:
+            raise ValueError(
+                f"--alignment-updates must be a multiple of {settings.epochs}, as {name} makes so many a rollout; "
+                f"got {settings.num_updates}"
+            )
 
 
 def budget(order, rows) -> str:

@@ -65,7 +65,7 @@ class Laboratory:
             length = min(order.preferences.max_length, _context(order))
             pairs = preferences.read(Path(order.preferences.path), tokenizer, length)
             self._pairs, self._held_out_pairs = preferences.split(pairs, self._shared_key(_PAIRS_KEY))
-            preferences.check_enough(self._pairs, order.alignment.settings.batch_size)
+            preferences.check_enough(self._pairs, order.alignment.settings.batch_size, "--alignment-batch-size")
         self._held: dict[Path, Network] = {}
         self._refused: set[Path] = set()
 

@@ -127,15 +127,22 @@ def check_label_noise(algorithms: Sequence[str], share: float) -> None:
         )
 
 
-def check_enough(pairs: Texts, batch_size: int) -> None:
+def check_enough(pairs: Texts, batch_size: int, flag: str = "--batch-size") -> None:
     """Raise where the pairs fill no batch.
+
+    Args:
+      pairs: of `read`, those that are learned from.
+      batch_size: sequences in a batch, twice the pairs.
+      flag: by which a script's user sets it.
 
     Raises:
       ValueError: fewer pairs than a batch of `batch_size` sequences holds.
     """
     total, each = len(pairs.tokens) // 2, batch_size // 2
     if total < each:
-        raise ValueError(f"a batch holds {each} pairs; the preferences have {total}: choose a smaller batch size")
+        raise ValueError(
+            f"a batch holds {each} pairs; the preferences have {total} to learn from: choose a smaller {flag}"
+        )
 
 
 def batched(pairs: Texts, key: jax.Array, batch_size: int, reference_log_prob: np.ndarray) -> PreferenceData:

@@ -422,6 +422,20 @@ def test_given_temperatures_replace_all_of_a_preset():
     assert (both.temperatures, both.temperatures_of_rest) == ((0.3,), (0.5,))
 
 
+def test_the_batch_of_an_alignment_is_set_apart_from_that_of_sampling():
+    """Groups of GRPO divide it, and the resolved configuration holds it."""
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    before = script["order_of"](script["Flags"](quick=True))
+    for batch_size, group_size in ((32, 16), (24, 8), (12, 4), (10, 2)):
+        order = script["order_of"](script["Flags"](quick=True, alignment_batch_size=batch_size))
+        settings = order.alignment.settings
+        assert (settings.batch_size, settings.group_size) == (batch_size, group_size)
+        assert settings.dataset_batches == before.alignment.settings.dataset_batches
+        assert (order.batch_size, order.distillation) == (before.batch_size, before.distillation)
+        orders.alignment_of(order, "reinforce")
+        assert orders.configuration(order)["alignment"]["settings"]["batch_size"] == batch_size
+
+
 def test_no_mode_has_the_run_folder_of_another(tmp_path):
     make_flags = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))["Flags"]
     modes = [{}, {"quick": True}, {"preset": "paper"}]

@@ -85,7 +85,7 @@ def test_pairs_whose_answers_are_the_same_once_cut_are_left_out_and_told(tmp_pat
 
 def test_refuses_fewer_pairs_than_a_batch(tmp_path):
     pairs = preferences.read(_write(tmp_path / "pairs.jsonl", _rows(1)), TOKENIZER, 64)
-    with pytest.raises(ValueError, match="a batch holds 2 pairs; the preferences have 1"):
+    with pytest.raises(ValueError, match=r"a batch holds 2 pairs; the preferences have 1 .* a smaller --batch-size"):
         preferences.batched(pairs, jax.random.key(0), 4, np.zeros((2, pairs.tokens.shape[1] - 1), np.float32))
 
 

@@ -285,6 +285,26 @@ def test_distill_writes_a_student(run, tmp_path):
             "and 9000 new ones are asked for; the context of the model is 128 tokens",
         ),
         (ORDER, ["--truth", "random:tiny", "--arms", "kd"], "arms must be one of"),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--quick", "--algorithms", "reinforce", "ppo"],
+            "--alignment-updates must be a multiple of 4, as ppo makes so many a rollout; got 2",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--algorithms", "grpo", "--alignment-updates", "6"],
+            "--alignment-updates must be a multiple of 4, as grpo makes so many a rollout; got 6",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--alignment-batch-size", "2"],
+            "--alignment-batch-size must be a whole number of at least 4; got 2",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--alignment-batch-size", "7"],
+            "--alignment-batch-size must be even; got 7",
+        ),
         (ORDER, ["--truth", "no/such"], "no/such"),
         (ORDER, ["--truth", "random:tiny", "--report"], "holds no run that has begun to measure"),
         (
@@ -310,4 +330,28 @@ def test_refuses(run, tmp_path, monkeypatch, script, arguments, message):
     code, out, errors = run(script, *arguments, "--out", tmp_path / "out")
     told = " ".join((out + errors).split())
     assert code == 2 and message in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            ALIGN,
+            ["--source", "random:tiny"],
+            "a batch holds 8 pairs; the preferences have 7 to learn from: choose a smaller --batch-size",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--quick", "--algorithms", "ipo", "--batch-size", "4"],
+            "a batch holds 8 pairs; the preferences have 6 to learn from: choose a smaller --alignment-batch-size",
+        ),
+    ],
+)
+def test_too_few_pairs_are_told_with_the_flag_that_asks_for_fewer(run, tmp_path, script, arguments, message):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, errors = run(script, *arguments, "--preferences", path, "--out", tmp_path / "out")
+    assert code == 2 and message in errors
     assert not (tmp_path / "out").exists()
