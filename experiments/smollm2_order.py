@@ -325,6 +325,7 @@ def main(flags: Flags) -> None:
     if flags.report:
         print(write_results(order, out, resolved, step_flops))
         return
+    durable.note_call(out, resolved | {"training": asdict(flags.training), "devices": _devices(layout)})
     workshop.sinks = durable.sinks(flags.training.wandb, flags.training.tensorboard, out, resolved)
     rows = rows_of(order, out)
     print(budget(order, rows), file=sys.stderr)
@@ -336,6 +337,14 @@ def main(flags: Flags) -> None:
     written = [name for name in WRITTEN if (out / name).exists()]
     print(f"\nWrote {', '.join(written)} to {out}")
     print(f"in {time.perf_counter() - begin:.0f} s")
+
+
+def _devices(layout) -> dict:
+    """What the models are laid out over."""
+    import jax
+
+    mesh = {} if layout.mesh is None else dict(layout.mesh.shape)
+    return {"platform": jax.default_backend(), "devices": jax.device_count(), "mesh": mesh}
 
 
 WRITTEN = ("smollm2_order.zarr", "table.csv", "costs.csv", "comparisons.csv", "smollm2_order.png", "smollm2_order.pdf")

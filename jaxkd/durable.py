@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxkd import files
+from jaxkd import __version__, files
 
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint"
+CALLS = "calls.jsonl"
 
 Step = Callable[[Any, int], tuple[Any, dict[str, float], bool]]
 """`(state, number) -> (state, metrics, whether to stop)`; the state is a pytree of arrays."""
@@ -354,6 +356,24 @@ def _check_configuration(folder: Path, wanted: dict, free: Collection[str]) -> N
         raise ValueError(f"{folder} exists and holds no run of jaxkd: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def note_call(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Add a line to a run folder's calls: the time (UTC), the version, and everything as it was resolved.
+
+    The configuration leaves out what may grow from call to call, and what changes no result.
+
+    Args:
+      folder: of the run, which is there and checked.
+      resolved: of this call, by name.
+    """
+    path = folder / CALLS
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = json.dumps({"time": now, "version": __version__, **resolved}, ensure_ascii=False, default=str)
+    # Several processes may begin in one folder, and a kill must leave no half line before those of later calls.
+    with files.claim(path, wait=True), files.whole(path) as partial:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        partial.write_text(f"{before}{line}\n", encoding="utf-8")
 
 
 def check_weights(folder: Path, found: dict[str, str]) -> None:

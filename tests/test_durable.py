@@ -1,5 +1,7 @@
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import durable
+from jaxkd import __version__, durable
 
 # The host loop is orbax's as much as ours.
 pytestmark = pytest.mark.loose
@@ -164,3 +166,13 @@ def test_what_differs_is_named_by_its_path(tmp_path):
     durable.check_configuration(tmp_path / "run", {"a": {"b": 1, "c": 2}})
     with pytest.raises(ValueError, match=r"configuration \(a\.b: 1 there, 3 now\)"):
         durable.check_configuration(tmp_path / "run", {"a": {"b": 3, "c": 2}})
+
+
+def test_each_call_is_a_line(tmp_path):
+    """Also where several processes begin at once."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: durable.note_call(tmp_path, {"seeds": (number,)}), range(8)))
+    calls = durable.entries(tmp_path / durable.CALLS)
+    assert sorted(call["seeds"] for call in calls) == [[number] for number in range(8)]
+    assert all(call["version"] == __version__ for call in calls)
+    assert all(datetime.fromisoformat(call["time"]).utcoffset() == timedelta(0) for call in calls)

@@ -1,6 +1,7 @@
 """Both orders on a language model: the stages of `pipelines`, carried out on disk.
 
-    out/config.json                      the resolved configuration
+    out/config.json                      what every model of the folder depends on
+    out/calls.jsonl                      of each call of the script: time, version, and the resolved configuration
     out/weights.json                     fingerprints of truth and base
     out/behaviour.json                   measured base rates, and the behaviour that was chosen
     out/truth/                           samples of the truth, the yardstick

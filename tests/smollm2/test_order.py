@@ -23,9 +23,11 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from jaxkd import align, durable, pipelines
+from jaxkd.cli import Training
 from jaxkd.smollm2 import (
     behaviours,
     draws,
+    dry_run,
     generate,
     network,
     order_figure,
@@ -342,6 +344,7 @@ def test_a_report_is_made_from_what_a_run_holds(tmp_path, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in _files(out)}
     script["main"](script["Flags"](report=True, out=out))
     assert {path: path.read_bytes() for path in before} == before
+    assert not (out / durable.CALLS).exists()
     run = report.read(order, out)
     expected = report.table(run)
     assert report.format_table(expected) in capsys.readouterr().out
@@ -367,6 +370,39 @@ def test_comparisons_of_other_flags_do_not_stay(tmp_path, monkeypatch, capsys):
         assert (out / "comparisons.csv").exists() == compared
         told = capsys.readouterr().out.partition("\nWrote ")[2]
         assert ("comparisons.csv" in told) == compared and "costs.csv, " in told and "smollm2_order.png" in told
+
+
+def test_a_run_folder_holds_what_each_call_asked_for(tmp_path, monkeypatch):
+    """Also what its configuration leaves out, for it may grow; calls that make nothing are none."""
+    script, out = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py")), tmp_path / "run"
+    monkeypatch.setattr(cache, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(Laboratory, "prepare", lambda laboratory: setattr(laboratory, "behaviour_name", "digit"))
+    monkeypatch.setattr(Laboratory, "run", lambda laboratory, rows: iter([]))
+    monkeypatch.setattr(dry_run, "report", lambda *arguments: "")
+    monkeypatch.setitem(script["main"].__globals__, "write_results", lambda *arguments: "")
+    tiny = {"quick": True, "truth": "random:tiny", "out": out}
+    script["main"](script["Flags"](dry_run=True, **tiny))
+    assert not out.exists()
+    script["main"](script["Flags"](**tiny))
+    more = {"seeds": (0, 1), "kl_coefs": (0.2,), "batch_size": 8, "training": Training(remat="layers")}
+    script["main"](script["Flags"](**more, **tiny))
+    with pytest.raises(ValueError, match="another configuration"):
+        script["main"](script["Flags"](prompt="A", **tiny))
+    first, second = durable.entries(out / durable.CALLS)
+    names = ("students", "arms", "algorithms", "temperatures", "kl_coefs", "seeds", "batch_size")
+    assert not {*names} & durable.read_json(out / "config.json").keys()
+    assert [first[name] for name in names] == [
+        ["same"],
+        ["kd_align", "align_kd"],
+        ["online_dpo"],
+        [0.6],
+        [0.1],
+        [0],
+        16,
+    ]
+    assert (second["seeds"], second["kl_coefs"], second["batch_size"]) == ([0, 1], [0.2], 8)
+    assert (first["training"]["remat"], second["training"]["remat"]) == ("products", "layers")
+    assert second["devices"]["mesh"]["data"] == jax.device_count()
 
 
 def test_other_temperatures_are_run_on_the_seeds_of_the_rest_alone(tmp_path):
