@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxkd.smollm2 import stages, students, tokenization, weights
+from jaxkd.smollm2.laboratory import BEHAVIOUR
+from jaxkd.smollm2.model import make_model
 from jaxkd.smollm2.network import Network
 from jaxkd.sweep import cache
 from tests.smollm2 import by_hand, tiny_order
@@ -355,3 +358,71 @@ def test_too_few_pairs_are_told_with_the_flag_that_asks_for_fewer(run, tmp_path,
     code, _, errors = run(script, *arguments, "--preferences", path, "--out", tmp_path / "out")
     assert code == 2 and message in errors
     assert not (tmp_path / "out").exists()
+
+
+def _one_message(errors: str) -> str:
+    """What a script ended with, and nothing besides."""
+    [line] = errors.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (ALIGN, ["--source", "random:tiny"]),
+        (ORDER, ["--quick", "--truth", "random:tiny", "--reward", "plain"]),
+    ],
+)
+def test_a_target_of_another_vocabulary_is_refused(run, tmp_path, script, arguments):
+    """Though it has as many tokens."""
+    target, out = tmp_path / "target", tmp_path / "out"
+    weights.save_pretrained(target, *weights.load("random:tiny"), tokenization.byte_tokenizer())
+    path = target / "tokenizer.json"
+    backend = json.loads(path.read_text(encoding="utf-8"))
+    ids = backend["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(backend), encoding="utf-8")
+    code, _, errors = run(script, *arguments, "--target", target, "--out", out)
+    assert code == 2 and "the two vocabularies differ (259 and 259 tokens)" in _one_message(errors)
+    assert not out.exists()
+
+
+def test_a_target_with_more_tokens_than_the_truth_is_refused(run, tmp_path):
+    target, out = tmp_path / "target", tmp_path / "out"
+    config = replace(weights.load_config("random:tiny"), vocab_size=272)
+    params = make_model(config).init(jax.random.key(0))
+    weights.save_pretrained(target, config, params, tokenization.byte_tokenizer())
+    arguments = ["--quick", "--truth", "random:tiny", "--reward", "plain", "--target", target, "--out", out]
+    code, _, errors = run(ORDER, *arguments)
+    assert code == 2 and "has a vocabulary of 272 tokens, the truth random:tiny one of 264" in _one_message(errors)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Say", "completion": " yes"}, "row 9 has no chosen: preferences need chosen and rejected"),
+        ({"prompt": "Say", "chosen": " yes"}, "row 9: a row must have the columns of one format"),
+        ({"text": "Say yes"}, "row 9: a row must have the columns of one format"),
+        ({"prompt": "Say", "chosen": "", "rejected": " no"}, "row 9: chosen is empty"),
+        ({"prompt": "Say", "chosen": " yes", "rejected": "  "}, "row 9: rejected is empty"),
+    ],
+)
+def test_the_order_refuses_a_row_that_is_no_pair(run, pairs, tmp_path, row, message):
+    with pairs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    arguments = ["--quick", "--truth", "random:tiny", "--algorithms", "ipo", "--alignment-batch-size", "4"]
+    code, _, errors = run(ORDER, *arguments, "--preferences", pairs, "--out", tmp_path / "out")
+    assert code == 2 and f"{pairs}, {message}" in _one_message(errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_order_refuses_a_behaviour_that_is_always_shown(run, tmp_path):
+    """Once the truth is sampled; another may be asked for in the same folder."""
+    arguments = ["--quick", "--truth", "random:tiny", "--max-new-tokens", "8", "--samples", "16"]
+    code, _, errors = run(ORDER, *arguments, "--behaviour", "regex:^", "--out", tmp_path / "out")
+    assert code == 2
+    told = "error: the behaviour 'regex:^' is always shown by 16 samples of the base: choose another (--behaviour)"
+    assert errors.splitlines()[-1] == told
+    assert not (tmp_path / "out" / BEHAVIOUR).exists()
