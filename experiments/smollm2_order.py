@@ -190,6 +190,8 @@ def quick():
         distillation=Distillation("sequence", 32, 16, 2, 16, 2, optimisation=optimisation),
         alignment=_alignment(2, 16, optimisation),
         evaluation=Evaluation(64, 32, 16, 32),
+        # One look an alignment, some seconds.
+        look_every=2,
         # One size of batch for everything: one program each to sample and to score.
         batch_size=16,
     )

@@ -60,7 +60,7 @@ ROOT = Path(__file__).parents[2]
 def finished(tmp_path_factory):
     """A run with every kind of stage."""
     out = tmp_path_factory.mktemp("run")
-    order = tiny_order.make(arms=("kd_align", "kd_align_sharpened", "align_kd", CEILING))
+    order = tiny_order.make(arms=("kd_align", "kd_align_sharpened", "align_kd", CEILING), look_every=3)
     return order, out, tiny_order.run(order, out)
 
 
@@ -166,6 +166,29 @@ def test_step_0_of_an_alignment_is_at_its_reference(finished, offline):
                 assert first["step"] == 0 and first["kl"] == pytest.approx(0, abs=1e-4)
                 if row.algorithm == "offline_dpo_ref":
                     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_alignment_logs_looks_at_its_samples(finished):
+    """Of 64 draws each, after every third step."""
+    order, out, _ = finished
+    aligned = [row for row in rows_of(order, out) if row.is_alignment]
+    assert {row.name for row in aligned} == {"aligned_base", "kd_align"}
+    for row in aligned:
+        logged = durable.entries(row.folder / durable.METRICS)
+        assert [entry["step"] for entry in logged if "look_frequency" in entry] == [2, 5]
+        for entry in logged[2::3]:
+            assert 0 <= entry["look_frequency"] == entry["look_reward"] <= 1
+            assert entry["look_frequency"] * stages.LOOK == round(entry["look_frequency"] * stages.LOOK)
+
+
+@pytest.mark.parametrize("mode", [{}, {"quick": True}, {"preset": "paper"}])
+def test_every_preset_looks_along_an_alignment(mode):
+    script = runpy.run_path(str(ROOT / "experiments" / "smollm2_order.py"))
+    order = script["order_of"](script["Flags"](**mode))
+    for algorithm in order.algorithms:
+        alignment = orders.alignment_of(order, algorithm)
+        assert alignment.settings.num_steps >= alignment.look_every > 0
 
 
 @pytest.mark.slow
