@@ -1,4 +1,4 @@
-"""Distillations by themselves: which student is kept, and when they stop."""
+"""Stages by themselves: which student is kept, when a distillation stops, and what an alignment is charged and logs."""
 
 import json
 from dataclasses import replace
@@ -111,6 +111,31 @@ def test_kto_is_charged_for_the_policys_pass_over_its_own_draws(tmp_path, base, 
     assert workshop.cost.tokens_scored == 2 * 3 * 8 * 8
     # To draw, two passes over what was drawn, and three for an update.
     assert workshop.cost.model_flops == pytest.approx(3 * 6 * cost.forward_flops(base.config, 8 * 9, 5))
+
+
+def test_looks_along_an_alignment_are_logged(tmp_path, base, monkeypatch):
+    """Of 64 draws each, after every other step."""
+    drawn = []
+
+    def draw(network, key, n, **more):
+        drawn.append(n)
+        mask = np.ones((n, 9), bool)
+        return Texts(np.full((n, 9), 7, np.int32), mask, mask & (np.arange(9) > 0))
+
+    def fourths(texts, x):
+        hit = np.arange(len(texts)) % 4 == 0
+        return hit.astype(np.float32), hit
+
+    nothing = Info(*[np.float32(0.0)] * len(Info._fields))
+    monkeypatch.setattr(Network, "draw", draw)
+    monkeypatch.setattr(stages, "_alignment_step", lambda *_: lambda state, inputs: (state, nothing))
+    workshop = Workshop(durable.Progress(quiet=True))
+    workshop.begin()
+    alignment = replace(tiny_order.make().alignment, look_every=2)
+    stages.align_policy(tmp_path, jax.random.key(0), base, base, fourths, 0.1, alignment, workshop)
+    logged = durable.entries(tmp_path / durable.METRICS)
+    assert [entry.get("look_frequency") for entry in logged] == [None, 0.25] * 3
+    assert drawn == [8, 8, 64] * 3
 
 
 def held_out_loss(folder, network):
