@@ -442,15 +442,15 @@ class Laboratory:
         return is_admitted(self.order, durable.read_json(student / EVALUATION))
 
     def _measure_shared(self, *, wait: bool) -> None:
-        self._measure_one("base", self.base, wait=wait)
-        if self.target is not None:
-            self._measure_one("target", self.target, wait=wait)
+        for name in ("base", "target") if self.order.target is not None else ("base",):
+            self._measure_one(name, wait=wait)
 
-    def _measure_one(self, name: str, model: Network, *, wait: bool) -> None:
+    def _measure_one(self, name: str, *, wait: bool) -> None:
         folder = self.out / name
         with files.claim(folder, wait=wait) as mine:
             if not mine or (folder / EVALUATION).exists():
                 return
+            model = getattr(self, name)
             if model is self.truth and not (folder / "samples.npz").exists():
                 # The truth's own samples are the base's: its recall gap is 0 whatever is drawn.
                 folder.mkdir(exist_ok=True)

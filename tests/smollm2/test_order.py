@@ -505,7 +505,8 @@ def test_no_mode_has_the_run_folder_of_another(tmp_path):
 def test_of_several_seeds_the_first_and_the_farthest_are_shown(tmp_path):
     order = tiny_order.make(seeds=(0, 2, 1))
     write_measurements(order, tmp_path)
-    _, _, rows, found, _ = report.read(order, tmp_path)
+    read = report.read(order, tmp_path)
+    rows, found = read.rows, read.evaluations
     shown = [(rows[folder].name, seed) for folder, _, seed in order_figure._shown_models(found, rows) if folder in rows]
     expected = {(row.name, f", seed {seed}") for row in rows.values() for seed in (0, 2)}
     assert set(shown) == expected and len(shown) == len(expected)
