@@ -876,7 +876,7 @@ def _rates(axes, rows: list[dict]) -> None:
         axes.plot(*zip(*points, strict=True), LINES[side], color=COLORS[side], label=side, **mark)
         if side == "jaxkd":
             for x, y in points:
-                axes.annotate(f"{y:.0f}", (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+                axes.annotate(f"{y:.0f}", (x, y), (2, -12), textcoords="offset points", ha="center", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="sequences at a time", ylabel="tokens per second (more is better)")
     batches = [row["batch"] for row in rows]
     axes.set_xticks(batches, batches)

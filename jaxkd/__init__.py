@@ -1,3 +1,3 @@
 """jaxkd: distil then align, or align then distil?"""
 
-__version__ = "0.5.2"
+__version__ = "0.5.3"
