@@ -109,6 +109,7 @@ def shapes_of(order: Order) -> dict[str, tuple[Config, str, str]]:
     for role, source in sources.items():
         config, told = config_of(source)
         if role in starts and starts[role].layers is not None:
+            starts[role].check(role.removeprefix("student "), config.num_layers)
             config = replace(config, num_layers=starts[role].layers)
         found[role] = config, source, told
     return found
@@ -173,6 +174,12 @@ def _shards(config: Config, mesh: Mesh) -> list[str]:
     return lines
 
 
+def _updates_of_ceiling(order: Order) -> int:
+    """Of a distillation's batches, as many as hold what the ceiling learns from: the texts of an alignment."""
+    matched = order.alignment.settings
+    return -(-matched.num_updates * matched.batch_size // order.distillation.batch_size)
+
+
 def _steps(order: Order, configs: dict[str, Config], layout: Layout):
     """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
     length, batch = 1 + order.max_new_tokens, order.batch_size
@@ -191,11 +198,9 @@ def _steps(order: Order, configs: dict[str, Config], layout: Layout):
         told += f" ({', '.join(names)}{_of_pairs(order)})"
         both = configs[role], configs[held_to]
         yield _aligning(told, len(alike) * settings.num_steps, both, layout, order, settings, length)
-    updates: Counter = Counter()
+    updates, most = Counter(), order.distillation.num_updates
     for row in (row for row in rows if row.is_distillation):
-        # The ceiling makes as many as an alignment; where few texts show the behaviour, more of smaller batches.
-        of = order.alignment.settings if row.name == CEILING else order.distillation
-        updates[_distillation(row, made, order)] += of.num_updates
+        updates[_distillation(row, made, order)] += _updates_of_ceiling(order) if row.name == CEILING else most
     for (role, teacher, method), steps in updates.items():
         both = configs[role], configs[teacher]
         told = f"distil {role}" if method == "sequence" else f"distil {role} from {teacher} ({method})"

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkd import checks, durable, files
+from jaxkd import durable, files
 from jaxkd.align import ALGORITHMS, PreferenceData
 from jaxkd.pipelines import Sharpen
 from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, text, tokenization, weights
@@ -87,7 +87,7 @@ class Laboratory:
         path = self.out / BEHAVIOUR
         if path.exists():
             self._check_behaviour(durable.read_json(path))
-        durable.check_configuration(self.out, self.configuration() | more, free=("behaviour",))
+        durable.check_configuration(self.out, self.configuration() | more, free=("behaviour", "look_every"))
 
     # --- what every seed shares ---
 
@@ -416,7 +416,8 @@ class Laboratory:
         batch_size = min(matched.batch_size, len(rows) - held_out)
         num_updates = -(-matched.num_updates * matched.batch_size // batch_size)
         changes = {"num_updates": num_updates, "patience": num_updates, "method": "sequence"}
-        changes |= {"num_held_out": held_out, "batch_size": batch_size, "on_policy_fraction": 0.0}
+        changes |= {"num_held_out": held_out, "batch_size": batch_size, "num_samples": len(rows) - held_out}
+        changes |= {"on_policy_fraction": 0.0}
         return take(self.truth_samples, rows), replace(settings, **changes)
 
     def _rows_for_ceiling(self, behaviour: behaviours.Behaviour) -> np.ndarray:
@@ -498,8 +499,7 @@ def _check_sources(order: Order, tokenizer) -> None:
     tokenization.check_vocabulary(tokenizer, size)
     base = truth if order.base == "truth" else weights.load_config(order.base.removeprefix("fit:"))
     for student in order.students:
-        if (layers := Start.parse(student).layers) is not None:
-            checks.whole(f"layers of the base in {student!r}", layers, least=1, most=base.num_layers)
+        Start.parse(student).check(student, base.num_layers)
     sources = [order.base.removeprefix("fit:"), *_sources_of_students(order), order.target or "truth"]
     for source in sources:
         if source == "truth" or source.startswith("distil:"):

@@ -363,8 +363,8 @@ class Model:
           float32[B, T, D]; at padding, numbers without meaning.
 
         Raises:
-          ValueError: on shapes or types that do not fit, or more positions than the model has; those of a traced mask
-            are not counted.
+          ValueError: on shapes or types that do not fit, or more positions than the model has; those of a mask that is
+            traced or spread over hosts are not counted.
         """
         _check(self.config, tokens, mask)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] if mask is None else positions_of(mask)
@@ -599,7 +599,9 @@ def _check(config: Config, tokens: jax.Array, mask: jax.Array | None) -> None:
     if mask is None:
         longest = tokens.shape[1]
     else:
-        longest = 0 if isinstance(mask, jax.core.Tracer) else np.asarray(mask).sum(axis=1).max(initial=0)
+        # What is traced, or lies on other hosts as well, is not known here.
+        known = not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
+        longest = np.asarray(mask).sum(axis=1).max(initial=0) if known else 0
     if longest > config.max_positions:
         raise ValueError(f"a sequence has {longest} positions; the model has {config.max_positions}")
 

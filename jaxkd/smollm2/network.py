@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkd import checks
 from jaxkd.policy import Params, Policy
 from jaxkd.smollm2 import generate, sharding, weights
 from jaxkd.smollm2.config import Config
@@ -198,11 +197,11 @@ class Network:
         Args:
           key: random key.
           n: how many.
-          temperature: τ > 0.
+          temperature: τ; at 0 the likeliest tokens.
           batch_size: the most at a time, by default the setting's; changes no draw.
 
         Raises:
-          ValueError: on a temperature of 0 or less.
+          ValueError: on a temperature below 0.
         """
         return join(list(self.draws(key, n, temperature, batch_size=batch_size)))
 
@@ -210,7 +209,6 @@ class Network:
         self, key: jax.Array, n: int, temperature: float = 1.0, first: int = 0, *, batch_size: int | None = None
     ) -> Iterator[Texts]:
         """The same, batch by batch; what comes before `first` is left out."""
-        checks.number("temperature", temperature, above=0)
         size = self.setting.size_of_batches(n, batch_size)
         # Always an array: a temperature of 1 then needs no program of its own.
         sampling = generate.made_ready(generate.Sampling(jnp.float32(temperature)))

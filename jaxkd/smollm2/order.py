@@ -38,7 +38,8 @@ class Order:
     Attributes:
       truth: source of p*.
       base: source of p′; "truth" for the truth itself, "fit:SOURCE" for SOURCE fitted to samples of the truth.
-      students: where students start: "same" (at the base), "layers:N" (N of the base's layers), or a source.
+      students: where students start: "same" (at the base), "layers:N" (N of the base's layers), "layers:0,7,29"
+        (these), or a source.
       target: source of the target; "distil:τ" for the base distilled at τ; None where no reward asks for one.
       reward: a name of `REWARDS`.
       behaviour: specification of the behaviour (`behaviours.parse`), or "auto" to choose by measured rate; until one is

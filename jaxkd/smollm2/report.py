@@ -28,7 +28,7 @@ COSTS = {
     "seconds": ("wall-clock, the same", "s"),
 }
 ENDS = {
-    "failed": ("diverged, or was to be made from a model that did (NaN: not made yet)", "1"),
+    "failed": ("diverged, or a model that it is made from or admitted by did (NaN: not made yet)", "1"),
     "refused": (
         "not made, for the recall gap of its cut student is above the most admitted (NaN: not yet)",
         "1",
@@ -239,7 +239,7 @@ def table(run: Run) -> list[dict]:
     if base in found:
         groups[_KEY_OF_BASE] = {"": found[base]}
     if run.target is not None:
-        groups[_KEY_OF_TARGET] = {"": run.target}
+        groups[_KEY_OF_TARGET] = {"": run.target | cost_of(run, run.out / "target").to_dict()}
     for folder, row in run.rows.items():
         if folder not in ends:
             continue
@@ -344,8 +344,9 @@ def stage_costs(run: Run, step_flops: Callable[[Row], float | None] = lambda row
     if base in run.evaluations:
         own = _both_costs(run.records.get(base, {}), run.evaluations[base])
         groups[_KEY_OF_BASE] = [own | {"made_steps": 0, "made_program_flops": math.nan}]
-    if "cost" in run.records.get(run.out / "target", {}):
-        made = _both_costs(run.records[run.out / "target"], run.target or {})
+    record = run.records.get(run.out / "target", {})
+    if run.target is not None or "cost" in record:
+        made = _both_costs(record, run.target or {})
         groups[_KEY_OF_TARGET] = [made | {"made_steps": 0, "made_program_flops": math.nan}]
     for folder, row in run.rows.items():
         if "cost" in run.records.get(folder, {}):

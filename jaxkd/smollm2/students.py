@@ -51,6 +51,13 @@ class Start:
         checks.whole("layers", layers[0], least=1)
         return cls(layers=layers[0])
 
+    def check(self, spec: str, num_layers: int) -> None:
+        """Raise ValueError, by the specification, where a base of so many layers lacks what is to be kept of them."""
+        if self.layers is not None:
+            checks.whole(f"layers of the base in {spec!r}", self.layers, least=1, most=num_layers)
+        if self.chosen is not None:
+            checks.whole(f"the last layer in {spec!r}", self.chosen[-1], least=0, most=num_layers - 1)
+
     def of(self, base: Network) -> Network:
         """The student, before it has learned anything."""
         if self.source is not None:

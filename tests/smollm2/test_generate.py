@@ -62,11 +62,14 @@ def test_numbers_of_numpy_and_jax_are_checked_too(scalar):
     assert jax.jit(lambda value: Sampling(top_p=value).top_p)(scalar(0.0)) == 0
 
 
-def test_a_network_draws_at_a_temperature_above_zero():
+def test_a_network_draws_at_any_temperature_that_is_not_negative():
     model, params = _model()
     setting = Setting.of_prompt(tokenization.byte_tokenizer(), "T", 8, 8, Layout())
-    with pytest.raises(ValueError, match="temperature must be a finite number above 0; got 0"):
-        Network(model.config, params, setting).draw(KEYS[0], 1, 0.0)
+    network = Network(model.config, params, setting)
+    with pytest.raises(ValueError, match=r"temperature must be a finite number at least 0; got -1"):
+        network.draw(KEYS[0], 1, -1.0)
+    likeliest, warm = (network.draw(KEYS[0], 4, jnp.float32(temperature)).tokens for temperature in (0.0, 1.0))
+    assert (likeliest == likeliest[:1]).all() and not (warm == warm[:1]).all()
 
 
 def test_prompts_that_are_no_whole_numbers_are_refused():

@@ -933,6 +933,8 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
     own = by_hand.log_prob(*weights.load(out / "target" / "model"), its) / its["completion_mask"].sum(axis=1)
     assert of_target["reward"] == pytest.approx(np.mean(level - abs(own - level)), rel=1e-4)
     assert of_target["seeds"] == 1 and np.isnan(of_target["reward_gain_per_petaflop"])
+    record = json.loads((out / "target" / durable.RECORD).read_text())
+    assert of_target["model_flops"] == pytest.approx(record["cost"]["model_flops"]) and of_target["model_flops"] > 0
     likelihood = by_target / x["completion_mask"].sum(axis=1)
     expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)

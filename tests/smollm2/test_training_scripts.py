@@ -197,6 +197,7 @@ def test_distill_writes_a_student(run, tmp_path):
         (DISTILL, ["--teacher", "random:tiny", "--student", "layers:9"], "the number of layers kept"),
         (DISTILL, ["--teacher", "random:tiny", "--student", "layers:0,9"], "a layer kept must be"),
         (ORDER, ["--truth", "random:tiny", "--student", "layers:9"], "layers of the base in 'layers:9'"),
+        (ORDER, ["--truth", "random:tiny", "--student", "layers:0,9"], "the last layer in 'layers:0,9'"),
         (ALIGN, ["--source", "random:tiny", "--behaviour", "often", "--algorithm", "ppo"], "a behaviour must be"),
         (ALIGN, ["--source", "random:tiny", "--preferences", "absent.jsonl"], "there is no file absent.jsonl"),
         (
