@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_both_sides_are_timed_and_weighed(monkeypatch, tmp_path, capsys):
+def test_both_sides_are_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     benchmark = importlib.import_module("benchmark_smollm2")
     monkeypatch.setattr(benchmark, "PRODUCT", 64)
@@ -43,7 +43,3 @@ def test_both_sides_are_timed_and_weighed(monkeypatch, tmp_path, capsys):
         "gradient bfloat16 2x9": {"torch"},
     }
     assert all(row["seconds"]["jaxkd"] > 0 < row["share_of_product"] for row in timed.values())
-    if benchmark.tells_memory():
-        benchmark.convert("random:tiny", tmp_path / "tiny")
-        found = benchmark.memory_of("jaxkd", tmp_path / "tiny", benchmark.Task("forward", "float32", 2, 9))
-        assert 0 < found["before"] <= found["peak"]
