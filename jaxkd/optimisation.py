@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxkd.policy import Params
@@ -46,23 +45,13 @@ def make_optimizer(
     schedule = optax.join_schedules([rise, fall], [warmup_updates]) if warmup_updates else fall
     chain = [optax.scale_by_adam()]
     if max_gradient_norm is not None:
-        chain.insert(0, _clip_by_global_norm(max_gradient_norm))
+        chain.insert(0, optax.clip_by_global_norm(max_gradient_norm))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay))
     optimizer = optax.chain(*chain, optax.scale_by_schedule(schedule))
     if accumulate == 1:
         return optimizer
     return optax.MultiSteps(optimizer, every_k_schedule=accumulate).gradient_transformation()
-
-
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """As optax has it, but as a factor: a quotient for each number is one that XLA writes to memory."""
-
-    def clip(gradient, params=None):
-        factor = jnp.minimum(1.0, most / optax.tree.norm(gradient))
-        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
-
-    return optax.stateless(clip)
 
 
 def update(state: State, gradient: Params, optimizer: optax.GradientTransformation, learning_rate) -> State:
