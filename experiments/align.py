@@ -123,16 +123,13 @@ class Align:
 
 def alignment_of(config: Align):
     """Settings of the stage."""
-    from jaxkd.align import AlignmentSettings, Coefficients, label_coefficients
+    from jaxkd.align import AlignmentSettings, Coefficients, check_updates, label_coefficients, largest_group
     from jaxkd.smollm2.adapters import LoRA
     from jaxkd.smollm2.stages import Alignment, Optimisation
 
     name = with_pairs().get(config.algorithm, config.algorithm)
-    group_size = next(size for size in (16, 8, 4, 2) if config.batch_size % size == 0 or size == 2)
-    if name in ("ppo", "grpo") and config.updates % EPOCHS:
-        raise ValueError(
-            f"--updates must be a multiple of {EPOCHS}, as {name} makes so many a rollout; got {config.updates}"
-        )
+    check_updates("--updates", [name], config.updates, EPOCHS)
+    group_size = largest_group(config.batch_size)
     settings = AlignmentSettings(name, config.updates, config.batch_size, epochs=EPOCHS, group_size=group_size)
     optimisation = Optimisation(
         config.learning_rate,

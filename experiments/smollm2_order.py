@@ -224,6 +224,7 @@ def paper():
 
 def order_of(flags: Flags):
     """The order that the flags ask for."""
+    from jaxkd.align import check_updates, largest_group
     from jaxkd.smollm2.order import CEILING
     from jaxkd.smollm2.preferences import Preferences
 
@@ -253,9 +254,13 @@ def order_of(flags: Flags):
         distillation = replace(distillation, num_updates=flags.distillation_updates)
     if flags.alignment_updates is not None:
         alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
-    if flags.alignment_batch_size is not None:
-        alignment = replace(alignment, settings=_in_batches(alignment.settings, flags.alignment_batch_size))
-    _check_updates(changes.get("algorithms", order.algorithms), alignment.settings)
+    if (size := flags.alignment_batch_size) is not None:
+        settings = replace(alignment.settings, batch_size=size, group_size=largest_group(size))
+        alignment = replace(alignment, settings=settings)
+    settings = alignment.settings
+    check_updates(
+        "--alignment-updates", changes.get("algorithms", order.algorithms), settings.num_updates, settings.epochs
+    )
     if flags.label_noise is not None:
         alignment = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=flags.label_noise))
     if flags.samples is not None:
@@ -264,22 +269,6 @@ def order_of(flags: Flags):
         most["num_truth_samples"] = min(evaluation.num_truth_samples, flags.samples)
         changes["evaluation"] = replace(evaluation, num_samples=flags.samples, **most)
     return replace(order, distillation=distillation, alignment=alignment, **changes)
-
-
-def _in_batches(settings, batch_size: int):
-    """Settings of an alignment with other batches, in as large groups of GRPO as divide one."""
-    group_size = next(size for size in (16, 8, 4, 2) if batch_size % size == 0)
-    return replace(settings, batch_size=batch_size, group_size=group_size)
-
-
-def _check_updates(algorithms: tuple[str, ...], settings) -> None:
-    """Refuse, by the flag that sets them, updates that do not fill the last rollout of an algorithm."""
-    for name in algorithms:
-        if name in ("ppo", "grpo") and settings.num_updates % settings.epochs:
-            raise ValueError(
-                f"--alignment-updates must be a multiple of {settings.epochs}, as {name} makes so many a rollout; "
-                f"got {settings.num_updates}"
-            )
 
 
 def budget(order, rows) -> str:

@@ -56,6 +56,10 @@ class Coefficients(NamedTuple):
     value_coef: jax.Array | float = 0.1
 
 
+SEVERAL_UPDATES = ("ppo", "grpo")
+"""Algorithms that make several updates on each rollout."""
+
+
 @dataclass(frozen=True)
 class AlignmentSettings:
     """What shapes an alignment (static).
@@ -95,7 +99,7 @@ class AlignmentSettings:
     @property
     def updates_per_step(self) -> int:
         """Optimiser updates in one step."""
-        return self.epochs if self.algorithm in ("ppo", "grpo") else 1
+        return self.epochs if self.algorithm in SEVERAL_UPDATES else 1
 
     @property
     def num_steps(self) -> int:
@@ -515,6 +519,20 @@ def check_label_noise(flag: str, algorithms: Sequence[str], shares: Sequence[flo
         )
     if "robust_dpo" in algorithms and max(noise, default=0.0) >= 0.5:
         raise ValueError(f"{flag} must be below 0.5 for robust_dpo, whose loss divides by 1 − 2ε; got {noise}")
+
+
+def check_updates(flag: str, algorithms: Sequence[str], num_updates: int, epochs: int) -> None:
+    """Raise ValueError where updates do not fill the last rollout of an algorithm."""
+    for name in algorithms:
+        if name in SEVERAL_UPDATES and num_updates % epochs:
+            raise ValueError(
+                f"{flag} must be a multiple of {epochs}, as {name} makes so many a rollout; got {num_updates}"
+            )
+
+
+def largest_group(batch_size: int) -> int:
+    """A group for GRPO: the largest of 16, 8, 4 and 2 draws that divides a batch; 2 where none does."""
+    return next((size for size in (16, 8, 4) if batch_size % size == 0), 2)
 
 
 def label_coefficients(algorithm: str, label_noise: Any) -> dict[str, Any]:

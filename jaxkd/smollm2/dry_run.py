@@ -108,9 +108,9 @@ def shapes_of(order: Order) -> dict[str, tuple[Config, str, str]]:
     found = {}
     for role, source in sources.items():
         config, told = config_of(source)
-        if role in starts and starts[role].layers is not None:
+        if role in starts and (kept := starts[role].layers) is not None:
             starts[role].check(role.removeprefix("student "), config.num_layers)
-            config = replace(config, num_layers=starts[role].layers)
+            config = replace(config, num_layers=kept if isinstance(kept, int) else len(kept))
         found[role] = config, source, told
     return found
 

@@ -230,8 +230,8 @@ def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
     What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base and for
-    the target, where there is one;
-    `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm may have no other.
+    the target, where there is one; `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm
+    may have no other.
     """
     found, base, ends = _measured(run), run.out / "base", _ends(run)
     groups: dict[tuple, dict] = {}

@@ -19,14 +19,12 @@ class Start:
     """Where a student starts: at the base itself unless one of the two is given.
 
     Attributes:
-      layers: how many of the base's layers it keeps.
+      layers: how many of the base's layers it keeps, evenly spaced; or which, in increasing order.
       source: a checkpoint, any source that `weights.load` takes.
-      chosen: which layers they are, in increasing order; None spaces them evenly.
     """
 
-    layers: int | None = None
+    layers: int | tuple[int, ...] | None = None
     source: str | None = None
-    chosen: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, spec: str) -> "Start":
@@ -47,16 +45,16 @@ class Start:
             ) from None
         if len(layers) > 1:
             _check_order(layers)
-            return cls(layers=len(layers), chosen=layers)
+            return cls(layers=layers)
         checks.whole("layers", layers[0], least=1)
         return cls(layers=layers[0])
 
     def check(self, spec: str, num_layers: int) -> None:
         """Raise ValueError, by the specification, where a base of so many layers lacks what is to be kept of them."""
-        if self.layers is not None:
+        if isinstance(self.layers, tuple):
+            checks.whole(f"the last layer in {spec!r}", self.layers[-1], least=0, most=num_layers - 1)
+        elif self.layers is not None:
             checks.whole(f"layers of the base in {spec!r}", self.layers, least=1, most=num_layers)
-        if self.chosen is not None:
-            checks.whole(f"the last layer in {spec!r}", self.chosen[-1], least=0, most=num_layers - 1)
 
     def of(self, base: Network) -> Network:
         """The student, before it has learned anything."""
@@ -64,7 +62,7 @@ class Start:
             return base.setting.load(self.source)
         if self.layers is None:
             return base
-        return Network(*keep_layers(base.config, base.params, self.chosen or self.layers), base.setting)
+        return Network(*keep_layers(base.config, base.params, self.layers), base.setting)
 
 
 def _check_order(layers: Sequence[int]) -> None:

@@ -67,7 +67,7 @@ def test_a_students_start_is_what_its_specification_says(tmp_path):
     assert cut.config == expected[0] and cut.setting is base.setting
     jax.tree.map(np.testing.assert_array_equal, cut.params, expected[1])
     named = students.Start.parse("layers:1,2")
-    assert (named.layers, named.chosen) == (2, (1, 2))
+    assert named.layers == (1, 2)
     expected = students.keep_layers(config, params, [1, 2])
     assert named.of(base).config == expected[0]
     jax.tree.map(np.testing.assert_array_equal, named.of(base).params, expected[1])
