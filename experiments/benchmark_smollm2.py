@@ -775,7 +775,7 @@ NAMES = {
     "jaxkd": "jaxkd",
     "torch": "transformers on torch, defaults",
     "torch medium": "… float32 matmul “medium”",
-    "product": "the least: model FLOPs at a square product’s rate",
+    "product": "bound: model FLOPs at a square product’s rate (b: dashed)",
 }
 WHAT = {
     "naive_gradient": "gradient, full logits",
