@@ -58,7 +58,9 @@ class Laboratory:
         workshop.root = out
         tokenizer = tokenization.load_tokenizer(order.truth)
         _check_sources(order, tokenizer)
-        self.setting = Setting.of_prompt(tokenizer, order.prompt, order.max_new_tokens, order.batch_size, layout)
+        self.setting = Setting.of_prompt(
+            tokenizer, order.prompt, order.max_new_tokens, order.batch_size, layout, order.score_batch_size
+        )
         # Before a run folder is claimed with it.
         text.check_length(self.setting.prompt_tokens.shape[1], _context(order), new_tokens=order.max_new_tokens)
         self._pairs = self._held_out_pairs = None

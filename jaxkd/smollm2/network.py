@@ -79,7 +79,9 @@ class Setting:
       tokenizer: of every model.
       prompt_tokens: int32[1, P], what every completion follows.
       max_new_tokens: C.
-      batch_size: sequences that are drawn or scored at a time; changes speed, not results.
+      batch_size: sequences that are drawn at a time; changes speed, not results.
+      score_batch_size: sequences that are scored at a time; None for as many as are drawn. A step of drawing sees one
+        token of each, scoring all of them, so what fits a cache is fewer.
       layout: how models are computed; its mesh has devices of this process alone.
 
     Raises:
@@ -91,6 +93,7 @@ class Setting:
     max_new_tokens: int
     batch_size: int = 32
     layout: Layout = Layout()
+    score_batch_size: int | None = None
 
     def __post_init__(self):
         if self.layout.mesh is not None:
@@ -98,7 +101,13 @@ class Setting:
 
     @classmethod
     def of_prompt(
-        cls, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, batch_size: int, layout: Layout
+        cls,
+        tokenizer: Tokenizer,
+        prompt: str,
+        max_new_tokens: int,
+        batch_size: int,
+        layout: Layout,
+        score_batch_size: int | None = None,
     ) -> "Setting":
         """The setting in which everything follows one prompt.
 
@@ -108,7 +117,7 @@ class Setting:
         ids = tokenizer.encode(prompt, add_special_tokens=True)
         if not ids:
             raise ValueError(f"the prompt must have at least one token; got {prompt!r}")
-        return cls(tokenizer, np.asarray([ids], np.int32), max_new_tokens, batch_size, layout)
+        return cls(tokenizer, np.asarray([ids], np.int32), max_new_tokens, batch_size, layout, score_batch_size)
 
     @property
     def prompt_mask(self) -> np.ndarray:
@@ -256,7 +265,7 @@ class Network:
         """The same batch by batch, float32[batch, T − 1] each; what comes before `first` is left out."""
         n = len(x.tokens)
         # Few sizes of few texts, of which there are as many as happen to be: each is a program.
-        size = self.setting.size_of_batches(1 << max(n - 1, 0).bit_length())
+        size = self.setting.size_of_batches(1 << max(n - 1, 0).bit_length(), self.setting.score_batch_size)
         policy = self.setting.policy(self.config)
         for start in range(first, n, size):
             rows = np.resize(np.arange(start, min(start + size, n)), size)

@@ -50,18 +50,19 @@ class Order:
       arms: names of `arms()`; the ceiling only where the reward is the behaviour, and on the seeds of the rest.
       algorithms: names of `align.ALGORITHMS`.
       temperatures: τ of the distillations.
-      temperatures_of_rest: more of them, of the first student and algorithm alone, on the seeds of the rest.
+      temperatures_of_rest: more of them, of the first student and algorithm alone.
       kl_coefs: β, reward units a nat; one alone with ORPO, which has none.
       seeds: one run of all stages each, of the first student and algorithm.
-      seeds_of_rest: the same of every other student with the first algorithm, the other way round, and of the first of
-        both at the other temperatures; the ceiling of every student.
+      seeds_of_rest: the same of every other student with the first algorithm, and the other way round; the ceiling of
+        every student.
       distillation: how students learn.
       alignment: how policies are aligned; its algorithm is that of `algorithms`, and its flip rate that of the oracle's
         labels, which robust DPO also assumes; with preferences the share that robust DPO assumes, and nothing else.
       evaluation: sizes.
       look_every: steps of an alignment between looks at 64 samples; 0 for none.
       most_held_out_kl: cut students with a larger recall gap a token (nats) are not admitted.
-      batch_size: sequences drawn or scored at a time.
+      batch_size: sequences drawn at a time.
+      score_batch_size: sequences scored at a time; None for as many as are drawn.
 
     Raises:
       ValueError: on names or numbers out of range.
@@ -89,6 +90,7 @@ class Order:
     look_every: int = 0
     most_held_out_kl: float = 0.5
     batch_size: int = 32
+    score_batch_size: int | None = None
 
     def __post_init__(self):
         checks.name("reward", self.reward, REWARDS)
@@ -103,6 +105,8 @@ class Order:
         checks.no_repeats("students", self.students)
         checks.whole("max_new_tokens", self.max_new_tokens, least=1)
         checks.whole("batch_size", self.batch_size, least=1)
+        if self.score_batch_size is not None:
+            checks.whole("score_batch_size", self.score_batch_size, least=1)
         checks.whole("look_every", self.look_every, least=0)
         checks.number("most_held_out_kl", self.most_held_out_kl, least=0)
         for student in self.students:
@@ -174,7 +178,7 @@ def alignment_of(order: Order, algorithm: str) -> Alignment:
 
 
 _MORE_ROWS = ("students", "arms", "algorithms", "temperatures", "temperatures_of_rest", "kl_coefs", "seeds")
-_MORE_ROWS += ("seeds_of_rest", "batch_size")
+_MORE_ROWS += ("seeds_of_rest", "batch_size", "score_batch_size")
 
 
 def configuration(order: Order) -> dict:

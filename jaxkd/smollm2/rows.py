@@ -80,7 +80,7 @@ def rows_of(order: Order, out: Path) -> list[Row]:
     if CEILING in order.arms:
         parts.append((rest, first, [CEILING]))
     if order.temperatures_of_rest:
-        alone = replace(rest, students=order.students[:1], temperatures=order.temperatures_of_rest)
+        alone = replace(order, students=order.students[:1], temperatures=order.temperatures_of_rest)
         parts.append((alone, first, arms))
     rows: dict[Path, Row] = {}
     for part, algorithms, names in parts:
