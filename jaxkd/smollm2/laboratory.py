@@ -26,7 +26,7 @@ import numpy as np
 from jaxkd import durable, files
 from jaxkd.align import ALGORITHMS, PreferenceData
 from jaxkd.pipelines import Sharpen
-from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, text, tokenization, weights
+from jaxkd.smollm2 import behaviours, draws, oracles, preferences, stages, text, tokenization, twins, weights
 from jaxkd.smollm2.evaluate import Yardstick, evaluate
 from jaxkd.smollm2.metering import Coster, Workshop, charged
 from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
@@ -71,6 +71,7 @@ class Laboratory:
             preferences.check_enough(self._pairs, order.alignment.settings.batch_size, "--alignment-batch-size")
         self._held: dict[Path, Network] = {}
         self._refused: set[Path] = set()
+        self._folders: list[Path] = []
 
     def configuration(self) -> dict:
         """What every row of the run folder depends on, the pairs of a preference file by their contents."""
@@ -273,6 +274,7 @@ class Laboratory:
         there, and waits where there is none.
         """
         self._measure_shared(wait=False)
+        self._folders = [row.folder for row in rows]
         for row in rows:
             durable.let_checkpoint_go(row.folder)
         numbers = {row.folder: f"[{number}/{len(rows)}] {words_of(row)}" for number, row in enumerate(rows, start=1)}
@@ -326,13 +328,28 @@ class Laboratory:
 
     def _make_and_record(self, row: Row) -> None:
         self.workshop.begin()
+        origin = self._origin(row)
+        twin = twins.find(self._folders, origin[twins.MADE_OF], "model") if origin else None
         try:
-            self._make(row).save(row.folder / "model")
+            made = self._make(row) if twin is None else self._taken_from(twin, row)
+            made.save(row.folder / "model")
         except FloatingPointError as error:
             print(f"{words_of(row)}: {error}", file=sys.stderr)
             durable.finish(row.folder, {"failed": str(error), "cost": self.workshop.spent(), **coordinates_of(row)})
         else:
-            durable.finish(row.folder, {"cost": self.workshop.spent(), **coordinates_of(row)})
+            durable.finish(row.folder, {"cost": self.workshop.spent(), **origin, **coordinates_of(row)})
+
+    def _origin(self, row: Row) -> dict[str, str]:
+        """What an alignment is made of; nothing for what is not aligned."""
+        if not row.is_alignment:
+            return {}
+        return {twins.MADE_OF: twins.made_of(row, self.model(row.models[0]), self.model(row.models[-1]))}
+
+    def _taken_from(self, twin: Path, row: Row) -> Network:
+        """The model of a row that would be made of the same as another that is there."""
+        print(f"{words_of(row)}: made of the same as {twin.relative_to(self.out)}, and taken from it", file=sys.stderr)
+        twins.take_steps(twin, row.folder, self.workshop)
+        return self.model(twin)
 
     def _refusal(self, row: Row) -> str:
         """Why a row can't be made, or ""."""
@@ -467,6 +484,11 @@ class Laboratory:
             _write_evaluation(folder, found, self.workshop, {"name": name, "seed": -1})
 
     def _measure(self, row: Row) -> None:
+        twin = self._measured_twin(row)
+        if twin is not None:
+            twins.take_draws(twin, row.folder)
+            durable.write_json(row.folder / EVALUATION, durable.read_json(twin / EVALUATION) | coordinates_of(row))
+            return
         self.workshop.begin()
         reference = self.model(row.reference) if row.algorithm else None
         found = evaluate(
@@ -480,6 +502,17 @@ class Laboratory:
             kl_coef=0.0 if np.isnan(row.kl_coef) else row.kl_coef,
         )
         _write_evaluation(row.folder, found, self.workshop, coordinates_of(row))
+
+    def _measured_twin(self, row: Row) -> Path | None:
+        """Where the very same model has been measured: that of a twin, or the base where a student stayed it."""
+        if row.is_alignment:
+            wanted = (durable.read_record(row.folder) or {}).get(twins.MADE_OF)
+            return None if wanted is None else twins.find(self._folders, wanted, EVALUATION)
+        if row.algorithm or fingerprint(self.model(row.folder)) != fingerprint(self.base):
+            return None
+        # Always the base's measurement, whichever process comes first.
+        self._measure_one("base", wait=True)
+        return self.out / "base"
 
 
 def _write_evaluation(folder: Path, found, workshop: Workshop, entries: dict) -> None:

@@ -28,13 +28,16 @@ from jaxkd.smollm2 import (
     behaviours,
     draws,
     dry_run,
+    evaluate,
     generate,
+    laboratory,
     network,
     order_figure,
     passes,
     report,
     stages,
     tokenization,
+    twins,
     weights,
 )
 from jaxkd.smollm2 import order as orders
@@ -878,6 +881,48 @@ def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, caps
     assert missing == {*report.refusals(run)} == laboratory._refused
     assert "not admitted, its recall gap a token is above 0 nats" in capsys.readouterr().err
     assert any("is not admitted" in line for line in report.sentences(run))
+
+
+@pytest.mark.slow
+def test_what_would_come_out_the_same_is_made_and_measured_once(tmp_path, monkeypatch, capsys):
+    """A student that stayed the base is measured as the base, and what is aligned from it is what is aligned from that.
+
+    The same numbers as where it is computed again, as it is in a folder whose records do not say of what they are made.
+    """
+    still = tiny_order.make().distillation
+    still = replace(still, optimisation=replace(still.optimisation, learning_rate=1e-30))
+    order = tiny_order.make(temperatures=(1.0,), distillation=still, arms=("align_kd", "kd_align"))
+    aligned, measured, align_policy = [], [], stages.align_policy
+
+    def counted_alignment(folder, *rest, **more):
+        aligned.append(folder)
+        return align_policy(folder, *rest, **more)
+
+    def counted_measurement(folder, *rest, **more):
+        measured.append(folder.name)
+        return evaluate.evaluate(folder, *rest, **more)
+
+    monkeypatch.setattr(stages, "align_policy", counted_alignment)
+    monkeypatch.setattr(laboratory, "evaluate", counted_measurement)
+    out = tmp_path / "once"
+    tiny_order.run(order, out)
+    assert [folder.name for folder in aligned] == ["aligned_base-b0.1"]
+    assert sorted(measured) == ["align_kd-b0.1", "aligned_base-b0.1", "base"]
+    assert "made of the same as seed-0/reinforce/aligned_base-b0.1" in capsys.readouterr().err
+    run = report.read(order, out)
+    folders = {row.name: folder for folder, row in run.rows.items()}
+    for name, twin in (("student", out / "base"), ("kd_align", folders["aligned_base"])):
+        for quantity in evaluate.QUANTITIES:
+            np.testing.assert_equal(run.evaluations[folders[name]][quantity], run.evaluations[twin][quantity])
+        assert run.evaluations[folders[name]]["name"] == name
+    assert (
+        report.cost_of(run, folders["kd_align"]).tokens_trained > report.cost_of(run, folders["student"]).tokens_trained
+    )
+
+    monkeypatch.setattr(twins, "find", lambda *_: None)
+    tiny_order.run(order, tmp_path / "again")
+    assert len(aligned) == 3 and measured.count("kd_align-t1-b0.1") == 1
+    _assert_same(out, tmp_path / "again")
 
 
 @pytest.mark.slow
