@@ -22,8 +22,8 @@ from jaxkd.smollm2.policy import Texts
 
 QUANTITIES = {
     "behaviour_frequency": ("share of completions that show the behaviour", "1"),
-    "behaviour_frequency_low": ("its Wilson interval, lower end", "1"),
-    "behaviour_frequency_high": ("its Wilson interval, upper end", "1"),
+    "behaviour_frequency_wilson_low": ("its Wilson interval, lower end", "1"),
+    "behaviour_frequency_wilson_high": ("its Wilson interval, upper end", "1"),
     "behaviour_precision": ("mean log p* per token of completions that show the behaviour", "nat/token"),
     "reward": ("mean reward", "reward"),
     "reward_error": ("standard error of the mean reward", "reward"),
@@ -183,8 +183,8 @@ def _reward_and_behaviour(samples, texts, scored, yardstick: Yardstick, settings
         precision = score(yardstick.truth, shown).sum() / shown.completion_mask.sum()
     return {
         "behaviour_frequency": hits.mean(),
-        "behaviour_frequency_low": low,
-        "behaviour_frequency_high": high,
+        "behaviour_frequency_wilson_low": low,
+        "behaviour_frequency_wilson_high": high,
         "behaviour_precision": precision,
         "reward": rewards.mean(dtype=np.float64),
         "reward_error": _standard_error(rewards),

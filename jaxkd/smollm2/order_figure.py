@@ -245,7 +245,8 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
             noted.append(_never_shown(axis, values, row, kinds))
             continue
         if quantity == "behaviour_frequency":
-            error = np.maximum([y - values[f"{quantity}_low"], values[f"{quantity}_high"] - y], 0)
+            low, high = (values[f"{quantity}_wilson_{end}"] for end in ("low", "high"))
+            error = np.maximum([y - low, high - y], 0)
         else:
             error = [1.96 * values["reward_error"]] * 2 if quantity == "reward" else None
         _point(axis, values["kl_to_base"], y, error, row, kinds)
@@ -264,7 +265,7 @@ def _frontier(axis, found, rows, kinds: _Kinds, quantity: str, label: str) -> No
 def _never_shown(axis, values: dict, row: Row | None, kinds: _Kinds) -> tuple[float, float, str, str]:
     """A model without a completion that shows the behaviour, at the largest share that is compatible; its note."""
     name = "base" if row is None else row.name
-    x, y, colour = values["kl_to_base"], values["behaviour_frequency_high"], _colour(name)
+    x, y, colour = values["kl_to_base"], values["behaviour_frequency_wilson_high"], _colour(name)
     size = 6.5 if row is None else kinds.size(row.student)
     axis.plot(x, y, marker=_NEVER, linestyle="none", color=colour, markersize=size)
     return x, y, ", ".join(filter(None, ["never", "" if row is None else kinds.note(row)])), colour

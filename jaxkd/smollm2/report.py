@@ -27,6 +27,8 @@ COSTS = {
     "model_flops": ("model FLOPs by formula, the same", "FLOP"),
     "seconds": ("wall-clock, the same", "s"),
 }
+_RENAMED = {f"behaviour_frequency_{end}": f"behaviour_frequency_wilson_{end}" for end in ("low", "high")}
+"""Names that version 0.5 gave to quantities."""
 ENDS = {
     "failed": ("diverged, or a model that it is made from or admitted by did (NaN: not made yet)", "1"),
     "refused": (
@@ -65,10 +67,15 @@ def read(order: Order, out: Path) -> Run:
     """Read a run folder."""
     rows = {row.folder: row for row in rows_of(order, out)}
     base, target = out / "base", out / "target"
-    found = {folder: read_json(folder / EVALUATION) for folder in (base, *rows) if (folder / EVALUATION).exists()}
-    of_target = read_json(target / EVALUATION) if (target / EVALUATION).exists() else None
+    found = {folder: _evaluation(folder) for folder in (base, *rows) if (folder / EVALUATION).exists()}
+    of_target = _evaluation(target) if (target / EVALUATION).exists() else None
     records = {folder: record for folder in (base, target, *rows) if (record := read_record(folder)) is not None}
     return Run(order, out, rows, found, of_target, records)
+
+
+def _evaluation(folder: Path) -> dict:
+    """What was measured of a model, under the names of today."""
+    return {_RENAMED.get(name, name): value for name, value in read_json(folder / EVALUATION).items()}
 
 
 def _measured(run: Run) -> dict[Path, dict]:
@@ -229,6 +236,8 @@ TABLE_QUANTITIES = (
 def table(run: Run) -> list[dict]:
     """One row an arm, algorithm, student and point of its axes: every seed's value, mean and t interval.
 
+    Of the behaviour's frequency also every seed's own Wilson interval.
+
     What `seed_points` lists are the seeds of the values that the other columns of points list, "" for the base and for
     the target, where there is one; `failed_seeds` and `refused_seeds` list those that have none (see `ENDS`). An arm
     may have no other.
@@ -270,6 +279,8 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
         row[f"{name}_low"] = math.nan if interval is None else interval.low
         row[f"{name}_high"] = math.nan if interval is None else interval.high
         row[f"{name}_points"] = " ".join(f"{value:.6g}" for value in values)
+    for name in _RENAMED.values():
+        row[f"{name}_points"] = " ".join(f"{run.get(name, math.nan):.6g}" for run in runs.values())
     # Of two or three seeds that differ, a t interval reaches beyond what a share can be.
     for end in ("low", "high"):
         row[f"behaviour_frequency_{end}"] = float(np.clip(row[f"behaviour_frequency_{end}"], 0, 1))

@@ -109,7 +109,7 @@ def test_what_was_measured_is_what_it_says(finished):
         texts = laboratory.setting.texts_of(Texts(**file))
     shown = np.mean([any(sign.isdigit() and sign.isascii() for sign in text) for text in texts])
     assert found["behaviour_frequency"] == pytest.approx(shown)
-    assert found["behaviour_frequency_low"] <= shown <= found["behaviour_frequency_high"]
+    assert found["behaviour_frequency_wilson_low"] <= shown <= found["behaviour_frequency_wilson_high"]
     assert found["objective"] == pytest.approx(found["reward"] - row.kl_coef * found["kl_to_reference"])
     assert found["recall_gap"] == pytest.approx(base["recall"] - found["recall"], abs=1e-5)
 
@@ -342,6 +342,7 @@ def test_a_behaviour_that_is_never_shown_is_drawn_at_its_limit(tmp_path, drawn):
     order = tiny_order.make()
     rows = write_measurements(order, tmp_path)
     path = next(row.folder for row in rows if row.name == "kd_align") / EVALUATION
+    # As version 0.5 named the interval: a run folder of it can still be reported.
     none = {"behaviour_frequency": 0.0, "behaviour_frequency_low": 0.0, "behaviour_frequency_high": 0.004}
     durable.write_json(path, json.loads(path.read_text()) | none)
     order_figure.draw(report.read(order, tmp_path))
