@@ -215,8 +215,9 @@ def smollm2_order() -> str:
     # An arm of which no seed has a model has no numbers.
     for row in (row for row in _rows("smollm2_order.csv") if row["behaviour_frequency_points"]):
         points = [100 * float(point) for point in row["behaviour_frequency_points"].split()]
-        low, high = (100 * float(row[f"behaviour_frequency_{end}"]) for end in ("low", "high"))
-        interval = "–" if low != low else f"{low:.1f} to {high:.1f}"
+        # Of one seed there is no t interval, but its completions have one.
+        ends = "behaviour_frequency_{}" if len(points) > 1 else "behaviour_frequency_wilson_{}_points"
+        interval = " to ".join(f"{100 * float(row[ends.format(end)]):.1f}" for end in ("low", "high"))
         name = ARMS.get(row["arm"], row["arm"].replace("_", " "))
         name += f" of {row['student']}" if row["student"] not in ("", "same") else ""
         name += "".join(
@@ -231,7 +232,7 @@ def smollm2_order() -> str:
         met = [float(row[key]) for key in ("expected_target_hits", "target_hits")]
         numbers += ["–" if value != value else f"{value:.{digits}f}" for value, digits in zip(met, (1, 0), strict=True)]
         body.append([name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers])
-    head = ["model", "algorithm", "frequency, every seed (%)", "95 % t interval", "KL to the base (nats)",
+    head = ["model", "algorithm", "frequency, every seed (%)", "95 % interval", "KL to the base (nats)",
             "recall gap (nats)", "on the behaviour", "log p* per token", "on the behaviour", "PFLOP",
             "reward gained per PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip
     return _table(head, body)
@@ -239,17 +240,8 @@ def smollm2_order() -> str:
 
 def smollm2_comparisons() -> str:
     """The orders on SmolLM2, seed by seed."""
-    return _comparisons("smollm2_order_comparisons.csv")
-
-
-def smollm2_comparisons_women() -> str:
-    """The same of the run with another behaviour."""
-    return _comparisons("smollm2_order_women_comparisons.csv")
-
-
-def _comparisons(name: str) -> str:
     body = []
-    for row in _rows(name):
+    for row in _rows("smollm2_order_comparisons.csv"):
         names = [ARMS[row["arm"]], ARMS[row["other"]]]
         each = [
             " ".join(f"{100 * float(point):.1f}" for point in row[key].split()) for key in ("points", "other_points")
@@ -276,7 +268,6 @@ _MADE = (
     smollm2_training_speed,
     smollm2_order,
     smollm2_comparisons,
-    smollm2_comparisons_women,
     sharpened,
     control,
     two_by_two,

@@ -366,7 +366,7 @@ def write_results(order, out: Path, configuration: dict, step_flops) -> str:
             # Those of other flags must not stay beside this table.
             (out / "comparisons.csv").unlink(missing_ok=True)
         order_figure.draw(run, out / "smollm2_order.png", out / "smollm2_order.pdf")
-    told = (report.format_table(rows), report.format_costs(costs), "\n".join(report.sentences(run)))
+    told = (report.format_table(rows, order.outcome), report.format_costs(costs), "\n".join(report.sentences(run)))
     return "\n\n".join(told)
 
 

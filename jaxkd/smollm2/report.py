@@ -290,35 +290,47 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
     return row
 
 
-def format_table(rows: list[dict]) -> str:
-    """The table for a terminal: the frequency of every seed, means over seeds, and a t interval where there are two."""
+def format_table(rows: list[dict], outcome: str = "behaviour_frequency") -> str:
+    """The table for a terminal: of every seed what was to be raised, means over seeds, and a t interval.
+
+    Args:
+      rows: of `table`.
+      outcome: `Order.outcome`; where it is a reward of its own, the behaviour's frequency is told as a mean.
+    """
     last = ""
+    of_each, mean = ("reward", "frequency") if outcome == "reward" else ("frequency of the behaviour", "reward")
     if any(math.isfinite(row["preference_accuracy"]) for row in rows):
         last = "held-out pairs ranked right"
     elif any(math.isfinite(row["target_hits"]) for row in rows):
         last = "n·T·m → seen"
+    width = _width_of_students(rows)
     head = (
-        f"{'arm':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'frequency of the behaviour':<52}{'reward':>8}"
+        f"{'arm':<22}{'student':<{width}}{'algorithm':<17}{'τ':>5}{'β':>6}  {of_each:<52}{mean:>10}"
         f"{'KL to':>8}{'recall':>9}{'target':>9}{'perple-':>9}{'model':>8}{'reward gain':>12}\n"
-        f"{'':<61}  {'(every seed: its own) mean [95 % t interval]':<52}{'':>8}{'base':>8}{'gap':>9}{'rec. gap':>9}"
-        f"{'xity':>9}{'PFLOP':>8}{'per PFLOP':>12}   {last}"
+        f"{'':<{50 + width}}  {'(every seed: its own) mean [95 % t interval]':<52}{'':>10}{'base':>8}{'gap':>9}"
+        f"{'rec. gap':>9}{'xity':>9}{'PFLOP':>8}{'per PFLOP':>12}   {last}"
     )
-    return "\n".join([head, *(_format_row(row) for row in rows)])
+    return "\n".join([head, *(_format_row(row, outcome, width) for row in rows)])
 
 
-def _format_row(row: dict) -> str:
-    values = [f"{float(value):.4f}" for value in row["behaviour_frequency_points"].split()]
+def _width_of_students(rows: list[dict]) -> int:
+    return max(len(name) for name in ("student", *(row["student"] for row in rows))) + 2
+
+
+def _format_row(row: dict, outcome: str, width: int) -> str:
+    of_each, mean = ("behaviour_frequency", "reward")[:: -1 if outcome == "reward" else 1]
+    values = [f"{float(value):.4f}" for value in row[f"{of_each}_points"].split()]
     seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""] * len(values)
     ended = (("failed_seeds", "diverged"), ("refused_seeds", "not admitted"))
     points = [*map("".join, zip(seeds, values, strict=True))]
     points = " ".join(points + [f"{seed}:{word}" for column, word in ended for seed in row[column].split()])
-    interval = f"{row['behaviour_frequency']:.4f}"
-    if math.isfinite(row["behaviour_frequency_low"]):
-        interval += f" [{row['behaviour_frequency_low']:.3f}, {row['behaviour_frequency_high']:.3f}]"
-    frequency = f"({points}) {interval}"
+    interval = f"{row[of_each]:.4f}"
+    if math.isfinite(row[f"{of_each}_low"]):
+        interval += f" [{row[f'{of_each}_low']:.3f}, {row[f'{of_each}_high']:.3f}]"
+    told = f"({points}) {interval}"
     return (
-        f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
-        f"{_blank(row['kl_coef']):>6}  {frequency:<52}{row['reward']:>8.3f}{row['kl_to_base']:>8.2f}"
+        f"{row['arm']:<22}{row['student']:<{width}}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
+        f"{_blank(row['kl_coef']):>6}  {told:<52}{row[mean]:>10.3f}{row['kl_to_base']:>8.2f}"
         f"{row['recall_gap']:>9.2f}{row['target_recall_gap']:>9.2f}{row['held_out_perplexity']:>9.2f}"
         f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}   {_seen(row)}"
     )
@@ -387,18 +399,19 @@ def _both_costs(record: dict, evaluation: dict) -> dict[str, float]:
 
 def format_costs(rows: list[dict]) -> str:
     """The costs for a terminal."""
+    width = _width_of_students(rows)
     head = (
-        f"{'stage':<22}{'student':<11}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<51}to measure it:\n"
-        f"{'':<61}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'by XLA':>8}{'min':>7}{'':<8}{'tokens':>10}{'PFLOP':>8}"
-        f"{'min':>7}\n{'':<61}  {'':<28}{'updates':>8}"
+        f"{'stage':<22}{'student':<{width}}{'algorithm':<17}{'τ':>5}{'β':>6}  {'to make it:':<51}to measure it:\n"
+        f"{'':<{50 + width}}  {'sampled':>10}{'trained':>10}{'PFLOP':>8}{'by XLA':>8}{'min':>7}{'':<8}{'tokens':>10}"
+        f"{'PFLOP':>8}{'min':>7}\n{'':<{50 + width}}  {'':<28}{'updates':>8}"
     )
-    return "\n".join([head, *(_format_cost(row) for row in rows)])
+    return "\n".join([head, *(_format_cost(row, width) for row in rows)])
 
 
-def _format_cost(row: dict) -> str:
+def _format_cost(row: dict, width: int) -> str:
     tokens = row["measured_tokens_sampled"] + row["measured_tokens_scored"]
     return (
-        f"{row['arm']:<22}{row['student'][-10:]:<11}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
+        f"{row['arm']:<22}{row['student']:<{width}}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
         f"{_blank(row['kl_coef']):>6}  {row['made_tokens_sampled']:>10.0f}{row['made_tokens_trained']:>10.0f}"
         f"{row['made_model_flops'] / 1e15:>8.3f}{_blank_or(row['made_program_flops'] / 1e15):>8}"
         f"{row['made_seconds'] / 60:>7.1f}{'':<8}{tokens:>10.0f}"

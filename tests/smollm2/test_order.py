@@ -247,6 +247,11 @@ def test_report(finished, tmp_path):
     rows = report.table(run)
     assert {row["arm"] for row in rows} == {"base", "student", "aligned_base", *order.arms}
     assert "kd_align" in report.format_table(rows)
+    # Where it is a likelihood that was to be raised, every seed's is told, and the students' names are whole.
+    many = {"student": "somebody/a-student-of-135M", "seed_points": "0 1", "reward_points": "1.25 1.75"}
+    lines = report.format_table([row | many for row in rows], "reward").splitlines()
+    assert lines[0].split()[5] == "reward" and all("1.2500" in line and "1.7500" in line for line in lines[2:])
+    assert all("somebody/a-student-of-135M  " in line for line in lines[2:])
     arm = next(row for row in rows if row["arm"] == "kd_align")
     student = next(row for row in rows if row["arm"] == "student")
     assert arm["expected_target_hits"] == pytest.approx(6 * 8 * student["behaviour_frequency"])
