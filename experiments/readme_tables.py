@@ -213,7 +213,7 @@ def smollm2_order() -> str:
     """Every arm on SmolLM2: frequency of the behaviour in every seed, and what came with it."""
     body = []
     # An arm of which no seed has a model has no numbers.
-    for row in (row for row in _rows("smollm2_order.csv") if row["behaviour_frequency_points"]):
+    for row in (row for row in _rows("smollm2_order.csv") if row["recall_gap_points"]):
         points = [100 * float(point) for point in row["behaviour_frequency_points"].split()]
         # Of one seed there is no t interval, but its completions have one.
         ends = "behaviour_frequency_{}" if len(points) > 1 else "behaviour_frequency_wilson_{}_points"
@@ -231,7 +231,9 @@ def smollm2_order() -> str:
         numbers += [f"{petaflops:.2f}", "–" if petaflops == 0 else f"{float(row['reward_gain_per_petaflop']):.3f}"]
         met = [float(row[key]) for key in ("expected_target_hits", "target_hits")]
         numbers += ["–" if value != value else f"{value:.{digits}f}" for value, digits in zip(met, (1, 0), strict=True)]
-        body.append([name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers])
+        cells = [name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers]
+        # Of a student that was not admitted only its recall was measured.
+        body.append(["–" if "nan" in cell else cell for cell in cells])
     head = ["model", "algorithm", "frequency, every seed (%)", "95 % interval", "KL to the base (nats)",
             "recall gap (nats)", "on the behaviour", "log p* per token", "on the behaviour", "PFLOP",
             "reward gained per PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip

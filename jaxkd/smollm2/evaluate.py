@@ -125,6 +125,7 @@ def evaluate(
     workshop: Workshop,
     reference: Network | None = None,
     kl_coef: float = 0.0,
+    admits: Callable[[dict], bool] | None = None,
 ) -> Evaluated:
     """Measure a model; its samples stay in the folder.
 
@@ -137,23 +138,29 @@ def evaluate(
       workshop: progress and cost.
       reference: what its last alignment was held to; None where there was none.
       kl_coef: β of the objective.
+      admits: told what recall is, says whether the rest is to be measured; all other quantities are NaN where not.
     """
     coster = Coster(workshop, network)
-    samples = kept_draws(folder / "samples.npz", network, key, settings.num_samples, 1.0, workshop)
-    coster.sampled(samples)
-    texts = network.setting.texts_of(samples)
-    scored = take(samples, slice(settings.num_scored))
 
     def score(by: Network, x) -> np.ndarray:
         coster.scored(x, by=by)
         with workshop.counted(len(x.tokens), "score") as tick:
             return by.log_prob(x, tick)
 
+    recall = {}
+    if admits is not None:
+        recall = _recall(network, yardstick, score)
+        if not admits(recall):
+            return Evaluated({name: float(recall.get(name, np.nan)) for name in QUANTITIES}, [])
+    samples = kept_draws(folder / "samples.npz", network, key, settings.num_samples, 1.0, workshop)
+    coster.sampled(samples)
+    texts = network.setting.texts_of(samples)
+    scored = take(samples, slice(settings.num_scored))
     own = score(network, scored)
     by_truth = score(yardstick.truth, scored)
     by_base = by_truth if yardstick.base is yardstick.truth else score(yardstick.base, scored)
     found = _reward_and_behaviour(samples, texts, scored, yardstick, settings, score)
-    found |= _recall(network, yardstick, score)
+    found |= recall or _recall(network, yardstick, score)
     found |= {
         "precision": by_truth.mean(),
         "precision_per_token": by_truth.sum() / scored.completion_mask.sum(),

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from jaxkd.smollm2.metering import Coster, Workshop, charged
 from jaxkd.smollm2.network import Layout, Network, Setting, fingerprint, shortest_context, take
 from jaxkd.smollm2.order import CEILING, Order, alignment_of, configuration, target_temperature
 from jaxkd.smollm2.policy import Texts
-from jaxkd.smollm2.rows import Row, coordinates_of, deciding_student, is_admitted, words_of
+from jaxkd.smollm2.rows import Row, coordinates_of, decides, deciding_student, is_admitted, words_of
 from jaxkd.smollm2.stages import Distillation
 from jaxkd.smollm2.students import Start
 
@@ -500,6 +501,8 @@ class Laboratory:
             self.workshop,
             reference=reference,
             kl_coef=0.0 if np.isnan(row.kl_coef) else row.kl_coef,
+            # Of a student that is not admitted nothing else says anything.
+            admits=partial(is_admitted, self.order) if decides(row) else None,
         )
         _write_evaluation(row.folder, found, self.workshop, coordinates_of(row))
 

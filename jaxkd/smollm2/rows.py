@@ -149,6 +149,11 @@ def deciding_student(order: Order, row: Row) -> Path:
     return row.folder.parents[0 if not row.algorithm else 1] / f"student-t{temperature:g}"
 
 
+def decides(row: Row) -> bool:
+    """Whether a row is a cut student, whose recall decides on what is made with it."""
+    return row.name == "student" and Start.parse(row.student).layers is not None
+
+
 def is_admitted(order: Order, evaluation: dict) -> bool:
     """Whether a cut student, as it was measured, is close enough to the truth to say anything about the orders."""
     return evaluation["recall_gap_per_token"] <= order.most_held_out_kl

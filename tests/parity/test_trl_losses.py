@@ -25,91 +25,11 @@ import numpy as np
 import pytest
 
 from jaxkd.losses import divergence, policy_gradient, preference
+from tests.parity.trainers import ANSWERS, PAIRS, llama, trainer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 BETA = 0.3
-PAIRS = {
-    "prompt": ["w1 w2", "w3", "w9 w2 w5", "w7"],
-    "chosen": [" w4 w5 w6", " w7", " w30 w31", " w8 w8"],
-    "rejected": [" w8", " w9 w10 w11 w12", " w40", " w50 w51"],
-}
-ANSWERS = {
-    "prompt": PAIRS["prompt"],
-    "completion": PAIRS["chosen"],
-    "label": [True, False, False, True],
-}
-
-
-@pytest.fixture(scope="module")
-def kit():
-    """Everything of torch and TRL, imported offline and only where a test needs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-        import datasets
-        import tokenizers
-        import torch
-        import transformers
-        import trl
-        from trl.experimental.cpo import CPOTrainer
-        from trl.experimental.gkd import GKDTrainer
-        from trl.experimental.orpo import ORPOTrainer
-
-        vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))])}
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-        words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-        )
-        yield types.SimpleNamespace(
-            torch=torch,
-            trl=trl,
-            llama=transformers.LlamaForCausalLM,
-            llama_config=transformers.LlamaConfig,
-            dataset=datasets.Dataset.from_dict,
-            tokenizer=tokenizer,
-            CPOTrainer=CPOTrainer,
-            GKDTrainer=GKDTrainer,
-            ORPOTrainer=ORPOTrainer,
-        )
-
-
-def llama(kit, seed):
-    kit.torch.manual_seed(seed)
-    config = kit.llama_config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        initializer_range=0.2,  # ten times the usual: log-ratios of a few nats, where the losses are not linear
-    )
-    return kit.llama(config)
-
-
-def trainer(kit, name, tmp_path, data, model, **settings):
-    arguments = {"model": model, "processing_class": kit.tokenizer, "train_dataset": kit.dataset(data)}
-    if "ref_model" in settings:
-        arguments["ref_model"] = settings.pop("ref_model")
-    if "reward_funcs" in settings:
-        arguments["reward_funcs"] = settings.pop("reward_funcs")
-    config = getattr(kit.trl, f"{name}Config")(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        **settings,
-    )
-    return getattr(kit.trl, f"{name}Trainer")(args=config, **arguments)
 
 
 def token_log_probs(model, input_ids, attention_mask):

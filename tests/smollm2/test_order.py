@@ -885,6 +885,13 @@ def test_a_cut_student_that_is_refused_leaves_the_rest_to_be_made(tmp_path, caps
     missing = {folder for folder in run.rows if folder not in run.evaluations}
     assert [(run.rows[folder].name, run.rows[folder].student) for folder in missing] == [("kd_align", "layers:2")]
     assert missing == {*report.refusals(run)} == laboratory._refused
+    # Of the student itself only that is measured which decides.
+    refused = next(folder for folder, row in run.rows.items() if (row.name, row.student) == ("student", "layers:2"))
+    measured = {name for name in evaluate.QUANTITIES if np.isfinite(run.evaluations[refused][name])}
+    assert {"recall_gap_per_token", "held_out_perplexity"} <= measured and "behaviour_frequency" not in measured
+    assert not (refused / "samples.npz").exists()
+    order_figure.draw(run, tmp_path / "figure.png")
+    assert "not admitted" in report.format_table(report.table(run))
     assert "not admitted, its recall gap a token is above 0 nats" in capsys.readouterr().err
     assert any("is not admitted" in line for line in report.sentences(run))
 
