@@ -231,9 +231,10 @@ def smollm2_order() -> str:
         numbers += [f"{petaflops:.2f}", "–" if petaflops == 0 else f"{float(row['reward_gain_per_petaflop']):.3f}"]
         met = [float(row[key]) for key in ("expected_target_hits", "target_hits")]
         numbers += ["–" if value != value else f"{value:.{digits}f}" for value, digits in zip(met, (1, 0), strict=True)]
-        cells = [name, row["algorithm"] or "–", " ".join(f"{p:.2f}" for p in points), interval, *numbers]
+        cells = [" ".join(f"{p:.2f}" for p in points), interval, *numbers]
         # Of a student that was not admitted only its recall was measured.
-        body.append(["–" if "nan" in cell else cell for cell in cells])
+        cells = ["–" if {*cell.split()} & {"nan"} else cell for cell in cells]
+        body.append([name, row["algorithm"] or "–", *cells])
     head = ["model", "algorithm", "frequency, every seed (%)", "95 % interval", "KL to the base (nats)",
             "recall gap (nats)", "on the behaviour", "log p* per token", "on the behaviour", "PFLOP",
             "reward gained per PFLOP", "n·T·m", "draws that showed it"]  # fmt: skip

@@ -290,7 +290,8 @@ def budget(order, rows) -> str:
         f"{len(rows)} models: {distillations} distillations of at most {order.distillation.num_updates} updates × "
         f"{order.distillation.batch_size} sequences{more}, {alignments} alignments of {aligned.num_updates} "
         f"updates × {aligned.batch_size}; each measured by {order.evaluation.num_samples} completions "
-        f"of at most {order.max_new_tokens} tokens and {order.evaluation.num_truth_samples} of the truth"
+        f"of at most {order.max_new_tokens} tokens and {order.evaluation.num_truth_samples} of the truth (less where a "
+        "student is not admitted, or stays the base)"
     )
 
 

@@ -1,3 +1,3 @@
 """jaxkd: distil then align, or align then distil?"""
 
-__version__ = "0.5.3"
+__version__ = "0.6.0"

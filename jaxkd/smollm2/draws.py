@@ -19,7 +19,7 @@ def kept_draws(
     path: Path, network: Network, key: jax.Array, total: int, temperature: float, workshop: Workshop
 ) -> Texts:
     """Draws from a file, or drawn now and written to it; goes on where there are fewer, and after a kill."""
-    begun = path.with_name(f"begun-{path.name}")
+    begun = begun_of(path)
     kept = {file: read_texts(file) for file in (path, begun) if file.exists()}
     parts = [max(kept.values(), key=lambda x: len(x.tokens))] if kept else []
     done = sum(len(part.tokens) for part in parts)
@@ -41,7 +41,7 @@ def kept_draws(
 
 def kept_scores(path: Path, network: Network, x: Texts, workshop: Workshop, what: str) -> np.ndarray:
     """log π of each token of fixed texts (`Network.token_log_prob`), from a file as draws are."""
-    begun, total = path.with_name(f"begun-{path.name}"), len(x.tokens)
+    begun, total = begun_of(path), len(x.tokens)
     if path.exists():
         # Left there by a kill just after the whole was written.
         begun.unlink(missing_ok=True)
@@ -61,6 +61,11 @@ def kept_scores(path: Path, network: Network, x: Texts, workshop: Workshop, what
     write_arrays(path, {"log_prob": log_prob})
     begun.unlink(missing_ok=True)
     return log_prob
+
+
+def begun_of(path: Path) -> Path:
+    """Where what is not complete is kept."""
+    return path.with_name(f"begun-{path.name}")
 
 
 def _read_scores(path: Path) -> np.ndarray:

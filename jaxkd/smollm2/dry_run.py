@@ -182,7 +182,7 @@ def _updates_of_ceiling(order: Order) -> int:
 
 def _steps(order: Order, configs: dict[str, Config], layout: Layout):
     """Each kind of step: name, how often, compiled program, model FLOPs, and those of the program by XLA."""
-    length, batch = 1 + order.max_new_tokens, order.batch_size
+    length, batch = 1 + order.max_new_tokens, order.score_batch_size or order.batch_size
     rows = rows_of(order, _OUT)
     scored = -(-len(rows) * order.evaluation.num_scored // batch)
     yield _scoring("truth: score a batch", scored, configs["truth"], layout, batch, length)
@@ -342,6 +342,7 @@ def _policy(config: Config, layout: Layout, order: Order):
 
 def _scoring(name, steps, config, layout: Layout, batch, length):
     model, mesh = layout.model(config), layout.mesh
+    batch = -(-batch // layout.shards) * layout.shards
     program = jax.jit(lambda params, x: token_log_probs(model, params, x.tokens, x.mask))
     compiled = _compiled(program.lower(_abstract(config, mesh), _batch(mesh, Texts, batch, length)))
     scored = [passes.Pass(config, batch, length)]

@@ -344,7 +344,8 @@ class Laboratory:
         """What an alignment is made of; nothing for what is not aligned."""
         if not row.is_alignment:
             return {}
-        return {twins.MADE_OF: twins.made_of(row, self.model(row.models[0]), self.model(row.models[-1]))}
+        start, reference = self.model(row.models[0]), self.model(row.models[-1])
+        return {twins.MADE_OF: twins.made_of(row, start, reference, self.order.look_every)}
 
     def _taken_from(self, twin: Path, row: Row) -> Network:
         """The model of a row that would be made of the same as another that is there."""
@@ -487,11 +488,10 @@ class Laboratory:
     def _measure(self, row: Row) -> None:
         twin = self._measured_twin(row)
         if twin is not None:
-            twins.take_draws(twin, row.folder)
+            twins.take_samples(twin, row.folder)
             durable.write_json(row.folder / EVALUATION, durable.read_json(twin / EVALUATION) | coordinates_of(row))
             return
         self.workshop.begin()
-        reference = self.model(row.reference) if row.algorithm else None
         found = evaluate(
             row.folder,
             self._seed_key(row.seed, _EVALUATE),
@@ -499,12 +499,23 @@ class Laboratory:
             self.yardstick,
             self.order.evaluation,
             self.workshop,
-            reference=reference,
+            reference=self._reference_of(row),
             kl_coef=0.0 if np.isnan(row.kl_coef) else row.kl_coef,
             # Of a student that is not admitted nothing else says anything.
             admits=partial(is_admitted, self.order) if decides(row) else None,
         )
         _write_evaluation(row.folder, found, self.workshop, coordinates_of(row))
+
+    def _reference_of(self, row: Row) -> Network | None:
+        """What a row's last alignment was held to, if there was one; the base itself where that is it to the bit.
+
+        One pass over the samples then serves for both, and a twin costs no more than its twin.
+        """
+        if not row.algorithm:
+            return None
+        reference = self.model(row.reference)
+        same = reference is self.base or fingerprint(reference) == fingerprint(self.base)
+        return self.base if same else reference
 
     def _measured_twin(self, row: Row) -> Path | None:
         """Where the very same model has been measured: that of a twin, or the base where a student stayed it."""

@@ -18,7 +18,7 @@ from jaxkd.looks import COLOURS, LABELS, MARKERS, STYLE, algorithm_name, arm_nam
 from jaxkd.smollm2 import behaviours
 from jaxkd.smollm2.laboratory import BEHAVIOUR
 from jaxkd.smollm2.order import CEILING
-from jaxkd.smollm2.report import Run, refusals
+from jaxkd.smollm2.report import Run, not_admitted
 from jaxkd.smollm2.rows import Row
 
 _FREQUENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -108,7 +108,7 @@ def draw(run: Run, *paths: Path) -> None:
     held out are ranked right. Students that were not admitted are named and not drawn: so far from the base, they would
     leave no room to what the figure is about.
     """
-    order, rows, refused = run.order, run.rows, {*refusals(run).values()}
+    order, rows, refused = run.order, run.rows, {*not_admitted(run)}
     found = {folder: values for folder, values in run.evaluations.items() if folder not in refused}
     kinds = _Kinds.of([rows[folder] for folder in found if folder in rows])
     behaviour = read_json(run.out / BEHAVIOUR)
@@ -154,7 +154,7 @@ def _title(run: Run, kinds: _Kinds) -> str:
     told += [_algorithm(name) for name in kinds.algorithms if len(kinds.algorithms) == 1]
     told += [f"β = {value:g}" for value in kinds.kl_coefs if len(kinds.kl_coefs) == 1]
     lines = [" · ".join(told), f"{order.evaluation.num_samples} completions per model · bars in a: Wilson 95 %"]
-    refused = dict.fromkeys((run.rows[student].student, run.rows[student].seed) for student in refusals(run).values())
+    refused = dict.fromkeys((run.rows[student].student, run.rows[student].seed) for student in not_admitted(run))
     named = " · ".join(f"student {name}, seed {seed}" for name, seed in refused)
     lines += [f"not admitted: {named} (not drawn)"] * bool(refused)
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from jaxkd.smollm2.cost import Cost
 from jaxkd.smollm2.evaluate import QUANTITIES
 from jaxkd.smollm2.laboratory import EVALUATION
 from jaxkd.smollm2.order import Order
-from jaxkd.smollm2.rows import Row, deciding_student, is_admitted, rows_of
+from jaxkd.smollm2.rows import Row, decides, deciding_student, is_admitted, rows_of
 
 DIMS = ("algorithm", "student", "temperature", "kl_coef", "seed", "stage")
 COSTS = {
@@ -129,6 +129,15 @@ def refusals(run: Run) -> dict[Path, Path]:
     }
 
 
+def not_admitted(run: Run) -> list[Path]:
+    """Folders of the cut students that stand too far from the truth, whatever depends on them."""
+    return [
+        folder
+        for folder, row in run.rows.items()
+        if decides(row) and folder in run.evaluations and not is_admitted(run.order, run.evaluations[folder])
+    ]
+
+
 def _ends(run: Run) -> dict[Path, dict[str, float]]:
     """Whether each model that was made, or never will be, diverged or was refused; what may still be made is left out.
 
@@ -159,7 +168,8 @@ def cost_of(run: Run, folder: Path) -> Cost:
 def to_dataset(run: Run) -> xr.Dataset:
     """Everything measured, with a dimension for every axis; what an axis does not change is repeated along it.
 
-    Models that were not made are NaN; `failed` and `refused` say why, and are NaN themselves where one may still be.
+    Models that were not made are NaN; `failed` and `refused` say why, and are NaN themselves where one may still be. Of
+    a cut student that was not admitted all but its recall is NaN.
     """
     order, found, ends = run.order, _measured(run), _ends(run)
     seeds = sorted({row.seed for row in run.rows.values()})
@@ -274,10 +284,13 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
     row |= {f"{name}_seeds": " ".join(map(str, seeds)) for name, seeds in without.items()}
     for name in TABLE_QUANTITIES:
         values = [run.get(name, math.nan) for run in runs.values()]
-        interval = statistics.t_interval(values) if np.isfinite(values).any() else None
+        finite = {value for value in values if math.isfinite(value)}
+        interval = statistics.t_interval(values) if finite else None
         row[name] = math.nan if interval is None else interval.mean
-        row[f"{name}_low"] = math.nan if interval is None else interval.low
-        row[f"{name}_high"] = math.nan if interval is None else interval.high
+        # Where students stayed the base, seeds share one measurement: their number says nothing of its error.
+        alone = interval is None or len(finite) == 1
+        row[f"{name}_low"] = math.nan if alone else interval.low
+        row[f"{name}_high"] = math.nan if alone else interval.high
         row[f"{name}_points"] = " ".join(f"{value:.6g}" for value in values)
     for name in _RENAMED.values():
         row[f"{name}_points"] = " ".join(f"{run.get(name, math.nan):.6g}" for run in runs.values())
@@ -291,11 +304,11 @@ def _table_row(key, runs: dict[int | str, dict], without: dict[str, list[int]], 
 
 
 def format_table(rows: list[dict], outcome: str = "behaviour_frequency") -> str:
-    """The table for a terminal: of every seed what was to be raised, means over seeds, and a t interval.
+    """The table for a terminal: of every seed the behaviour's frequency, means over seeds, and a t interval.
 
     Args:
       rows: of `table`.
-      outcome: `Order.outcome`; where it is a reward of its own, the behaviour's frequency is told as a mean.
+      outcome: `Order.outcome`; where it is the reward, every seed's is told, and the frequency as a mean.
     """
     last = ""
     of_each, mean = ("reward", "frequency") if outcome == "reward" else ("frequency of the behaviour", "reward")
@@ -319,7 +332,7 @@ def _width_of_students(rows: list[dict]) -> int:
 
 def _format_row(row: dict, outcome: str, width: int) -> str:
     of_each, mean = ("behaviour_frequency", "reward")[:: -1 if outcome == "reward" else 1]
-    values = [f"{float(value):.4f}" for value in row[f"{of_each}_points"].split()]
+    values = [_blank_or(float(value), 4) or "not measured" for value in row[f"{of_each}_points"].split()]
     seeds = [f"{seed}:" for seed in row["seed_points"].split()] or [""] * len(values)
     ended = (("failed_seeds", "diverged"), ("refused_seeds", "not admitted"))
     points = [*map("".join, zip(seeds, values, strict=True))]
@@ -330,7 +343,7 @@ def _format_row(row: dict, outcome: str, width: int) -> str:
     told = f"({points}) {interval}"
     return (
         f"{row['arm']:<22}{row['student']:<{width}}{row['algorithm']:<17}{_blank(row['temperature']):>5}"
-        f"{_blank(row['kl_coef']):>6}  {told:<52}{row[mean]:>10.3f}{row['kl_to_base']:>8.2f}"
+        f"{_blank(row['kl_coef']):>6}  {told:<52}{row[mean]:>10.4f}{row['kl_to_base']:>8.2f}"
         f"{row['recall_gap']:>9.2f}{row['target_recall_gap']:>9.2f}{row['held_out_perplexity']:>9.2f}"
         f"{row['model_flops'] / 1e15:>8.3f}{row['reward_gain_per_petaflop']:>12.3f}   {_seen(row)}"
     )
@@ -419,8 +432,8 @@ def _format_cost(row: dict, width: int) -> str:
     )
 
 
-def _blank_or(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
+def _blank_or(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 # --- the orders, held against each other ------------------------------------------------------------------------------
@@ -511,8 +524,8 @@ def refused_students(run: Run) -> list[str]:
     return [
         f"{student.relative_to(run.out)} is not admitted, its recall gap of "
         f"{run.evaluations[student]['recall_gap_per_token']:.3f} nats a token is above {most:g}: "
-        f"{number} {'model is' if number == 1 else 'models are'} not made."
-        for student, number in missing.items()
+        f"{missing[student]} {'model is' if missing[student] == 1 else 'models are'} not made."
+        for student in not_admitted(run)
     ]
 
 

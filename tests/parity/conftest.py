@@ -5,7 +5,7 @@ import types
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kit():
     """Everything of torch and TRL, imported offline and only where a test needs it."""
     with pytest.MonkeyPatch.context() as patch:

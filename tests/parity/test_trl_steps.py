@@ -1,9 +1,9 @@
-"""Our alignment steps against TRL's trainers: value, and gradient of every parameter, on whole models.
+"""Our steps of DPO, robust DPO, IPO and KTO against TRL's trainers: value, and gradient of every parameter.
 
 Two tiny Llamas of torch are written as checkpoints and read by our own reader; TRL makes the batch. So the reference's
 log-probabilities, the masks, the means over tokens, the loss and the backward pass through the model are all those of
 the step that serves the mixture and SmolLM2. Of KTO's reference point TRL's stand-in for fresh draws is taken: the
-answers of the batch, each after another's prompt.
+answers of the batch, each after another's prompt. (The other losses are held against TRL's in test_trl_losses.py.)
 """
 
 import copy
