@@ -16,6 +16,11 @@ from tyro.conf import OmitArgPrefixes
 from jaxkd.cli import Training, exit_on_error, use_huge_pages
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
+REWARDS = ("plain", "reflected", "clipped")
+LEVEL_DRAWS = 512
+"""Completions of the target over which μ is its mean log-likelihood."""
+LABEL_TEMPERATURE = 0.1
+"""Well below a behaviour's reward of 1: nearly every pair that differs is labelled rightly."""
 EPOCHS = 4
 """Updates that PPO and GRPO make on a rollout."""
 
@@ -46,9 +51,13 @@ class Align:
     preferences: Path | None = None
     """JSONL or Parquet file in TRL's preference formats: chosen and rejected, with or without prompt."""
     behaviour: str | None = None
-    """Reward of 1 for digit, words:one,two, ends:full-stop or regex:PATTERN in the completion."""
+    """Reward of 1 for digit, words:one,two, ends:full-stop or regex:PATTERN in the completion, or for what
+    python:FILE:FUNCTION says is true of its text."""
     target: str | None = None
     """Reward is the log-likelihood a token under this model."""
+    reward: str | None = None
+    """With --target: plain (default), reflected at or clipped to the mean μ over the target's own completions, so that
+    loops, which are likelier than any text, are not what is learned."""
     algorithm: str | None = None
     """With preferences: dpo (default), cdpo, robust_dpo, ipo, simpo, orpo, kto (its reference point is that of draws
     after --prompt). With a reward: reinforce (default), online_dpo, offline_dpo_ref, ppo, grpo."""
@@ -63,8 +72,11 @@ class Align:
     label_noise: float = 0.0
     """With preferences: share of the pairs that robust_dpo assumes to be labelled the wrong way round. With a reward:
     share of the labels of online_dpo and offline_dpo_ref that are flipped."""
+    label_temperature: float | None = None
+    """With a reward: T of the labels of online_dpo and offline_dpo_ref, 0.1 by default; their optimum is the Gibbs
+    policy of β·T."""
     kl_coef: float | None = None
-    """KL coefficient β, 0.1 by default; orpo has none."""
+    """KL coefficient β, 0.1 by default; orpo has none, and of simpo it is the scale."""
     updates: int = 100
     """Updates of the parameters."""
     batch_size: int = 16
@@ -87,7 +99,7 @@ class Align:
 
     def __post_init__(self):
         from jaxkd import checks
-        from jaxkd.align import check_label_noise
+        from jaxkd.align import check_label_noise, check_label_temperature
         from jaxkd.smollm2 import preferences
 
         checks.folder("--out", self.out)
@@ -96,6 +108,10 @@ class Align:
             raise ValueError("give one of --preferences, --behaviour and --target to learn from")
         if self.algorithm is None:
             object.__setattr__(self, "algorithm", "dpo" if self.preferences else "reinforce")
+        if self.reward is not None:
+            if self.target is None:
+                raise ValueError("--reward is a likelihood under --target: give one, or leave it away")
+            checks.name("--reward", self.reward, REWARDS)
         checks.name("--algorithm", self.algorithm, with_pairs() if self.preferences else with_reward())
         if self.algorithm == "orpo" and self.kl_coef is not None:
             raise ValueError("--kl-coef must be left away: orpo has no KL coefficient")
@@ -106,6 +122,10 @@ class Align:
         checks.number("--kl-coef", self.kl_coef, above=0)
         checks.number("--label-noise", self.label_noise, least=0, most=0.5)
         check_label_noise("--label-noise", [with_pairs().get(self.algorithm, self.algorithm)], [self.label_noise])
+        if self.label_temperature is not None:
+            if self.preferences is not None:
+                raise ValueError("--label-temperature is that of a reward's labels: with --preferences leave it away")
+            check_label_temperature("--label-temperature", [self.algorithm], self.label_temperature)
         if self.show_example and self.preferences is None:
             raise ValueError("--show-example shows a pair of --preferences: give them, or leave it away")
         if self.preferences is not None:
@@ -116,7 +136,9 @@ class Align:
 
     def results_depend_on(self) -> dict:
         """All but where results and metrics go, and how they are computed."""
-        apart = ("out", "training", "show_example", *(() if self.label_noise else ("label_noise",)))
+        apart = ["out", "training", "show_example"]
+        # What is not given is not noted: folders of versions that did not have it go on.
+        apart += [name for name in ("label_noise", "label_temperature", "reward") if not getattr(self, name)]
         kept = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in apart}
         return kept | {"dtype": self.training.dtype}
 
@@ -138,18 +160,25 @@ def alignment_of(config: Align):
         checkpoint_every=config.checkpoint_every,
     )
     lora = None if config.lora_rank is None else LoRA(rank=config.lora_rank, alpha=2.0 * config.lora_rank)
-    coefficients = Coefficients(label_temperature=0.1, **label_coefficients(name, config.label_noise))
+    temperature = LABEL_TEMPERATURE if config.label_temperature is None else config.label_temperature
+    coefficients = Coefficients(label_temperature=temperature, **label_coefficients(name, config.label_noise))
     return Alignment(settings, coefficients, optimisation, lora)
 
 
 def oracle_of(config: Align, target, workshop):
     """`(completions, draws) -> (reward, hit)`."""
+    import jax
+
     from jaxkd.smollm2 import behaviours, oracles
     from jaxkd.smollm2.metering import charged
 
     if target is not None:
+        kind = config.reward or "plain"
+        level = None
+        if kind != "plain":
+            level = oracles.kept_level(config.out / "level.json", target, jax.random.key(config.seed), LEVEL_DRAWS)
         # No behaviour is asked for: none counts.
-        return charged(workshop, target, oracles.of_likelihood(target, lambda text: False))
+        return charged(workshop, target, oracles.of_likelihood(target, lambda text: False, kind, level))
     return oracles.of_behaviour(behaviours.parse(config.behaviour or "digit"))
 
 
@@ -157,16 +186,16 @@ MOST_DRAWS = 2048
 """Draws after which a behaviour that none, or each, of them shows is refused."""
 
 
-def check_behaviour(spec: str, start, key) -> None:
-    """Refuse a behaviour that the policy never or always shows; most take a few batches to see."""
+def check_behaviour(spec: str, model, key) -> None:
+    """Refuse a behaviour that what is drawn from never or always shows; most take a few batches to see."""
     from jaxkd import durable
     from jaxkd.smollm2 import behaviours
     from jaxkd.smollm2.metering import Workshop
 
     behaviour, hits, total = behaviours.parse(spec), 0, 0
     with Workshop(durable.Progress()).counted(MOST_DRAWS, "look for the behaviour, at most") as tick:
-        for x in start.draws(key, MOST_DRAWS):
-            shown = [behaviour(text) for text in start.setting.texts_of(x)]
+        for x in model.draws(key, MOST_DRAWS):
+            shown = [behaviour(text) for text in model.setting.texts_of(x)]
             hits, total = hits + sum(shown), total + len(shown)
             tick(len(shown), int(x.completion_mask.sum()))
             if 0 < hits < total:
@@ -214,7 +243,8 @@ def main(config: Align) -> None:
     target = None if config.target is None else setting.load(config.target)
     key = jax.random.key(config.seed)
     if config.behaviour is not None and not (config.out / "config.json").exists():
-        check_behaviour(config.behaviour, start, jax.random.fold_in(key, 2))
+        drawn_from = reference if config.algorithm == "offline_dpo_ref" else start
+        check_behaviour(config.behaviour, drawn_from, jax.random.fold_in(key, 2))
 
     def make(workshop):
         data, oracle = None, oracle_of(config, target, workshop)

@@ -59,8 +59,9 @@ class Flags:
     reward: str | None = None
     """behaviour, or the target's log-likelihood a token: reflected, clipped or plain."""
     behaviour: str | None = None
-    """auto, digit, words:one,two, ends:full-stop or regex:PATTERN. auto takes the most frequent of some that 1 to 3 %
-    of the base's completions show; where it is no reward, else the one nearest to that."""
+    """auto, digit, words:one,two, ends:full-stop, regex:PATTERN, or python:FILE:FUNCTION for a predicate of your own on
+    the text. auto takes the most frequent of some that 1 to 3 % of the base's completions show; where it is no reward,
+    else the one nearest to that."""
     preferences: str | None = None
     """JSONL or Parquet file in TRL's preference formats that alignments learn from instead of the reward, which is then
     only measured. Give --algorithms among offline_dpo_data (DPO), cdpo, robust_dpo, ipo, simpo, kto, orpo; an eighth of
@@ -85,13 +86,20 @@ class Flags:
     """More of them, for the first student and algorithm alone. Where --temperatures are given, those of the preset are
     dropped."""
     kl_coefs: tuple[float, ...] | None = None
-    """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone."""
+    """KL coefficients β, reward units a nat; orpo has none, and is run at one value alone. Of simpo it is the scale."""
     seeds: tuple[int, ...] | None = None
     """Seeds of the first student and algorithm."""
     seeds_of_rest: tuple[int, ...] | None = None
     """Seeds of all others: of other students and algorithms, and of the ceiling."""
+    label_temperature: float | None = None
+    """T of the labels that DPO and its relatives learn from, 0.1 by default: the better of two texts is preferred with
+    the odds exp(difference of rewards / T). Their optimum is the Gibbs policy of β·T, that of a reward's is of β."""
     distillation_updates: int | None = None
     """The most updates of a distillation."""
+    distillation_samples: int | None = None
+    """Samples of the teacher that students learn from; where updates need more, they are gone through again."""
+    most_held_out_kl: float | None = None
+    """Cut students whose recall gap on samples of the truth is larger, nats a token, are not admitted."""
     alignment_updates: int | None = None
     """Updates of an alignment; ppo and grpo make 4 a rollout."""
     alignment_batch_size: int | None = None
@@ -127,6 +135,8 @@ class Flags:
             raise ValueError("--quick is a smaller laptop preset: leave --preset away")
         if self.samples is not None:
             checks.whole("--samples", self.samples, least=8)
+        if self.preferences is not None and self.label_temperature is not None:
+            raise ValueError("--label-temperature is that of the oracle's labels: with --preferences leave it away")
         if self.alignment_batch_size is not None:
             checks.whole("--alignment-batch-size", self.alignment_batch_size, least=4)
             if self.alignment_batch_size % 2:
@@ -229,7 +239,7 @@ def paper():
 
 def order_of(flags: Flags):
     """The order that the flags ask for."""
-    from jaxkd.align import check_updates, largest_group
+    from jaxkd.align import check_label_temperature, check_updates, largest_group
     from jaxkd.smollm2.order import CEILING
     from jaxkd.smollm2.preferences import Preferences
 
@@ -258,6 +268,10 @@ def order_of(flags: Flags):
         distillation = replace(distillation, on_policy_fraction=flags.on_policy_fraction)
     if flags.distillation_updates is not None:
         distillation = replace(distillation, num_updates=flags.distillation_updates)
+    if flags.distillation_samples is not None:
+        distillation = replace(distillation, num_samples=flags.distillation_samples)
+    if flags.most_held_out_kl is not None:
+        changes["most_held_out_kl"] = flags.most_held_out_kl
     if flags.alignment_updates is not None:
         alignment = replace(alignment, settings=replace(alignment.settings, num_updates=flags.alignment_updates))
     if (size := flags.alignment_batch_size) is not None:
@@ -269,6 +283,9 @@ def order_of(flags: Flags):
     )
     if flags.label_noise is not None:
         alignment = replace(alignment, coefficients=alignment.coefficients._replace(flip_rate=flags.label_noise))
+    if (temperature := flags.label_temperature) is not None:
+        check_label_temperature("--label-temperature", changes.get("algorithms", order.algorithms), temperature)
+        alignment = replace(alignment, coefficients=alignment.coefficients._replace(label_temperature=temperature))
     if flags.samples is not None:
         evaluation = order.evaluation
         most = {name: min(getattr(evaluation, name), flags.samples) for name in ("num_scored", "num_diverse")}

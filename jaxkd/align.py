@@ -521,6 +521,13 @@ def check_label_noise(flag: str, algorithms: Sequence[str], shares: Sequence[flo
         raise ValueError(f"{flag} must be below 0.5 for robust_dpo, whose loss divides by 1 − 2ε; got {noise}")
 
 
+def check_label_temperature(flag: str, algorithms: Sequence[str], temperature: float) -> None:
+    """Raise ValueError on a temperature of labels that is not above 0, or that no algorithm would use."""
+    checks.number(flag, temperature, above=0)
+    if not any(ALGORITHMS[name].uses_labels for name in algorithms):
+        raise ValueError(f"{flag} is for what learns from preference labels, not for {', '.join(algorithms)}")
+
+
 def check_updates(flag: str, algorithms: Sequence[str], num_updates: int, epochs: int) -> None:
     """Raise ValueError where updates do not fill the last rollout of an algorithm."""
     for name in algorithms:

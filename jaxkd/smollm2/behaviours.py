@@ -6,10 +6,12 @@ A behaviour is named by a specification, a short text:
     words:cat,dog      any of these words, whole and in any case
     ends:full-stop     the last sign that is no space, closing quote or closing bracket is a full stop
     regex:PATTERN      Python's `re.search` finds the pattern
+    python:FILE:NAME   the function NAME of a file of Python says so of the text
 """
 
 import math
 import re
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxkd import checks
@@ -66,7 +68,22 @@ def parse(spec: str) -> Behaviour:
             return _search(rest)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"the pattern of the behaviour {spec!r} is no regular expression: {error}") from None
-    raise ValueError(f"a behaviour must be digit, words:one,two, ends:full-stop or regex:PATTERN; got {spec!r}")
+    if kind == "python" and ":" in rest:
+        return _of_file(spec, *rest.rsplit(":", 1))
+    raise ValueError(
+        f"a behaviour must be digit, words:one,two, ends:full-stop, regex:PATTERN or python:FILE:FUNCTION; got {spec!r}"
+    )
+
+
+def _of_file(spec: str, file: str, name: str) -> Behaviour:
+    """A function of the user's; whatever is wrong with the file is told as one message."""
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as error:
+        raise ValueError(f"the file of the behaviour {spec!r} can't be run: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"the file of the behaviour {spec!r} has no function {name!r}")
+    return lambda text: bool(found(text))
 
 
 def _search(pattern: str, flags: int = 0) -> Behaviour:

@@ -251,10 +251,10 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
         add("sample to distil from", teacher, to_distil)
         texts = distillation.num_updates * distillation.batch_size
         add("distil base and target", student, texts, cost.training_flops)
-        if distillation.method != "sequence":
-            add("distil base and target", teacher, texts)
 
     add("sample the truth", "truth", max(evaluation.num_samples, evaluation.num_truth_samples))
+    if order.target is not None:
+        add("sample to measure by", "target", evaluation.num_samples)
     pairs = order.alignment.settings.dataset_batches * order.alignment.settings.batch_size
     if order.base.startswith("fit:"):
         add_distillation("truth", "base")
@@ -270,6 +270,7 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
             add("score to measure by", "base", evaluation.num_scored)
         if order.target is not None:
             add("score to measure by", "target", 2 * evaluation.num_scored)
+            add("score to measure by", role_of(row), evaluation.num_scored)
         data = align.ALGORITHMS[row.algorithm].data if row.is_alignment else None
         if data is not None and order.preferences is None:
             # Each model is charged for them, though they are drawn once a seed.

@@ -39,6 +39,8 @@ QUANTITIES = {
     "target_precision": ("E over x~p of log p_target(x)", "nat"),
     "target_recall": ("E of log p(x) over x~p* that show the behaviour", "nat"),
     "target_recall_gap": ("E of log p*(x) - log p(x) over x~p* that show the behaviour", "nat"),
+    "recall_of_target": ("E over x~p_target of log p(x)", "nat"),
+    "recall_gap_of_target": ("E over x~p_target of log p_target(x) - log p(x)", "nat"),
     "kl_to_base": ("KL divergence to the base", "nat"),
     "kl_to_base_error": ("its standard error", "nat"),
     "kl_to_reference": ("KL divergence to the reference of the last alignment", "nat"),
@@ -94,6 +96,8 @@ class Yardstick(NamedTuple):
       truth_hit: whether each shows the behaviour.
       pairs: a user's preferences, chosen answers first, or None.
       base_pairs_log_prob: log p′ of them.
+      target_samples: completions of the target, or None.
+      target_log_prob: log p_target of them.
     """
 
     truth: Network
@@ -107,6 +111,8 @@ class Yardstick(NamedTuple):
     truth_hit: np.ndarray
     pairs: Texts | None = None
     base_pairs_log_prob: np.ndarray | None = None
+    target_samples: Texts | None = None
+    target_log_prob: np.ndarray | None = None
 
 
 class Evaluated(NamedTuple):
@@ -161,6 +167,7 @@ def evaluate(
     by_base = by_truth if yardstick.base is yardstick.truth else score(yardstick.base, scored)
     found = _reward_and_behaviour(samples, texts, scored, yardstick, settings, score)
     found |= recall or _recall(network, yardstick, score)
+    found |= _recall_of_target(network, yardstick, score)
     found |= {
         "precision": by_truth.mean(),
         "precision_per_token": by_truth.sum() / scored.completion_mask.sum(),
@@ -220,6 +227,15 @@ def _recall(network: Network, yardstick: Yardstick, score) -> dict:
         "target_recall": log_prob[hit].mean() if hit.any() else np.nan,
         "target_recall_gap": gap[hit].mean() if hit.any() else np.nan,
     }
+
+
+def _recall_of_target(network: Network, yardstick: Yardstick, score) -> dict:
+    """Recall with p_target in place of p*."""
+    x, by_target = yardstick.target_samples, yardstick.target_log_prob
+    if x is None:
+        return {"recall_of_target": np.nan, "recall_gap_of_target": np.nan}
+    log_prob = by_target if network is yardstick.target else score(network, x)
+    return {"recall_of_target": log_prob.mean(), "recall_gap_of_target": (by_target - log_prob).mean()}
 
 
 def _diversity(samples: Texts, settings: Evaluation) -> dict:

@@ -42,7 +42,7 @@ BEHAVIOUR = "behaviour.json"
 MODELS_HELD = 2
 """Finished models that stay in memory, beside those that all seeds share."""
 _WAIT = 5.0  # seconds between looks at what other processes have made
-_TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY = range(4)
+_TRUTH_KEY, _TARGET_KEY, _BASE_KEY, _PAIRS_KEY, _RECALL_KEY = range(5)
 _ALIGN, _DISTIL, _EVALUATE, _LEARN = range(4)
 
 
@@ -132,7 +132,7 @@ class Laboratory:
         scores = draws.kept_scores(folder / "scores.npz", self.truth, kept, self.workshop, "score the truth's samples")
         log_prob = scores.sum(axis=1, dtype=np.float64)
         hit = oracles.hits(self.behaviour, self.truth_texts[: len(log_prob)])
-        pairs = self._held_out_pairs
+        pairs, of_target = self._held_out_pairs, self._samples_of_target()
         self.yardstick = Yardstick(
             self.truth,
             self.base,
@@ -145,7 +145,17 @@ class Laboratory:
             hit,
             pairs,
             None if pairs is None else self._base_log_prob(pairs),
+            of_target,
+            None if of_target is None else self.target.log_prob(of_target),
         )
+
+    def _samples_of_target(self) -> Texts | None:
+        """What recall of the target is measured by."""
+        if self.target is None:
+            return None
+        # Not a part of what the target itself is measured by, which another process may be drawing.
+        path, total = self.out / "target" / "recall.npz", self.order.evaluation.num_scored
+        return draws.kept_draws(path, self.target, self._shared_key(_RECALL_KEY), total, 1.0, self.workshop)
 
     def _base_log_prob(self, pairs: Texts) -> np.ndarray:
         by_token = stages.reference_log_prob(self.out, self.base, pairs, self.workshop)
@@ -177,10 +187,11 @@ class Laboratory:
         return self._distilled(self.out / "target", key, self.base, self.base, temperature)
 
     def _distilled(self, folder, key, teacher, start, temperature) -> Network:
-        """A distilled model, made or loaded."""
+        """A model of the truth's or base's samples, made or loaded; how students learn does not change it."""
         if durable.read_record(folder) is None:
             self.workshop.begin()
-            made = stages.distil(folder, key, teacher, start, temperature, self.order.distillation, self.workshop)
+            settings = replace(self.order.distillation, method="sequence", on_policy_fraction=0.0)
+            made = stages.distil(folder, key, teacher, start, temperature, settings, self.workshop)
             made.save(folder / "model")
             durable.finish(folder, {"cost": self.workshop.spent()})
         durable.let_checkpoint_go(folder)
@@ -235,18 +246,12 @@ class Laboratory:
         kind = self.order.reward
         if kind == "behaviour":
             return oracles.of_behaviour(self.behaviour)
-        level = None if kind == "plain" else self._mean_likelihood()
+        level = None
+        if kind != "plain":
+            path, key = self.out / "target" / "level.json", self._shared_key(_TARGET_KEY)
+            level = oracles.kept_level(path, self.target, key, self.order.evaluation.num_scored)
         oracle = oracles.of_likelihood(self.target, self.behaviour, kind, level)
         return charged(self.workshop, self.target, oracle)
-
-    def _mean_likelihood(self) -> float:
-        """μ: the mean of ℓ over the target's own samples."""
-        path = self.out / "target" / "level.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            x = self.target.draw(self._shared_key(_TARGET_KEY), self.order.evaluation.num_scored)
-            durable.write_json(path, {"level": float(oracles.likelihood(self.target)(x).mean())})
-        return durable.read_json(path)["level"]
 
     # --- rows ---
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import jax
 import numpy as np
 
-from jaxkd import rewards
+from jaxkd import durable, rewards
 from jaxkd.smollm2.behaviours import Behaviour
 from jaxkd.smollm2.network import Network
 from jaxkd.smollm2.policy import Texts
@@ -35,6 +37,13 @@ def of_behaviour(behaviour: Behaviour) -> Oracle:
 def likelihood(target: Network) -> Callable[[Texts], np.ndarray]:
     """Log-likelihood a token of completions under a target, float32[n] (nats)."""
     return lambda x: (target.log_prob(x) / x.completion_mask.sum(axis=1)).astype(np.float32)
+
+
+def kept_level(path: Path, target: Network, key: jax.Array, num_draws: int) -> float:
+    """μ: the mean of a target's log-likelihood a token over its own completions, drawn once and kept in a file."""
+    if not path.exists():
+        durable.write_json(path, {"level": float(likelihood(target)(target.draw(key, num_draws)).mean())})
+    return durable.read_json(path)["level"]
 
 
 def of_likelihood(target: Network, behaviour: Behaviour, kind: str = "plain", level: float | None = None) -> Oracle:

@@ -130,7 +130,9 @@ class Order:
             )
         flip_rate = self.alignment.coefficients.flip_rate
         checks.number("--label-noise", flip_rate, least=0, most=0.5)
-        check_label_noise("--label-noise", self.algorithms, [flip_rate])
+        # Of a user's pairs none is flipped: the share is robust DPO's alone.
+        noisy = self.algorithms if self.preferences is None else [a for a in self.algorithms if a == "robust_dpo"]
+        check_label_noise("--label-noise", noisy, [flip_rate])
         if self.preferences is not None:
             preferences.check_label_noise(self.algorithms, flip_rate)
         if CEILING in self.arms and self.outcome != "behaviour_frequency":

@@ -228,6 +228,8 @@ TABLE_QUANTITIES = (
     "behaviour_precision",
     "recall_gap",
     "target_recall_gap",
+    "target_precision",
+    "recall_gap_of_target",
     "bounded_recall",
     "held_out_perplexity",
     "distinct_2",

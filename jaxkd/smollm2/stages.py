@@ -111,6 +111,13 @@ class Distillation:
             checks.whole(name, getattr(self, name), least=1)
         checks.number("on_policy_fraction", self.on_policy_fraction, least=0, most=1)
         checks.number("coefficient", self.coefficient, least=0, most=1)
+        if self.method == "generalized_jensen_shannon" and self.coefficient in (0, 1):
+            raise ValueError(
+                f"coefficient must lie between 0 and 1: at {self.coefficient:g} this Jensen–Shannon divergence is 0 "
+                "whatever the student; take forward_kl or reverse_kl"
+            )
+        if self.method.startswith("skew") and self.coefficient == 1:
+            raise ValueError("coefficient must be below 1: at 1 a skewed divergence is 0 whatever the student")
         if self.num_samples < self.batch_size:
             raise ValueError(f"num_samples must be at least batch_size = {self.batch_size}; got {self.num_samples}")
         if self.method == "sequence" and self.on_policy_fraction:
@@ -126,7 +133,7 @@ class Alignment:
       coefficients: of the algorithm; learning rate and KL coefficient are set by the stage.
       optimisation: of its parameters.
       lora: adapters that are trained instead of all parameters; None trains all.
-      look_every: steps between looks at 64 draws, for the log; 0 for none.
+      look_every: steps between looks at 64 draws or one batch, whichever is more, for the log; 0 for none.
 
     Raises:
       ValueError: for PPO or GRPO with accumulation, or PPO on adapters.
@@ -408,10 +415,13 @@ def align_policy(
         )
     one_step = _alignment_step(form.policy, settings, optimisation, form.of_draws, form.reference_policy)
 
-    def drawn(trained, key, n: int, batch_size: int | None = None) -> ScoredTexts:
-        x = Network(start.config, form.network(trained), setting).draw(key, n, batch_size=batch_size)
-        coster.sampled(x)
+    def scored_texts(x: Texts) -> ScoredTexts:
         return ScoredTexts(*x, *oracle(setting.texts_of(x), x))
+
+    def drawn(trained, key) -> ScoredTexts:
+        x = Network(start.config, form.network(trained), setting).draw(key, settings.batch_size)
+        coster.sampled(x)
+        return scored_texts(x)
 
     def charge(draws: ScoredTexts | None, batch: PreferenceData | None) -> None:
         coster.trained(draws if batch is None else batch.x, updates=settings.updates_per_step)
@@ -422,16 +432,20 @@ def align_policy(
             coster.scored(draws)
 
     def look(trained) -> dict:
-        # In batches of the step's own size, whose program is there.
-        size = min(settings.batch_size, setting.batch_size)
-        x = drawn(trained, jax.random.fold_in(draw_key, 2**31), LOOK, size)
-        return {"look_reward": float(x.reward.mean()), "look_frequency": float(x.hit.mean())}
+        # In the step's own numbers of texts, whose programs are there.
+        each = settings.batch_size
+        key, size = jax.random.fold_in(draw_key, 2**31), min(each, setting.batch_size)
+        x = Network(start.config, form.network(trained), setting).draw(key, -(-LOOK // each) * each, batch_size=size)
+        coster.sampled(x)
+        scored = [scored_texts(take(x, slice(begin, begin + each))) for begin in range(0, len(x.tokens), each)]
+        rewards, hits = (np.concatenate([getattr(part, name) for part in scored]) for name in ("reward", "hit"))
+        return {"look_reward": float(rewards.mean()), "look_frequency": float(hits.mean())}
 
     def step(state: State, number: int):
         draws, batch = None, None
         begin = time.perf_counter()
         if algorithm.on_policy:
-            draws = drawn(state.params, jax.random.fold_in(draw_key, number), settings.batch_size)
+            draws = drawn(state.params, jax.random.fold_in(draw_key, number))
         sampling_seconds = time.perf_counter() - begin
         if data is not None:
             batch = jax.tree.map(lambda leaf: leaf[number % len(data.rewards)], data)
@@ -475,7 +489,7 @@ def _finite(params) -> jax.Array:
 
 
 LOOK = 64
-"""Draws of a look along training."""
+"""The least draws of a look along training, which takes whole batches."""
 
 
 class _Form(NamedTuple):

@@ -27,6 +27,20 @@ def test_refuses_specifications(spec):
         behaviours.parse(spec)
 
 
+def test_a_function_of_the_users_is_a_behaviour(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import json\n\ndef valid(text):\n    return text.count('{')\n\nnumber = 3\n")
+    shows = behaviours.parse(f"python:{file}:valid")
+    assert (shows("{}"), shows("none")) == (True, False)
+    for spec, told in (
+        (f"python:{file}:number", "has no function 'number'"),
+        (f"python:{file}:missing", "has no function 'missing'"),
+        (f"python:{tmp_path / 'none.py'}:valid", "can't be run: FileNotFoundError"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            behaviours.parse(spec)
+
+
 def test_every_ready_behaviour_can_be_read():
     for spec in behaviours.READY.values():
         assert not behaviours.parse(spec)("")

@@ -949,7 +949,9 @@ def test_what_would_come_out_the_same_is_made_and_measured_once(tmp_path, monkey
 
 
 def test_a_twin_is_told_by_all_that_an_alignment_depends_on(tmp_path):
-    order = tiny_order.make(arms=("kd_align",), kl_coefs=(0.1, 0.2), seeds=(0, 1), algorithms=("reinforce", "ppo"))
+    order = tiny_order.make(
+        arms=("kd_align",), kl_coefs=(0.1, 0.2), seeds=(0, 1), algorithms=("reinforce", "online_dpo")
+    )
     some, other = (tiny_order.laboratory(order, tmp_path).setting.load("random:tiny") for _ in range(2))
     other = other.sharpened(0.5)
     rows = [row for row in rows_of(order, tmp_path) if row.name == "kd_align"]
@@ -1054,6 +1056,10 @@ def test_a_likelihood_under_a_distilled_target_as_reward(tmp_path):
     record = json.loads((out / "target" / durable.RECORD).read_text())
     assert of_target["model_flops"] == pytest.approx(record["cost"]["model_flops"]) and of_target["model_flops"] > 0
     likelihood = by_target / x["completion_mask"].sum(axis=1)
+    its = _texts(out / "target" / "recall.npz", order.evaluation.num_scored)
+    folders = (row.folder, out / "target")
+    recall, highest = (by_hand.log_prob(*weights.load(folder / "model"), its).mean() for folder in folders)
+    expected |= {"recall_of_target": recall, "recall_gap_of_target": highest - recall}
     expected |= {"target_precision": by_target.mean(), "reward": np.mean(level - abs(likelihood - level))}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert len({round(expected[name], 3) for name in expected}) == len(expected)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxkd import durable
 from jaxkd.smollm2 import stages, students, tokenization, weights
 from jaxkd.smollm2.laboratory import BEHAVIOUR
 from jaxkd.smollm2.model import make_model
@@ -137,6 +138,30 @@ def test_align_refuses_other_weights_of_its_target(run, monkeypatch, tmp_path):
         assert code == 2 and told in errors
 
 
+def test_align_reflects_the_likelihood_under_a_target(run, tmp_path):
+    config, params = weights.load("random:tiny")
+    weights.save_pretrained(tmp_path / "target", config, tiny_order.uneven(params), tokenization.byte_tokenizer())
+    out = tmp_path / "out"
+    code, _, errors = run(
+        ALIGN, "--source", "random:tiny", "--target", tmp_path / "target", "--reward", "reflected",
+        "--algorithm", "online_dpo", "--label-temperature", "0.5", *SMALL, "--out", out,
+    )  # fmt: skip
+    assert code == 0, errors
+    level = json.loads((out / "level.json").read_text())["level"]
+    rewards = [json.loads(line)["reward"] for line in (out / durable.METRICS).read_text().splitlines()]
+    # Reflected at the target's mean, no reward is above it.
+    assert rewards and max(rewards) < level < 0
+    held = json.loads((out / "config.json").read_text())
+    assert (held["reward"], held["label_temperature"]) == ("reflected", 0.5) and "label_noise" not in held
+
+
+def test_a_users_pairs_are_not_flipped_whatever_else_learns_from_them():
+    """The share is robust DPO's alone: KTO beside it takes no labels."""
+    flags = {"preferences": "x", "algorithms": ("robust_dpo", "kto"), "label_noise": 0.1}
+    order = runpy.run_path(str(ORDER))["order_of"](runpy.run_path(str(ORDER))["Flags"](**flags))
+    assert order.alignment.coefficients.flip_rate == 0.1
+
+
 def test_texts_of_a_file_are_held_out_at_random(tmp_path):
     """Whatever their order there: sample.py writes all completions of a prompt one after another."""
     script, path = runpy.run_path(str(DISTILL)), tmp_path / "texts.jsonl"
@@ -230,6 +255,35 @@ def test_distill_writes_a_student(run, tmp_path):
             DISTILL,
             ["--teacher", "random:tiny", "--method", "forward_kl", "--on-policy-fraction", "1.5"],
             "on_policy_fraction must be",
+        ),
+        *(
+            (DISTILL, ["--teacher", "random:tiny", "--method", method, "--coefficient", at], told)
+            for method, at, told in (
+                ("generalized_jensen_shannon", "0", "coefficient must lie between 0 and 1: at 0"),
+                ("generalized_jensen_shannon", "1", "coefficient must lie between 0 and 1: at 1"),
+                ("skew_kl", "1", "coefficient must be below 1"),
+            )
+        ),
+        (ALIGN, ["--source", "random:tiny", "--behaviour", "digit", "--reward", "clipped"], "--reward is a likelihood"),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--target", "random:tiny", "--reward", "log"],
+            "--reward must be one of plain",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--behaviour", "digit", "--label-temperature", "0.5"],
+            "--label-temperature is for what learns from preference labels, not for reinforce",
+        ),
+        (
+            ALIGN,
+            ["--source", "random:tiny", "--preferences", "x", "--label-temperature", "0.5"],
+            "--label-temperature is that of a reward's labels",
+        ),
+        (
+            ORDER,
+            ["--truth", "random:tiny", "--algorithms", "online_dpo", "--label-temperature", "0"],
+            "--label-temperature must be",
         ),
         (
             ALIGN,
