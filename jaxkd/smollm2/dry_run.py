@@ -244,11 +244,18 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
     total: Counter = Counter()
 
     def add(what: str, role: str, texts: float, of: Callable = cost.forward_flops) -> None:
+        if texts == 0:
+            return
         length = 1 + order.max_new_tokens
         total[what] += of(configs[role], texts * length, length / 2)
 
+    def add_looks(student: str) -> None:
+        looks = 1 + -(-distillation.num_updates // distillation.check_every)
+        add("score held-out samples", student, looks * distillation.num_held_out)
+
     def add_distillation(teacher: str, student: str) -> None:
         add("sample to distil from", teacher, to_distil)
+        add_looks(student)
         texts = distillation.num_updates * distillation.batch_size
         add("distil base and target", student, texts, cost.training_flops)
 
@@ -264,6 +271,9 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
         if row.is_distillation and row.name != CEILING:
             teacher = rows.get(row.models[0])
             add("sample to distil from", "base" if teacher is None else role_of(teacher), to_distil)
+            add_looks(role_of(row))
+            own = distillation.on_policy_fraction * distillation.num_updates * distillation.batch_size
+            add("sample on policy to distil", role_of(row), own)
         add("sample to measure by", role_of(row), evaluation.num_samples)
         add("score to measure by", role_of(row), evaluation.num_scored + evaluation.num_truth_samples)
         if order.base != "truth":
@@ -280,7 +290,9 @@ def _without_compiling(order: Order, configs: dict[str, Config]) -> dict[str, fl
             add("sample and score pairs", held_to, pairs)
         if row.is_alignment and order.reward != "behaviour":
             settings = replace(order.alignment.settings, algorithm=row.algorithm)
-            add("reward by the target", "target", settings.num_steps * settings.batch_size)
+            drawn = settings.num_steps * settings.batch_size * align.ALGORITHMS[row.algorithm].on_policy
+            fixed = pairs * (data is not None and order.preferences is None)
+            add("reward by the target", "target", drawn + fixed)
     return total
 
 
