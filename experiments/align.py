@@ -15,7 +15,6 @@ from tyro.conf import OmitArgPrefixes
 
 from jaxkd.cli import Training, exit_on_error, use_huge_pages
 
-WITHOUT_REFERENCE = ("simpo", "orpo")
 REWARDS = ("plain", "reflected", "clipped")
 LEVEL_DRAWS = 512
 """Completions of the target over which μ is its mean log-likelihood."""
@@ -99,7 +98,7 @@ class Align:
 
     def __post_init__(self):
         from jaxkd import checks
-        from jaxkd.align import check_label_noise, check_label_temperature
+        from jaxkd.align import ALGORITHMS, check_label_noise, check_label_temperature
         from jaxkd.smollm2 import preferences
 
         checks.folder("--out", self.out)
@@ -115,13 +114,14 @@ class Align:
         checks.name("--algorithm", self.algorithm, with_pairs() if self.preferences else with_reward())
         if self.algorithm == "orpo" and self.kl_coef is not None:
             raise ValueError("--kl-coef must be left away: orpo has no KL coefficient")
-        if self.algorithm in WITHOUT_REFERENCE and self.reference is not None:
+        name = with_pairs().get(self.algorithm, self.algorithm)
+        if not ALGORITHMS[name].has_reference and self.reference is not None:
             raise ValueError(f"--reference must be left away: {self.algorithm} has no reference")
         if self.kl_coef is None:
             object.__setattr__(self, "kl_coef", 0.1)
         checks.number("--kl-coef", self.kl_coef, above=0)
         checks.number("--label-noise", self.label_noise, least=0, most=0.5)
-        check_label_noise("--label-noise", [with_pairs().get(self.algorithm, self.algorithm)], [self.label_noise])
+        check_label_noise("--label-noise", [name], [self.label_noise])
         if self.label_temperature is not None:
             if self.preferences is not None:
                 raise ValueError("--label-temperature is that of a reward's labels: with --preferences leave it away")

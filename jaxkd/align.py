@@ -473,6 +473,11 @@ class Algorithm:
         return self.kind != "offline_preference"
 
     @property
+    def has_reference(self) -> bool:
+        """Whether its policy is held to a reference: of SimPO and ORPO it is not, and β is no KL coefficient."""
+        return self.variant not in ("simpo", "orpo")
+
+    @property
     def uses_labels(self) -> bool:
         """Whether it learns from labelled pairs, which noise can flip; KTO takes what is desirable from rewards."""
         return self.kind.endswith("_preference")

@@ -27,7 +27,7 @@ QUANTITIES = {
     "behaviour_precision": ("mean log p* per token of completions that show the behaviour", "nat/token"),
     "reward": ("mean reward", "reward"),
     "reward_error": ("standard error of the mean reward", "reward"),
-    "objective": ("mean reward less KL coefficient times the KL divergence to the reference", "reward"),
+    "objective": ("mean reward less KL coefficient times the KL divergence to the reference, if any", "reward"),
     "precision": ("E over x~p of log p*(x)", "nat"),
     "precision_per_token": ("precision per token", "nat/token"),
     "recall": ("E over x~p* of log p(x)", "nat"),

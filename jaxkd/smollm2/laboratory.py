@@ -512,11 +512,11 @@ class Laboratory:
         _write_evaluation(row.folder, found, self.workshop, coordinates_of(row))
 
     def _reference_of(self, row: Row) -> Network | None:
-        """What a row's last alignment was held to, if there was one; the base itself where that is it to the bit.
+        """What a row's last alignment was held to, if to anything; the base itself where that is it to the bit.
 
         One pass over the samples then serves for both, and a twin costs no more than its twin.
         """
-        if not row.algorithm:
+        if not row.algorithm or not ALGORITHMS[row.algorithm].has_reference:
             return None
         reference = self.model(row.reference)
         same = reference is self.base or fingerprint(reference) == fingerprint(self.base)
